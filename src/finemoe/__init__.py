@@ -1,0 +1,44 @@
+"""finemoe: Mixture-of-Experts models from a device too small for them.
+
+`finemoe.load()` returns a transformers model whose experts live in a bounded pool; see its docstring.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from finemoe.errors import (
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    ExpertReadError,
+    FinemoeError,
+    InvariantError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from finemoe.model import load
+
+__version__ = version("finemoe")
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "ConfigError",
+    "ExpertReadError",
+    "FinemoeError",
+    "InvariantError",
+    "UnsupportedModelError",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`load` is imported on first use: torch and transformers take seconds."""
+    if name == "load":
+        from finemoe.model import load
+
+        return load
+    raise AttributeError(f"module 'finemoe' has no attribute {name!r}")

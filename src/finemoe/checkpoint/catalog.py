@@ -1,0 +1,212 @@
+"""The catalog: for every expert, which stretches of which files make up its slot.
+
+It is derived by running transformers' own `WeightConverter`s on tensors that hold *addresses* instead of weights, so
+that every checkpoint layout which transformers can load (per expert or fused, one shard or many) is understood by the
+code that defines it. Addresses stand for rows: a tensor `[.., R, C]` of weights becomes `[.., R, 1]` of int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from finemoe.errors import CheckpointError, UnsupportedModelError
+from finemoe.types import ExpertId, Run
+
+ALIGN_BYTES = 64  # of every parameter inside a slot: what torch's own allocator gives
+PAGE_BYTES = 4096
+_MANY_BREAKS = 8  # jumps in one parameter's rows beyond which they are read in file order instead
+_FILE_SHIFT = 44  # an address is file << 44 | offset: 16 TiB a file
+_OFFSET_MASK = (1 << _FILE_SHIFT) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Field:
+    """One parameter of an experts module, for one expert, as its bytes lie in a slot.
+
+    `stored_shape` and `dtype` describe the slot's bytes. The module expects `shape`; the way from one to the other is
+    `order` (rows of the slot in the order in which the module wants them, when the checkpoint has them in another)
+    and `transposed` (the checkpoint stores the matrix the other way round).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stored_shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset_bytes: int
+    length_bytes: int
+    transposed: bool = False
+    order: torch.Tensor | None = None  # int64 [rows]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the module can compute on the slot's own bytes."""
+        return not self.transposed and self.order is None
+
+
+@dataclass(frozen=True, eq=False)
+class LayerLayout:
+    """What all experts of one MoE layer have in common."""
+
+    module: str  # name of the experts module
+    experts: int
+    fields: tuple[Field, ...]
+    length_bytes: int  # of one expert, padding between parameters included
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one expert without padding."""
+        return sum(field.length_bytes for field in self.fields)
+
+
+class Catalog:
+    """All MoE layers of a checkpoint. Layers count from 0 in the order in which the model runs them."""
+
+    def __init__(self, layouts: Sequence[LayerLayout], runs: Mapping[ExpertId, tuple[Run, ...]]) -> None:
+        self.layouts = tuple(layouts)
+        self._runs = dict(runs)
+
+    def runs(self, expert: ExpertId) -> tuple[Run, ...]:
+        return self._runs[expert]
+
+    @property
+    def experts(self) -> int:
+        """Routed experts of the whole model."""
+        return sum(layout.experts for layout in self.layouts)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all routed experts."""
+        return sum(layout.experts * layout.weight_bytes for layout in self.layouts)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot: the largest expert; whole pages unless experts are tiny."""
+        largest = max(layout.length_bytes for layout in self.layouts)
+        return _round_up(largest, PAGE_BYTES if largest >= 16 * PAGE_BYTES else ALIGN_BYTES)
+
+
+@dataclass(frozen=True, eq=False)
+class _Addresses:
+    """The addresses of one parameter's stored rows, for all experts: int64 `[E, rows]`."""
+
+    rows: torch.Tensor
+    row_bytes: int
+    stored_shape: tuple[int, ...]
+    transposed: bool
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def address_rows(file: int, offset_bytes: int, shape: Sequence[int], item_bytes: int) -> torch.Tensor:
+    """Addresses of the rows of a stored tensor: int64 `[.., R, 1]` for `[.., R, C]`."""
+    *outer, columns = shape
+    rows = torch.arange(int(torch.Size(outer).numel()), dtype=torch.int64) * (columns * item_bytes)
+    return (rows + (file << _FILE_SHIFT) + offset_bytes).reshape(*outer, 1)
+
+
+def address_items(file: int, offset_bytes: int, shape: Sequence[int], item_bytes: int) -> torch.Tensor:
+    """Addresses of the single elements of a stored tensor: int64 of its shape. For small tensors only."""
+    items = torch.arange(int(torch.Size(shape).numel()), dtype=torch.int64) * item_bytes
+    return (items + (file << _FILE_SHIFT) + offset_bytes).reshape(*shape)
+
+
+def stored_rows(name: str, shape: Sequence[int], addresses: torch.Tensor, columns: int, item_bytes: int) -> _Addresses:
+    """Reads the converter's result for a parameter `[E, R, C]` whose sources have rows of `columns` elements.
+
+    Raises:
+        UnsupportedModelError: the conversion is neither a choice of rows nor a transposition.
+    """
+    experts, rows, width = shape
+    if addresses.shape == (experts, rows, 1) and columns == width:
+        return _Addresses(addresses.reshape(experts, rows), width * item_bytes, (rows, width), False)
+    if addresses.shape == (experts, 1, width) and columns == rows:
+        return _Addresses(addresses.reshape(experts, width), rows * item_bytes, (width, rows), True)
+    raise UnsupportedModelError(
+        f"{name}: transformers converts this checkpoint's experts in a way that finemoe can't follow row by row"
+    )
+
+
+def stored_items(name: str, shape: Sequence[int], addresses: torch.Tensor, item_bytes: int) -> _Addresses:
+    """Like `stored_rows`, for addresses of single elements: any rearrangement of a small parameter `[E, ..]`."""
+    if addresses.shape != tuple(shape):
+        raise CheckpointError(
+            f"{name}: the checkpoint gives shape {list(addresses.shape)}, the model expects {list(shape)}"
+        )
+    return _Addresses(addresses.reshape(shape[0], -1), item_bytes, tuple(shape[1:]), False)
+
+
+class LayerBuilder:
+    """Collects the parameters of one experts module and lays out its slots."""
+
+    def __init__(self, layer: int, module: str, experts: int) -> None:
+        self._layer = layer
+        self._module = module
+        self._experts = experts
+        self._fields: list[Field] = []
+        self._runs: list[list[Run]] = [[] for _ in range(experts)]
+        self._end_bytes = 0
+
+    def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, stored: _Addresses) -> None:
+        """Append a parameter (`shape` is one expert's) whose rows are where `stored` says."""
+        offset_bytes = _round_up(self._end_bytes, ALIGN_BYTES)
+        rows = stored.rows
+        order = None
+        if _most_breaks(rows, stored.row_bytes) > _MANY_BREAKS:
+            ranked = torch.sort(rows, dim=1)  # file order: one long read instead of many short ones
+            rows, order = ranked.values, _common_order(f"{self._module}.{name}", ranked.indices)
+        length_bytes = rows.shape[1] * stored.row_bytes
+        if order is not None and len(order) != stored.stored_shape[0]:  # single elements: flatten, then restore
+            stored_shape: tuple[int, ...] = (len(order), 1)
+        else:
+            stored_shape = stored.stored_shape
+        self._fields.append(
+            Field(name, shape, stored_shape, dtype, offset_bytes, length_bytes, stored.transposed, order)
+        )
+        for expert in range(self._experts):
+            self._runs[expert].extend(_join(rows[expert], stored.row_bytes, offset_bytes))
+        self._end_bytes = offset_bytes + length_bytes
+
+    def build(self) -> tuple[LayerLayout, dict[ExpertId, tuple[Run, ...]]]:
+        layout = LayerLayout(self._module, self._experts, tuple(self._fields), self._end_bytes)
+        return layout, {ExpertId(self._layer, e): tuple(runs) for e, runs in enumerate(self._runs)}
+
+
+def _most_breaks(rows: torch.Tensor, row_bytes: int) -> int:
+    """How often the file position jumps within one expert, at worst."""
+    return int((rows[:, 1:] - rows[:, :-1] != row_bytes).sum(dim=1).max())
+
+
+def _common_order(name: str, ranks: torch.Tensor) -> torch.Tensor | None:
+    """How to get from file order back to the module's order; `None` if they are the same.
+
+    Args:
+        ranks: int64 `[E, rows]`, the argsort of each expert's addresses.
+    """
+    if not bool((ranks == ranks[0]).all()):
+        raise UnsupportedModelError(f"{name}: the checkpoint stores the rows of its experts in different orders")
+    if bool((ranks[0] == torch.arange(ranks.shape[1])).all()):
+        return None
+    return torch.argsort(ranks[0])
+
+
+def _join(addresses: torch.Tensor, row_bytes: int, slot_offset_bytes: int) -> list[Run]:
+    """Ascending row addresses of one expert, joined into as few stretches as possible."""
+    breaks = (torch.nonzero(addresses[1:] - addresses[:-1] != row_bytes).flatten() + 1).tolist()
+    bounds = [0, *breaks, len(addresses)]
+    runs = []
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        address = int(addresses[start])
+        runs.append(
+            Run(
+                address >> _FILE_SHIFT,
+                address & _OFFSET_MASK,
+                (end - start) * row_bytes,
+                slot_offset_bytes + start * row_bytes,
+            )
+        )
+    return runs

@@ -1,0 +1,95 @@
+"""From what the user typed to a folder of checked files: a local folder, or a hub id through huggingface_hub's cache."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from finemoe.errors import CheckpointError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+# everything but weights in formats that are never read
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on this machine: its folder and its weight files, in the order of the index."""
+
+    name: str  # as the user gave it
+    folder: Path
+    files: tuple[Path, ...]
+
+
+def locate(model: str, revision: str | None = None) -> Checkpoint:
+    """Find a model's files, downloading them if `model` is a hub id.
+
+    Raises:
+        CheckpointError: no such folder or hub id, no safetensors weights, or a shard of the index is missing.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if folder.exists():
+            raise CheckpointError(f"--model: {model} is a file; give the folder that holds config.json")
+        if model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise CheckpointError(f"--model: there is no folder {model}")
+        folder = _download(model, revision)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"--model: {folder} has no config.json; is it the folder of a Hugging Face model?")
+    return Checkpoint(model, folder, weight_files(folder))
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a model folder.
+
+    Raises:
+        CheckpointError: there are none, or the index names one that is missing.
+    """
+    index = folder / _INDEX
+    if (folder / _SINGLE).is_file():
+        return (folder / _SINGLE,)
+    if not index.is_file():
+        others = [p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".gguf", ".pth"}]
+        hint = f" (it has {others[0]}; only safetensors are read)" if others else ""
+        raise CheckpointError(f"--model: {folder} has neither {_SINGLE} nor {_INDEX}{hint}")
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = tuple(folder / name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not a valid safetensors index ({error})") from error
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: the index names this shard, but it is missing; fetch the model again")
+    return files
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_PATTERNS))
+    except HFValidationError as error:
+        raise CheckpointError(f"--model: {model!r} is neither a folder nor a hub id") from error
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"--model: {model} is gated; accept its terms on the hub, then log in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"--revision: {model} has no revision {revision!r}") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(f"--model: no folder {model} here, and no such model on the hub") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"--model: no folder {model} here, and it can't be fetched from the hub: {reason}"
+        ) from error

@@ -1,0 +1,126 @@
+"""Settings as frozen dataclasses. The CLI's flags are generated from these fields, so names and defaults stand once.
+
+A field's `metadata` holds its help text; a field called `expert_memory` is the flag `--expert-memory`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from finemoe.errors import BudgetError, ConfigError
+
+_UNITS = {"": 1, "b": 1}
+for _power, _prefix in enumerate("kmgt", start=1):
+    _UNITS[f"{_prefix}b"] = 1000**_power
+    _UNITS[f"{_prefix}ib"] = 1024**_power
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
+_SHARE = re.compile(r"(-?\d+(?:\.\d+)?)\s*%")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Expert memory: exactly one of `size_bytes` and `share` (of all routed experts; 1.0 is all of them) is set."""
+
+    size_bytes: int | None = None
+    share: float | None = None
+
+    def slots(self, slot_bytes: int, experts: int) -> int:
+        """How many experts fit: never more than the budget pays for, never more than there are."""
+        if self.share is not None:
+            return int(self.share * experts + 1e-9)
+        assert self.size_bytes is not None
+        return min(experts, self.size_bytes // slot_bytes)
+
+
+def parse_budget(text: str) -> Budget:
+    """Reads `2GiB`, `25%`, `all` or a plain count of bytes.
+
+    Raises:
+        BudgetError: not one of these, or zero, negative, above 100%; the message names `--expert-memory`.
+    """
+    cleaned = text.strip().lower()
+    if cleaned == "all":
+        return Budget(share=1.0)
+    if share := _SHARE.fullmatch(cleaned):
+        value = float(share[1])
+        if not 0 < value <= 100:
+            raise BudgetError(f"--expert-memory: {text!r} is not a share between 0% and 100% of the routed experts")
+        return Budget(share=value / 100)
+    if cleaned.startswith("-"):
+        raise BudgetError(f"--expert-memory: {text!r} is negative; give bytes (2GiB), a share (25%) or all")
+    size = _SIZE.fullmatch(cleaned)
+    if size is None or size[2].lower() not in _UNITS:
+        raise BudgetError(f"--expert-memory: can't read {text!r}; give bytes (2GiB, 800MB), a share (25%) or all")
+    size_bytes = int(float(size[1]) * _UNITS[size[2].lower()])
+    if size_bytes <= 0:
+        raise BudgetError(f"--expert-memory: {text!r} is no memory at all; give bytes (2GiB), a share (25%) or all")
+    return Budget(size_bytes=size_bytes)
+
+
+def format_bytes(count: float) -> str:
+    """A byte count for people, in binary units: `1.1 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """Which model to load, and how its experts are kept."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "folder or Hugging Face hub id; by default the built-in reference model"}
+    )
+    revision: str | None = field(default=None, metadata={"help": "hub revision (branch, tag or commit)"})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "compute in this dtype; auto takes the checkpoint's"}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "run modelling code that the model repo ships"})
+    expert_memory: str = field(
+        default="25%", metadata={"help": "hard limit for resident experts: bytes (2GiB), a share (25%%) or all"}
+    )
+    policy: str = field(default="lfru", metadata={"help": "what to keep and what to fetch"})
+    io: Literal["auto", "direct", "buffered"] = field(
+        default="auto", metadata={"help": "how experts are read; direct bypasses the page cache, auto uses it if it can"}
+    )
+    reader_threads: int = field(default=4, metadata={"help": "threads that read experts"})
+    verify: bool = field(
+        default=False, metadata={"help": "debug: re-read every landed expert by a second path and compare"}
+    )
+
+    def __post_init__(self) -> None:
+        parse_budget(self.expert_memory)
+        if not 1 <= self.reader_threads <= 64:
+            raise ConfigError(f"--reader-threads: {self.reader_threads} is not between 1 and 64")
+        for name, allowed in (
+            ("dtype", ("auto", "float32", "bfloat16", "float16")),
+            ("io", ("auto", "direct", "buffered")),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"--{name}: {value!r} is not one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How to continue a prompt. Greedy unless a temperature is given."""
+
+    max_new_tokens: int = field(default=128, metadata={"help": "stop after this many tokens"})
+    temperature: float = field(default=0.0, metadata={"help": "0 is greedy; above, sampling at this temperature"})
+    top_p: float = field(default=1.0, metadata={"help": "sample from the smallest set of this probability"})
+    seed: int = field(default=0, metadata={"help": "seed of the sampling"})
+    raw: bool = field(default=False, metadata={"help": "give the prompt as it is, without the chat template"})
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"--max-new-tokens: {self.max_new_tokens} is not at least 1")
+        if not 0 <= self.temperature <= 100:
+            raise ConfigError(f"--temperature: {self.temperature} is not between 0 and 100")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p: {self.top_p} is not above 0 and at most 1")
+        if self.top_p < 1 and self.temperature == 0:
+            raise ConfigError("--top-p: has no effect without sampling; give --temperature too")

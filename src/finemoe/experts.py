@@ -1,0 +1,257 @@
+"""The one function that transformers calls for every experts module, and its slow plain twin.
+
+It branches on the layout attributes that transformers puts on experts modules (`is_transposed`, `has_bias`, `has_gate`,
+`has_post_expert_norm`), never on a model's name. Whether this arithmetic equals a module's own, bit for bit, is tried
+at load (`choose_path`); a module for which it does not runs by its own `forward`, the twin, one expert at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the name that torch users know
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from finemoe.checkpoint import Field, LayerLayout
+from finemoe.engine import Engine
+from finemoe.errors import FinemoeError
+from finemoe.store import Pool
+
+IMPLEMENTATION = "finemoe"
+HANDLE = "finemoe_layer"  # the attribute of an experts module that holds its ExpertLayer
+Accumulator = Literal["hidden", "weights", "float32"]
+ACCUMULATORS: tuple[Accumulator, ...] = ("hidden", "weights", "float32")
+
+
+class ExpertLayer:
+    """What an experts module holds in place of its weights.
+
+    Args:
+        engine: hands out slots.
+        lock: held while a layer runs; shared by all layers of a model.
+        layer: index of this MoE layer.
+        layout: how an expert lies in a slot.
+        dtypes: of the module's parameters, by name; a slot in another dtype is cast on use.
+    """
+
+    def __init__(
+        self, engine: Engine, lock: threading.Lock, layer: int, layout: LayerLayout, dtypes: dict[str, torch.dtype]
+    ) -> None:
+        self.engine: Engine | None = engine
+        self.layer = layer
+        self.layout = layout
+        self.accumulator: Accumulator | None = None  # None: the twin
+        self._lock = lock
+        self._dtypes = dtypes
+        self._views: dict[int, dict[str, Tensor]] = {}
+        self._held: tuple[int, int, Iterator[tuple[int, int]]] | None = None  # twin: expert, slot, its serving
+
+    def run(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The module's output `[T, D]` for hidden `[T, D]`, executed indices and weights `[T, K]`."""
+        if self.engine is None:
+            raise FinemoeError("this model was closed: its experts are gone; load it again")
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            raise FinemoeError("offloaded experts have no gradients; run the model under torch.no_grad()")
+        with self._lock:
+            self.engine.counters.layer_calls += 1
+            if self.accumulator is None:
+                return run_twin(self, module, hidden, index, weights)
+            return run_ready_first(self, module, hidden, index, weights, self.accumulator)
+
+    def serve(self, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """`Engine.serve` for this layer."""
+        assert self.engine is not None
+        return self.engine.serve(self.layer, experts)
+
+    def parameters(self, slot: int) -> dict[str, Tensor]:
+        """One expert's parameters by name, out of its slot; without a copy wherever the checkpoint's layout allows."""
+        views = self._views.get(slot)
+        if views is None:
+            assert self.engine is not None
+            views = self._views[slot] = slot_views(self.engine.pool, slot, self.layout)
+        parameters = {}
+        for field in self.layout.fields:
+            view = views[field.name]
+            if not field.in_place:
+                view = restore(field, view)
+            parameters[field.name] = view.to(self._dtypes[field.name])
+        return parameters
+
+    def hold(self, expert: int) -> dict[str, Tensor]:
+        """Twin: the parameters of one expert, valid until another one is held or `release` is called."""
+        if self._held is None or self._held[0] != expert:
+            self.release()
+            serving = self.serve([expert])
+            _, slot = next(serving)
+            self._held = expert, slot, serving
+        return self.parameters(self._held[1])
+
+    def release(self) -> None:
+        """Twin: let go of the held expert."""
+        if self._held is not None:
+            next(self._held[2], None)
+            self._held = None
+
+    def close(self) -> None:
+        self.engine = None
+        self._views.clear()
+
+
+class LazyParameter:
+    """Stands for a stripped parameter `[E, ..]` in a module's `__dict__`, so that the module's own code finds it."""
+
+    def __init__(self, layer: ExpertLayer, name: str, meta: Tensor) -> None:
+        self._layer = layer
+        self._name = name
+        self.shape = meta.shape
+        self.dtype = meta.dtype
+        self.ndim = meta.ndim
+        self.device = torch.device("cpu")
+
+    def __getitem__(self, expert: int | Tensor) -> Tensor:
+        return self._layer.hold(int(expert))[self._name]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
+
+
+def slot_views(pool: Pool, slot: int, layout: LayerLayout) -> dict[str, Tensor]:
+    """A slot's bytes as the tensors that the checkpoint stores, by parameter name. Shared, not copied."""
+    raw = pool.bytes_of(slot)
+    return {
+        field.name: raw[field.offset_bytes : field.offset_bytes + field.length_bytes]
+        .view(field.dtype)
+        .view(field.stored_shape)
+        for field in layout.fields
+    }
+
+
+def restore(field: Field, stored: Tensor) -> Tensor:
+    """A parameter as the module wants it, out of what the checkpoint stores; a copy."""
+    if field.order is not None:
+        stored = stored[field.order]
+    if field.transposed:
+        stored = stored.T.contiguous()
+    return stored.reshape(field.shape)
+
+
+def finemoe_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts function registered with transformers."""
+    layer: ExpertLayer | None = self.__dict__.get(HANDLE)
+    if layer is None:
+        raise FinemoeError("experts_implementation='finemoe' needs a model loaded by finemoe.load()")
+    return layer.run(self, hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, finemoe_experts)
+
+
+def group_rows(index: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:
+    """Which (k, token) pairs each expert computes, experts ascending; indices `>= experts` are nobody's.
+
+    Rows of an expert are ordered by k, then by token, as in transformers' eager experts.
+
+    Args:
+        index: int `[T, K]`.
+
+    Returns:
+        expert -> (k `[n]`, token `[n]`).
+    """
+    tokens = index.shape[0]
+    ranked, pairs = torch.sort(index.T.reshape(-1), stable=True)
+    hit, counts = torch.unique_consecutive(ranked, return_counts=True)
+    ks, ts = pairs // tokens, pairs % tokens
+    sizes = counts.tolist()
+    rows = zip(hit.tolist(), ks.split(sizes), ts.split(sizes), strict=True)
+    return {expert: (k, t) for expert, k, t in rows if 0 <= expert < experts}
+
+
+def run_ready_first(
+    layer: ExpertLayer, module: Any, hidden: Tensor, index: Tensor, weights: Tensor, accumulator: Accumulator
+) -> Tensor:
+    """Computes experts as they become ready, and adds their results up in ascending order of experts.
+
+    The order of the additions, and so every rounding, is that of eager, whatever was resident.
+    """
+    dtype = {"hidden": hidden.dtype, "weights": weights.dtype, "float32": torch.float32}[accumulator]
+    output = torch.zeros_like(hidden, dtype=dtype)  # [T, D]
+    rows = group_rows(index, layer.layout.experts)
+    order = iter(rows)
+    turn = next(order, None)
+    early: dict[int, Tensor] = {}  # computed before their turn
+    with closing(layer.serve(tuple(rows))) as serving:  # type: ignore[type-var] # a generator
+        for expert, slot in serving:
+            k, t = rows[expert]
+            result = apply_expert(module, layer.parameters(slot), hidden[t])
+            early[expert] = (result * weights[t, k, None]).to(dtype)
+            while turn in early:
+                output.index_add_(0, rows[turn][1], early.pop(turn))
+                turn = next(order, None)
+    return output.to(hidden.dtype)
+
+
+def apply_expert(module: Any, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    """One expert on its rows `[n, D]`, by the module's layout attributes."""
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    x = _project(module, parameters, up, x)
+    x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+    x = _project(module, parameters, "down_proj", x)
+    return module.post_expert_norm(x) if module.has_post_expert_norm else x
+
+
+def _project(module: Any, parameters: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    x = x @ parameters[name] if module.is_transposed else F.linear(x, parameters[name])
+    return x + parameters[f"{name}_bias"] if module.has_bias else x
+
+
+def run_twin(layer: ExpertLayer, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The module's own `forward`, over parameters that are fetched as they are indexed."""
+    own: Callable[..., Tensor] = type(module).forward.__wrapped__  # type: ignore[attr-defined]
+    try:
+        return own(module, hidden, index, weights)
+    finally:
+        layer.release()
+
+
+def choose_path(layer: ExpertLayer, module: nn.Module, width: int, dtype: torch.dtype) -> Accumulator | None:
+    """Which way of adding up makes `run_ready_first` equal to the twin, bit for bit, on this module's own weights.
+
+    Args:
+        width: `D` of the module's input.
+        dtype: of the hidden states.
+
+    Returns:
+        The accumulator, or `None` where only the twin will do.
+    """
+    experts = min(3, layer.layout.experts)
+    generator = torch.Generator().manual_seed(0)
+    index = torch.stack([torch.randperm(experts, generator=generator) for _ in range(5)])  # [T, K]
+    cases = []
+    for weights_dtype in {torch.float32, dtype}:
+        hidden = torch.randn(5, width, generator=generator).to(dtype)
+        weights = torch.rand(5, experts, generator=generator).to(weights_dtype)
+        cases += [(hidden, index, weights), (hidden[:1], index[:1], weights[:1])]
+    with torch.no_grad():
+        expected = [run_twin(layer, module, *case) for case in cases]
+        for accumulator in ACCUMULATORS:
+            try:
+                equal = all(
+                    torch.equal(run_ready_first(layer, module, *case, accumulator), output)
+                    for case, output in zip(cases, expected, strict=True)
+                )
+            except (AttributeError, KeyError, RuntimeError, TypeError):  # not the shape of module that it can run
+                return None
+            if equal:
+                return accumulator
+    return None

@@ -1,0 +1,75 @@
+"""What happened, counted. One dataclass, passed in by its owner; never a global."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+
+@dataclass
+class Counters:
+    """Running totals of one engine. An access is one distinct expert needed by one layer of one iteration."""
+
+    layer_calls: int = 0
+    hits: int = 0  # resident when the routing was known
+    late: int = 0  # in flight then; waited for the remainder
+    misses: int = 0  # neither
+    evictions: int = 0
+    stall_s: float = 0.0  # time that a layer waited for experts
+    stalled_bytes: int = 0  # moved while a layer waited
+
+    @property
+    def accesses(self) -> int:
+        return self.hits + self.late + self.misses
+
+    def reset(self) -> None:
+        for field in fields(self):
+            setattr(self, field.name, field.default)
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A snapshot of an offloaded model: its sizes, and what its expert pool did since it was loaded or reset."""
+
+    model: str
+    policy: str
+    io: str
+    layers: int
+    experts: int
+    expert_bytes: int  # all routed experts together
+    expert_memory_bytes: int  # the pool, a hard limit
+    slots: int
+    resident: int
+    layer_calls: int
+    hits: int
+    late: int
+    misses: int
+    evictions: int
+    bytes_read: int
+    stall_s: float
+    stalled_bytes: int
+    peak_rss_bytes: int
+
+    @property
+    def accesses(self) -> int:
+        return self.hits + self.late + self.misses
+
+    @property
+    def hit_rate(self) -> float:
+        return _share(self.hits, self.accesses)
+
+    @property
+    def late_rate(self) -> float:
+        return _share(self.late, self.accesses)
+
+    @property
+    def miss_rate(self) -> float:
+        return _share(self.misses, self.accesses)
+
+    def as_dict(self) -> dict[str, str | int | float]:
+        """All fields and rates, ready for JSON."""
+        rates = {"hit_rate": self.hit_rate, "late_rate": self.late_rate, "miss_rate": self.miss_rate}
+        return asdict(self) | {"accesses": self.accesses} | rates

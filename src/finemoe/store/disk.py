@@ -1,0 +1,154 @@
+"""The disk tier: reads stretches of checkpoint files, past the page cache where the platform allows.
+
+Direct I/O moves whole pages between the disk and page-aligned memory. Expert pieces start anywhere, so each reader
+thread reads the pages around a piece into its own small buffer and copies the piece from there: the copy stays in the
+CPU's cache, and costs less than the kernel's own (measured: docs/results).
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from finemoe.checkpoint import Catalog
+from finemoe.types import ExpertId, Run
+
+PAGE_BYTES = 4096
+CHUNK_BYTES = 1 << 20  # the largest read that callers should ask for at once
+
+
+class _Buffers(threading.local):
+    """One page-aligned buffer a thread, made on first use."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, CHUNK_BYTES + 2 * PAGE_BYTES)
+        self.array = np.frombuffer(self.memory, dtype=np.uint8)
+
+
+class DiskStore:
+    """An `ExpertSource` over a checkpoint's files. Safe to read from several threads.
+
+    Args:
+        files: the checkpoint's files, indexed as in the catalog.
+        catalog: which stretches make up which expert.
+        io: `direct` bypasses the page cache; `buffered` reads through it and asks the kernel to drop what was read;
+            `auto` is `direct` where every file can be opened so.
+
+    Raises:
+        OSError: a file can't be opened, or `io` is `direct` and the file system has no direct I/O.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], catalog: Catalog, io: Literal["auto", "direct", "buffered"] = "auto"
+    ) -> None:
+        self._files = tuple(files)
+        self._catalog = catalog
+        self._buffers = _Buffers()
+        self._descriptors: list[int] = []
+        self.io: Literal["direct", "buffered"] = "buffered"
+        if io != "buffered":
+            try:
+                self._open(getattr(os, "O_DIRECT", 0))
+                if not hasattr(os, "O_DIRECT"):
+                    raise OSError(errno.EINVAL, "this platform has no direct I/O")
+                self._try_direct()
+                self.io = "direct"
+            except OSError as error:
+                self.close()
+                if io == "direct" or error.errno != errno.EINVAL:
+                    raise
+        if self.io == "buffered":
+            self._open(0)
+            if not hasattr(os, "posix_fadvise"):
+                warnings.warn(
+                    "this platform can't be asked to drop read pages: its page cache may hold a second copy of the "
+                    "experts, outside the expert memory budget",
+                    stacklevel=2,
+                )
+
+    def runs(self, expert: ExpertId) -> Sequence[Run]:
+        """The stretches that make up `expert`. Does no I/O."""
+        return self._catalog.runs(expert)
+
+    def read(self, run: Run, start_bytes: int, into: memoryview) -> None:
+        """Fill `into` (at most `CHUNK_BYTES`) with the bytes of `run` from `start_bytes` on.
+
+        Raises:
+            OSError: the read failed or came up short; the message names the file.
+        """
+        offset_bytes = run.file_offset_bytes + start_bytes
+        if self.io == "direct":
+            self._read_direct(run.file, offset_bytes, into)
+        else:
+            self._read_buffered(run.file, offset_bytes, into)
+
+    def close(self) -> None:
+        for descriptor in self._descriptors:
+            with suppress(OSError):
+                os.close(descriptor)
+        self._descriptors.clear()
+
+    def _open(self, flags: int) -> None:
+        flags |= os.O_RDONLY | getattr(os, "O_BINARY", 0)
+        for file in self._files:
+            self._descriptors.append(os.open(file, flags))
+
+    def _try_direct(self) -> None:
+        """Some file systems accept the flag and refuse the read."""
+        for descriptor in self._descriptors:
+            os.preadv(descriptor, [memoryview(self._buffers.memory)[:PAGE_BYTES]], 0)
+
+    def _read_direct(self, file: int, offset_bytes: int, into: memoryview) -> None:
+        first = offset_bytes // PAGE_BYTES * PAGE_BYTES
+        head = offset_bytes - first
+        wanted = head + len(into)
+        window = memoryview(self._buffers.memory)[: -(-wanted // PAGE_BYTES) * PAGE_BYTES]
+        done = 0
+        while done < wanted:  # the last page of a file comes back short, and that is enough
+            got = os.preadv(self._descriptors[file], [window[done:]], first + done)
+            if got == 0 or (done + got < wanted and got % PAGE_BYTES):
+                raise self._short(file, offset_bytes, len(into))
+            done += got
+        # numpy's copy releases the GIL; a memoryview's does not
+        np.copyto(np.frombuffer(into, dtype=np.uint8), self._buffers.array[head:wanted])
+
+    def _read_buffered(self, file: int, offset_bytes: int, into: memoryview) -> None:
+        descriptor = self._descriptors[file]
+        done = 0
+        while done < len(into):
+            got = _pread(descriptor, into[done:], offset_bytes + done)
+            if got == 0:
+                raise self._short(file, offset_bytes, len(into))
+            done += got
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, offset_bytes, len(into), os.POSIX_FADV_DONTNEED)
+
+    def _short(self, file: int, offset_bytes: int, length_bytes: int) -> OSError:
+        return OSError(
+            errno.EIO, f"file ends before byte {offset_bytes + length_bytes}; was it changed?", str(self._files[file])
+        )
+
+    def name(self, file: int) -> str:
+        return str(self._files[file])
+
+
+_SEEK = threading.Lock()
+
+
+def _pread(descriptor: int, into: memoryview, offset_bytes: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [into], offset_bytes)
+    with _SEEK:  # no positioned reads on this platform
+        os.lseek(descriptor, offset_bytes, os.SEEK_SET)
+        data = os.read(descriptor, len(into))
+    into[: len(data)] = data
+    return len(data)

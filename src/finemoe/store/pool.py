@@ -1,0 +1,150 @@
+"""The device slots: `C` equal slots of page-aligned memory, and what is in each.
+
+A slot is free, loading, or ready; a ready one may be pinned. The pool enforces the one rule that a wrong weight could
+come from: nothing takes the slot of an expert that is loading or pinned. It does not choose who takes whose.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import Counter
+from contextlib import suppress
+
+import torch
+
+from finemoe.config import format_bytes
+from finemoe.errors import BudgetError, InvariantError
+from finemoe.store.memory import available_bytes
+from finemoe.types import ExpertId
+
+
+class Pool:
+    """Slots for experts.
+
+    Args:
+        slots: `C`.
+        slot_bytes: size of each.
+
+    Raises:
+        BudgetError: the machine does not have this much memory; the message names the flag.
+    """
+
+    def __init__(self, slots: int, slot_bytes: int) -> None:
+        self.slots = slots
+        self.slot_bytes = slot_bytes
+        size_bytes = slots * slot_bytes
+        available = available_bytes()
+        too_much = BudgetError(
+            f"--expert-memory: {format_bytes(size_bytes)} for {slots} experts, but only {format_bytes(available)} "
+            "of memory are available; give a smaller budget"
+        )
+        if size_bytes > available:
+            raise too_much
+        try:
+            self._memory = mmap.mmap(-1, size_bytes)
+        except (OSError, MemoryError, OverflowError) as error:
+            raise too_much from error
+        with suppress(AttributeError, OSError):  # fewer TLB misses where the kernel offers it
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._slot: dict[ExpertId, int] = {}  # loading or ready
+        self._loading: set[ExpertId] = set()
+        self._pins: Counter[ExpertId] = Counter()
+        self._free = list(range(slots - 1, -1, -1))
+
+    @property
+    def size_bytes(self) -> int:
+        return self.slots * self.slot_bytes
+
+    @property
+    def resident(self) -> int:
+        """How many experts are ready."""
+        return len(self._slot) - len(self._loading)
+
+    def reserve(self, expert: ExpertId, victim: ExpertId | None) -> int:
+        """Give `expert` a free slot, or that of `victim`. It counts as loading until `landed` or `failed`.
+
+        Raises:
+            InvariantError: the victim is not ready or is pinned, no slot is free, or the expert has one already.
+        """
+        if expert in self._slot:
+            raise InvariantError(f"{expert} has a slot already")
+        if victim is None:
+            if not self._free:
+                raise InvariantError(f"no free slot for {expert}")
+            slot = self._free.pop()
+        else:
+            if victim not in self._slot or victim in self._loading:
+                raise InvariantError(f"{victim} is not ready and can't make room for {expert}")
+            if self._pins[victim]:
+                raise InvariantError(f"{victim} is in use and can't make room for {expert}")
+            slot = self._slot.pop(victim)
+        self._slot[expert] = slot
+        self._loading.add(expert)
+        return slot
+
+    def landed(self, expert: ExpertId) -> None:
+        """The expert's bytes are in its slot."""
+        if expert not in self._loading:
+            raise InvariantError(f"{expert} landed without being expected")
+        self._loading.remove(expert)
+
+    def failed(self, expert: ExpertId) -> None:
+        """The expert's bytes will not come; its slot is free again."""
+        if expert not in self._loading:
+            raise InvariantError(f"{expert} failed without being expected")
+        self._loading.remove(expert)
+        self._free.append(self._slot.pop(expert))
+
+    def pin(self, expert: ExpertId) -> int:
+        """Keep a ready expert in place until `unpin`; returns its slot. Pins count.
+
+        Raises:
+            InvariantError: the expert is not ready.
+        """
+        if expert not in self._slot or expert in self._loading:
+            raise InvariantError(f"{expert} is used without being ready")
+        self._pins[expert] += 1
+        return self._slot[expert]
+
+    def unpin(self, expert: ExpertId) -> None:
+        if not self._pins[expert]:
+            raise InvariantError(f"{expert} is unpinned more often than pinned")
+        self._pins[expert] -= 1
+        if not self._pins[expert]:
+            del self._pins[expert]
+
+    def clear(self) -> None:
+        """Forget everything: all slots are free. Only when no transfer writes to them any more."""
+        self._slot.clear()
+        self._loading.clear()
+        self._pins.clear()
+        self._free = list(range(self.slots - 1, -1, -1))
+
+    def bytes_of(self, slot: int) -> torch.Tensor:
+        """The slot's bytes: uint8 `[slot_bytes]`, shared, not copied."""
+        return self._bytes[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
+
+    def writable(self, slot: int) -> memoryview:
+        """The slot's bytes, for a transfer to write into."""
+        return memoryview(self._memory)[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
+
+    def close(self) -> None:
+        """Give the memory back as soon as no view of it is left."""
+        self.clear()
+        self._free.clear()
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+        with suppress(BufferError):  # still viewed: freed with the last view
+            self._memory.close()
+
+    def check_integrity(self) -> None:
+        """Raises `InvariantError` if slots are lost, shared, or pinned without being ready."""
+        used = sorted([*self._slot.values(), *self._free])
+        if used != list(range(self.slots)):
+            raise InvariantError(f"slots are lost or shared: {used}")
+        for expert in self._loading:
+            if expert not in self._slot:
+                raise InvariantError(f"{expert} is loading without a slot")
+        for expert, pins in self._pins.items():
+            if pins and (expert not in self._slot or expert in self._loading):
+                raise InvariantError(f"{expert} is pinned without being ready")

@@ -1,0 +1,31 @@
+"""The slow plain twin of the readers, for debug runs: reads an expert again, the simplest way, and compares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from finemoe.checkpoint import Catalog
+from finemoe.errors import InvariantError
+from finemoe.store.pool import Pool
+from finemoe.types import ExpertId
+
+
+class SecondReader:
+    """Compares slots with the checkpoint's files."""
+
+    def __init__(self, files: Sequence[Path], catalog: Catalog, pool: Pool) -> None:
+        self._files = tuple(files)
+        self._catalog = catalog
+        self._pool = pool
+
+    def check(self, expert: ExpertId, slot: int) -> None:
+        """Raises `InvariantError` if the slot's bytes are not those of `expert`."""
+        held = self._pool.bytes_of(slot).numpy()
+        for run in self._catalog.runs(expert):
+            with self._files[run.file].open("rb") as file:
+                file.seek(run.file_offset_bytes)
+                expected = file.read(run.length_bytes)
+            part = held[run.slot_offset_bytes : run.slot_offset_bytes + run.length_bytes]
+            if part.tobytes() != expected:
+                raise InvariantError(f"slot {slot} does not hold {expert}: its bytes differ from {self._files[run.file]}")
