@@ -85,7 +85,7 @@ class LoadConfig:
     )
     policy: str = field(default="lfru", metadata={"help": "what to keep and what to fetch"})
     io: Literal["auto", "direct", "buffered"] = field(
-        default="auto", metadata={"help": "how experts are read; direct bypasses the page cache, auto uses it if it can"}
+        default="auto", metadata={"help": "how experts are read; direct bypasses the page cache, auto does if it can"}
     )
     reader_threads: int = field(default=4, metadata={"help": "threads that read experts"})
     verify: bool = field(

@@ -63,8 +63,8 @@ class ReaderThreads:
         """Start reading `expert` into `slot`. Returns at once."""
         chunks: list[tuple[Run, int, int]] = []
         for run in self._source.runs(expert):
-            for start in range(0, run.length_bytes, self._chunk_bytes):
-                chunks.append((run, start, min(self._chunk_bytes, run.length_bytes - start)))
+            starts = range(0, run.length_bytes, self._chunk_bytes)
+            chunks += [(run, start, min(self._chunk_bytes, run.length_bytes - start)) for start in starts]
         job = _Job(expert, len(chunks))
         with self._lock:
             if self._closed:
@@ -132,7 +132,7 @@ class ReaderThreads:
             if chunk.job.error is None:  # a failed expert's other chunks are not worth reading
                 try:
                     self._source.read(chunk.run, chunk.start_bytes, chunk.into)
-                except Exception as caught:  # handed to the consumer, whatever it is: a dead reader would hang it
+                except Exception as caught:  # noqa: BLE001 - handed to the consumer, whatever it is: a dead reader would hang it
                     error = caught
             with self._done:
                 self._reading -= 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -123,9 +124,9 @@ def stored_rows(name: str, shape: Sequence[int], addresses: torch.Tensor, column
     """
     experts, rows, width = shape
     if addresses.shape == (experts, rows, 1) and columns == width:
-        return _Addresses(addresses.reshape(experts, rows), width * item_bytes, (rows, width), False)
+        return _Addresses(addresses.reshape(experts, rows), width * item_bytes, (rows, width), transposed=False)
     if addresses.shape == (experts, 1, width) and columns == rows:
-        return _Addresses(addresses.reshape(experts, width), rows * item_bytes, (width, rows), True)
+        return _Addresses(addresses.reshape(experts, width), rows * item_bytes, (width, rows), transposed=True)
     raise UnsupportedModelError(
         f"{name}: transformers converts this checkpoint's experts in a way that finemoe can't follow row by row"
     )
@@ -137,7 +138,7 @@ def stored_items(name: str, shape: Sequence[int], addresses: torch.Tensor, item_
         raise CheckpointError(
             f"{name}: the checkpoint gives shape {list(addresses.shape)}, the model expects {list(shape)}"
         )
-    return _Addresses(addresses.reshape(shape[0], -1), item_bytes, tuple(shape[1:]), False)
+    return _Addresses(addresses.reshape(shape[0], -1), item_bytes, tuple(shape[1:]), transposed=False)
 
 
 class LayerBuilder:
@@ -199,7 +200,7 @@ def _join(addresses: torch.Tensor, row_bytes: int, slot_offset_bytes: int) -> li
     breaks = (torch.nonzero(addresses[1:] - addresses[:-1] != row_bytes).flatten() + 1).tolist()
     bounds = [0, *breaks, len(addresses)]
     runs = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         address = int(addresses[start])
         runs.append(
             Run(

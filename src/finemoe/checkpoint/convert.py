@@ -41,7 +41,7 @@ class _Conversion:
 
 
 class _CollapsedModel:
-    """Shows the model to conversion operations that ask for a parameter's shape, with its rows collapsed to addresses."""
+    """Shows the model to operations that ask for a parameter's shape, with its rows collapsed to addresses."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -145,7 +145,7 @@ def _locate(
     if not by_rows and sum(h.length_bytes for h in sources) // dtype.itemsize > _SMALL_ITEMS:
         raise UnsupportedModelError(f"{target}: its tensors differ in row length; transformers' conversion of them "
                                     "can't be followed row by row")  # fmt: skip
-    converted = _convert(model, target, conversion, sources, dtype.itemsize, by_rows)
+    converted = _convert(model, target, conversion, sources, dtype.itemsize, by_rows=by_rows)
     result: dict[str, tuple[Any, torch.dtype]] = {}
     for name, addresses in converted.items():
         expected = tuple(_parameter(owners, name).shape)
@@ -167,6 +167,7 @@ def _convert(
     conversion: _Conversion,
     sources: list[TensorHeader],
     item_bytes: int,
+    *,
     by_rows: bool,
 ) -> dict[str, torch.Tensor]:
     make = address_rows if by_rows else address_items
@@ -178,7 +179,9 @@ def _convert(
         converted = conversion.transform.convert(target, model=seen, config=model.config)
     except (ValueError, RuntimeError, IndexError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{target}: its tensors do not fit together ({reason}); is the checkpoint complete?") from error
+        raise CheckpointError(
+            f"{target}: its tensors do not fit together ({reason}); is the checkpoint complete?"
+        ) from error
     return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 

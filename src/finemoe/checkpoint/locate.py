@@ -1,11 +1,14 @@
-"""From what the user typed to a folder of checked files: a local folder, or a hub id through huggingface_hub's cache."""
+"""From what the user typed to a folder of checked files: a local folder, or a hub id through the hub's cache."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from finemoe.checkpoint.headers import TensorHeader, read_headers
 from finemoe.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
@@ -33,7 +36,7 @@ def locate(model: str, revision: str | None = None) -> Checkpoint:
     if not folder.is_dir():
         if folder.exists():
             raise CheckpointError(f"--model: {model} is a file; give the folder that holds config.json")
-        if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        if _is_local(model):
             raise CheckpointError(f"--model: there is no folder {model}")
         folder = _download(model, revision)
     if not (folder / "config.json").is_file():
@@ -65,8 +68,49 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     return files
 
 
+def locate_headers(model: str, revision: str | None = None) -> tuple[Path, dict[str, TensorHeader]]:
+    """A model's folder and the headers of all its tensors. Of a hub model, no weights are downloaded.
+
+    File indices and offsets of a hub model that is not in the cache yet are those of its files, sorted by name.
+
+    Raises:
+        CheckpointError: as `locate`.
+    """
+    if _is_local(model):
+        checkpoint = locate(model, revision)
+        return checkpoint.folder, read_headers(checkpoint.files)
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    with _hub_errors(model, revision):
+        folder = Path(hf_hub_download(model, "config.json", revision=revision)).parent
+        try:
+            metadata = get_safetensors_metadata(model, revision=revision)
+        except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+            raise CheckpointError(f"--model: {model} has no usable safetensors on the hub") from error
+    headers = {}
+    for index, name in enumerate(sorted(metadata.files_metadata)):
+        for key, info in metadata.files_metadata[name].tensors.items():
+            begin, end = info.data_offsets
+            headers[key] = TensorHeader(index, begin, end - begin, str(info.dtype), tuple(info.shape))
+    return folder, headers
+
+
+def _is_local(model: str) -> bool:
+    folder = Path(model).expanduser()
+    return folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
+
+
 def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
+
+    with _hub_errors(model, revision):
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_PATTERNS))
+
+
+@contextmanager
+def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Says in one line why a hub model can't be had."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -77,7 +121,7 @@ def _download(model: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_PATTERNS))
+        yield
     except HFValidationError as error:
         raise CheckpointError(f"--model: {model!r} is neither a folder nor a hub id") from error
     except GatedRepoError as error:

@@ -1,4 +1,6 @@
-"""Events in, `Plan` out. The controller is the pure half of the cache: it knows what is resident, in flight and in
+"""Events in, `Plan` out.
+
+The controller is the pure half of the cache: it knows what is resident, in flight and in
 use, and decides what to fetch and whose slot to take. It does no I/O, reads no clock and owns no bytes, so that the
 engine and the simulator drive the same object.
 
@@ -41,7 +43,7 @@ class Controller:
     def routed(self, event: Routed) -> Plan:
         """A layer's needs are known: pins them, and plans the fetch of each that is neither resident nor in flight.
 
-        Where slots run out, the rest wait for `used`: a layer that needs more experts than the pool holds runs in waves.
+        Where slots run out, the rest wait for `used`: a layer that needs more than the pool holds runs in waves.
         """
         self.eviction.access(event.layer, event.experts)
         for expert in event.experts:

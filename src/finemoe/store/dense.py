@@ -49,7 +49,7 @@ class LazyTensor:
             raise TypeError(f"{self._name}: can't read a tensor stored as {header.dtype}")
         tensor = torch.empty(header.shape, dtype=_DTYPES[header.dtype])
         if header.length_bytes:
-            raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
             run = Run(header.file, header.offset_bytes, header.length_bytes, 0)
             for start in range(0, header.length_bytes, CHUNK_BYTES):
                 self._store.read(run, start, raw[start : start + CHUNK_BYTES])

@@ -57,10 +57,7 @@ class DiskStore:
         self.io: Literal["direct", "buffered"] = "buffered"
         if io != "buffered":
             try:
-                self._open(getattr(os, "O_DIRECT", 0))
-                if not hasattr(os, "O_DIRECT"):
-                    raise OSError(errno.EINVAL, "this platform has no direct I/O")
-                self._try_direct()
+                self._open_direct()
                 self.io = "direct"
             except OSError as error:
                 self.close()
@@ -102,8 +99,11 @@ class DiskStore:
         for file in self._files:
             self._descriptors.append(os.open(file, flags))
 
-    def _try_direct(self) -> None:
-        """Some file systems accept the flag and refuse the read."""
+    def _open_direct(self) -> None:
+        """Opens and tries: some file systems accept the flag and refuse the read."""
+        if not hasattr(os, "O_DIRECT"):
+            raise OSError(errno.EINVAL, "this platform has no direct I/O")
+        self._open(os.O_DIRECT)
         for descriptor in self._descriptors:
             os.preadv(descriptor, [memoryview(self._buffers.memory)[:PAGE_BYTES]], 0)
 

@@ -28,4 +28,5 @@ class SecondReader:
                 expected = file.read(run.length_bytes)
             part = held[run.slot_offset_bytes : run.slot_offset_bytes + run.length_bytes]
             if part.tobytes() != expected:
-                raise InvariantError(f"slot {slot} does not hold {expert}: its bytes differ from {self._files[run.file]}")
+                file_name = self._files[run.file]
+                raise InvariantError(f"slot {slot} does not hold {expert}: its bytes differ from {file_name}")

@@ -6,138 +6,33 @@ checkpoint's tensors into parameters, which is wrapped for the duration of a loa
 
 from __future__ import annotations
 
-import json
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, modeling_utils
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
 
 from finemoe.checkpoint import Catalog, Checkpoint, TensorHeader, locate, read_headers
 from finemoe.checkpoint.convert import ExpertsModule, build_catalog, sort_keys
-from finemoe.config import LoadConfig, format_bytes, parse_budget
+from finemoe.config import LoadConfig
 from finemoe.engine import Engine
-from finemoe.errors import BudgetError, CheckpointError, FinemoeError, UnsupportedModelError
+from finemoe.errors import CheckpointError, UnsupportedModelError
 from finemoe.experts import HANDLE, IMPLEMENTATION, ExpertLayer, LazyParameter, choose_path
-from finemoe.metrics import Stats
+from finemoe.model.find import find_experts, model_class, pool_slots, read_config
+from finemoe.model.offload import Offload, OffloadedModel
 from finemoe.policy import make_controller
-from finemoe.store import DiskStore, Pool, peak_rss_bytes
+from finemoe.store import DiskStore, Pool
 from finemoe.store.dense import LazyTensor
+from finemoe.store.verify import SecondReader
 from finemoe.transfer import ReaderThreads
 from finemoe.types import ExpertId
 
-# slots beyond one token's experts that the pool must have, for what is in flight
-IN_FLIGHT_SLOTS = 1
-# what configs call the number of experts active per token
-_ACTIVE = (
-    "num_experts_per_tok", "num_experts_per_token", "num_selected_experts", "experts_per_token", "top_k_experts",
-    "moe_topk", "moe_top_k", "moe_k", "top_k",
-)  # fmt: skip
 _LOADING = threading.Lock()  # transformers' loader is wrapped by one load at a time
-
-
-class Offload:
-    """The running side of an offloaded model: `model.finemoe`."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        catalog: Catalog,
-        store: DiskStore,
-        engine: Engine,
-        layers: list[ExpertLayer],
-        policy: str,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.catalog = catalog
-        self.policy = policy
-        self._store = store
-        self._engine = engine
-        self._layers = layers
-        self._closed = False
-
-    def stats(self) -> Stats:
-        """What happened since loading, or since `reset_stats`."""
-        counters, pool = self._engine.counters, self._engine.pool
-        return Stats(
-            model=self.checkpoint.name,
-            policy=self.policy,
-            io=self._store.io,
-            layers=len(self.catalog.layouts),
-            experts=self.catalog.experts,
-            expert_bytes=self.catalog.weight_bytes,
-            expert_memory_bytes=pool.size_bytes,
-            slots=pool.slots,
-            resident=pool.resident,
-            layer_calls=counters.layer_calls,
-            hits=counters.hits,
-            late=counters.late,
-            misses=counters.misses,
-            evictions=counters.evictions,
-            bytes_read=self._engine.transfer.moved_bytes - self._read_before,
-            stall_s=counters.stall_s,
-            stalled_bytes=counters.stalled_bytes,
-            peak_rss_bytes=peak_rss_bytes(),
-        )
-
-    _read_before = 0
-
-    def reset_stats(self) -> None:
-        """Start counting anew; what is resident stays."""
-        self._engine.counters.reset()
-        self._read_before = self._engine.transfer.moved_bytes
-
-    def evict_all(self) -> None:
-        """Empty the pool, as after loading. For measurements of a cold start."""
-        self._engine.clear()
-
-    def check_integrity(self) -> None:
-        """Raises `InvariantError` if the pool's bookkeeping contradicts itself."""
-        self._engine.check_integrity()
-
-    def close(self) -> None:
-        """Free the pool, the reader threads and the open files. The model can't run any more."""
-        if self._closed:
-            return
-        self._closed = True
-        self._engine.transfer.close()
-        for layer in self._layers:
-            layer.close()
-        self._engine.pool.close()
-        self._store.close()
-
-
-class OffloadedModel:
-    """Mixed into the class of a loaded model: what is different about it."""
-
-    finemoe: Offload
-
-    def close(self) -> None:
-        """Free the expert pool, the reader threads and the open files. The model can't run any more."""
-        self.finemoe.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def save_pretrained(self, *_: Any, **__: Any) -> None:
-        """Refused: the experts are not in this model."""
-        raise FinemoeError(
-            f"an offloaded model can't be saved, its experts are in {self.finemoe.checkpoint.folder}; "
-            "load it with transformers to save a copy"
-        )
 
 
 def load(
@@ -193,7 +88,7 @@ def load_config(config: LoadConfig) -> Any:
     """`load`, from a `LoadConfig`."""
     make_controller(config.policy, 1, 1, 1)  # an unknown policy is refused before anything is read
     checkpoint = locate(config.model or reference_model(), config.revision)
-    model_config = read_config(checkpoint.folder, config.trust_remote_code)
+    model_config = read_config(checkpoint.folder, trust_remote_code=config.trust_remote_code)
     headers = read_headers(checkpoint.files)
     loading = _Loading(config, checkpoint, model_config, headers)
     try:
@@ -217,101 +112,6 @@ def reference_model() -> str:
     from finemoe.reference import ensure
 
     return str(ensure())
-
-
-def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """A model's config, refused where it says by itself that the model can't be offloaded.
-
-    Raises:
-        CheckpointError: config.json is damaged, or of no model that transformers knows.
-        UnsupportedModelError: quantised, or in need of remote code that was not asked for.
-    """
-    try:
-        raw = json.loads((folder / "config.json").read_text())
-        model_type, remote = raw.get("model_type"), "auto_map" in raw
-        quantised = raw.get("quantization_config")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: can't be read ({error})") from error
-    if model_type not in CONFIG_MAPPING and not (remote and trust_remote_code):
-        if remote:
-            raise UnsupportedModelError(
-                f"{folder} needs modelling code of its own; if you trust it, give --trust-remote-code"
-            )
-        raise CheckpointError(
-            f"{folder / 'config.json'}: transformers {transformers.__version__} knows no model type {model_type!r}"
-        )
-    if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
-        raise UnsupportedModelError(
-            f"{folder} is quantised ({method}), which finemoe does not offload yet; take the model's unquantised release"
-        )
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # configs validate themselves, with errors of every kind
-        raise CheckpointError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from error
-
-
-def model_class(config: PreTrainedConfig) -> Any:
-    """The class that the checkpoint names, so that models without a causal-LM mapping load too."""
-    for name in config.architectures or ():
-        named = getattr(transformers, name, None)
-        if isinstance(named, type) and issubclass(named, PreTrainedModel):
-            return named
-    return AutoModelForCausalLM
-
-
-def find_experts(model: PreTrainedModel) -> list[tuple[ExpertsModule, nn.Module]]:
-    """The model's experts modules, in the order in which the model holds them.
-
-    An experts module is one whose class transformers' experts registry decorates. Its parameters `[E, ..]` are routed;
-    others (a norm that all experts share) are not.
-
-    Raises:
-        UnsupportedModelError: there are none.
-    """
-    found = []
-    for name, module in model.named_modules():
-        experts = getattr(module, "num_experts", None)
-        if not hasattr(type(module).forward, "__wrapped__") or not hasattr(module, "is_transposed") or not experts:
-            continue
-        own = {key: p for key, p in module.named_parameters(recurse=False) if p.dim() > 1 and p.shape[0] == experts}
-        if own:
-            found.append((ExpertsModule(name, experts, own), module))
-    if not found:
-        reason = (
-            "its experts are not covered by transformers' experts registry"
-            if active_experts(model.config) > 1
-            else "it is a dense model, without routed experts"
-        )
-        raise UnsupportedModelError(f"{type(model).__name__} can't be offloaded: {reason}")
-    return found
-
-
-def active_experts(config: PreTrainedConfig) -> int:
-    """`K`: the most experts that a token activates in a layer, 1 if the config does not say."""
-    active = 1
-    for part in (config, config.get_text_config(), *(getattr(config, key, None) for key in config.sub_configs)):
-        for name in _ACTIVE:
-            value = getattr(part, name, None)
-            values = value if isinstance(value, list) else [value]
-            active = max([active, *(v for v in values if isinstance(v, int))])
-    return active
-
-
-def pool_slots(catalog: Catalog, config: PreTrainedConfig, expert_memory: str) -> int:
-    """`C`: how many experts the budget pays for.
-
-    Raises:
-        BudgetError: fewer than one token's step in one layer needs; the message names the minimum.
-    """
-    slots = parse_budget(expert_memory).slots(catalog.slot_bytes, catalog.experts)
-    least = min(active_experts(config) + IN_FLIGHT_SLOTS, catalog.experts)
-    if slots < least:
-        raise BudgetError(
-            f"--expert-memory: {expert_memory} holds {slots} of {catalog.experts} experts; at least {least} are needed "
-            f"for one step: {least * catalog.slot_bytes} bytes ({format_bytes(least * catalog.slot_bytes)})"
-        )
-    return slots
 
 
 class _Loading:
@@ -347,7 +147,9 @@ class _Loading:
         try:
             self._store = DiskStore(self._checkpoint.files, self._catalog, self._config.io)
         except OSError as error:
-            raise CheckpointError(f"{error.filename}: can't be opened for --io {self._config.io} ({error.strerror})") from error
+            raise CheckpointError(
+                f"{error.filename}: can't be opened for --io {self._config.io} ({error.strerror})"
+            ) from error
         self._pool = Pool(slots, self._catalog.slot_bytes)
         for module in modules:
             for parameter in module.parameters.values():
@@ -360,7 +162,7 @@ class _Loading:
     def finish(self, model: PreTrainedModel) -> Any:
         """Swap the experts' weights for handles on the pool."""
         assert self._catalog is not None and self._store is not None and self._pool is not None
-        model.requires_grad_(False)
+        model.requires_grad_(requires_grad=False)
         controller = make_controller(
             self._config.policy,
             len(self._catalog.layouts),
@@ -416,8 +218,6 @@ class _Loading:
             handle.accumulator = chosen[kind]
 
     def _verifier(self) -> Callable[[ExpertId, int], None]:
-        from finemoe.store.verify import SecondReader
-
         assert self._catalog is not None and self._pool is not None
         return SecondReader(self._checkpoint.files, self._catalog, self._pool).check
 
@@ -429,6 +229,7 @@ def _diverted(replacement: Callable[..., Any]) -> Iterator[None]:
         original = modeling_utils.convert_and_load_state_dict_in_model
 
         def wrapped(model: PreTrainedModel, state_dict: Any, load_config: Any, disk_offload_index: Any = None) -> Any:
+            del state_dict, disk_offload_index
             return replacement(original, model, load_config)
 
         modeling_utils.convert_and_load_state_dict_in_model = wrapped

@@ -1,0 +1,62 @@
+"""The command line: a table of subcommands. It holds no logic of its own, and imports a command when it runs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from finemoe.cli.flags import Parser
+from finemoe.errors import FinemoeError
+
+COMMANDS = {
+    "generate": "answer one prompt",
+    "chat": "talk to a model in the terminal",
+    "inspect": "show a model's layers, experts and bytes, from headers only",
+    "plan": "say which budgets fit this machine, and how fast they would be",
+    "bench": "measure against transformers, resident and with its own disk offload",
+}
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    parser = Parser(prog="finemoe", description="Mixture-of-Experts models from a device too small for them.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    given = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((word for word in given if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == chosen:
+            importlib.import_module(f"finemoe.cli.{name}").configure(command)
+    arguments = parser.parse_args(given)
+    if arguments.version:
+        from finemoe import __version__
+
+        print(f"finemoe {__version__}")
+        return 0
+    if arguments.command is None:
+        parser.print_help()
+        return 2
+    _quieten()
+    try:
+        status: int = importlib.import_module(f"finemoe.cli.{arguments.command}").run(arguments)
+    except FinemoeError as error:
+        print(f"finemoe: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nfinemoe: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away: nothing is left to tell it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _quieten() -> None:
+    """Libraries' notices are for their developers; errors come as our own one line."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")

@@ -1,0 +1,69 @@
+"""`finemoe chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import suppress
+
+from finemoe.cli.flags import add_flags, read_flags
+from finemoe.cli.generate import summary
+from finemoe.config import GenerateConfig, LoadConfig
+
+_HELP = "/reset forgets the conversation, /stats tells what the last answer took, /exit or Ctrl-D leaves"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system", default=None, help="instructions that precede the conversation")
+    parser.add_argument("--json", action="store_true", help="print each answer as one line of JSON, and nothing else")
+    add_flags(parser, LoadConfig)
+    add_flags(parser, GenerateConfig)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    load_config, generate_config = read_flags(arguments, LoadConfig), read_flags(arguments, GenerateConfig)
+    with suppress(ImportError):  # line editing, where the platform has it
+        import readline  # noqa: F401
+    from finemoe.model import load_config as load
+    from finemoe.session import Session
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
+    opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    with load(load_config) as model:
+        session = Session(model)
+        turns, reply = list(opening), None
+        print(_HELP, file=sys.stderr)
+        while (line := _ask()) is not None:
+            if line == "/exit":
+                break
+            if line == "/reset":
+                turns = list(opening)
+            elif line == "/stats":
+                print(summary(reply) if reply else "nothing was answered yet", file=sys.stderr)
+            elif line.startswith("/"):
+                print(f"no command {line}; {_HELP}", file=sys.stderr)
+            elif line:
+                asked = [*turns, {"role": "user", "content": line}]
+                try:
+                    reply = session.reply(asked, generate_config, (lambda _: None) if arguments.json else show)
+                except KeyboardInterrupt:  # ends the answer, not the conversation
+                    print("\n(interrupted; this turn is forgotten)", file=sys.stderr)
+                    continue
+                print(json.dumps(reply.as_dict()) if arguments.json else "", flush=True)
+                turns = [*asked, {"role": "assistant", "content": reply.text}]
+    return 0
+
+
+def _ask() -> str | None:
+    """The user's next line, or `None` at the end of the input."""
+    try:
+        if sys.stdin.isatty():
+            return input("> ").strip()
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+    except (EOFError, KeyboardInterrupt):
+        print(file=sys.stderr)
+        return None

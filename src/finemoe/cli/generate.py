@@ -1,0 +1,59 @@
+"""`finemoe generate PROMPT`: stream an answer, then say what it took."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from finemoe.cli.flags import add_flags, read_flags
+from finemoe.config import GenerateConfig, LoadConfig, format_bytes
+
+if TYPE_CHECKING:
+    from finemoe.session import Reply
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT", help="what to ask; - reads it from standard input")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, and nothing else")
+    add_flags(parser, LoadConfig)
+    add_flags(parser, GenerateConfig)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    load_config, generate_config = read_flags(arguments, LoadConfig), read_flags(arguments, GenerateConfig)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    from finemoe.model import load_config as load
+    from finemoe.session import Session
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
+    with load(load_config) as model:
+        session = Session(model)
+        if arguments.json:
+            reply = session.reply(prompt, generate_config)
+            print(json.dumps(reply.as_dict()))
+        else:
+            reply = session.reply(prompt, generate_config, show, progress=sys.stderr.isatty())
+            print(flush=True)
+            print(summary(reply), file=sys.stderr)
+    return 0
+
+
+def summary(reply: Reply) -> str:
+    """What an answer took, in three lines for people."""
+    stats = reply.stats
+    return "\n".join(
+        [
+            "",
+            f"{len(reply.token_ids)} tokens at {reply.tok_s:.2f} tok/s; first after {reply.ttft_s:.2f} s, "
+            f"then {reply.tpot_s * 1000:.0f} ms each",
+            f"experts: {stats.slots} of {stats.experts} in memory ({format_bytes(stats.expert_memory_bytes)} of "
+            f"{format_bytes(stats.expert_bytes)}), policy {stats.policy}: {stats.hit_rate:.1%} hits, "
+            f"{stats.late_rate:.1%} late, {stats.miss_rate:.1%} misses",
+            f"read {format_bytes(stats.bytes_read)} ({stats.io} I/O), waited for it {reply.stall_share:.0%} of the "
+            f"time; peak memory {format_bytes(stats.peak_rss_bytes)}",
+        ]
+    )

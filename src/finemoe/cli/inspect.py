@@ -1,0 +1,87 @@
+"""`finemoe inspect`: what a model is made of, from its headers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from finemoe.config import format_bytes
+
+if TYPE_CHECKING:
+    from finemoe.model import Description
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_model_flags(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON document, and nothing else")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which model to describe."""
+    parser.add_argument("--model", default=None, help="folder or hub id; by default the built-in reference model")
+    parser.add_argument("--revision", default=None, help="hub revision (branch, tag or commit)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run modelling code that the model repo ships")
+
+
+def describe_model(arguments: argparse.Namespace) -> Description:
+    """The model that the flags name."""
+    from finemoe.model import describe, reference_model
+
+    model = arguments.model or reference_model()
+    return describe(model, arguments.revision, trust_remote_code=arguments.trust_remote_code)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    description = describe_model(arguments)
+    print(json.dumps(as_dict(description)) if arguments.json else table(description))
+    return 0
+
+
+def as_dict(description: Description) -> dict[str, Any]:
+    catalog = description.catalog
+    return {
+        "model": description.name,
+        "class": description.kind,
+        "layers": description.layers,
+        "experts": catalog.experts,
+        "experts_per_token": description.active,
+        "expert_bytes": catalog.weight_bytes,
+        "dense_bytes": description.dense_bytes,
+        "slot_bytes": catalog.slot_bytes,
+        "least_expert_memory_bytes": description.least_slots * catalog.slot_bytes,
+        "moe_layers": [
+            {
+                "module": layout.module,
+                "experts": layout.experts,
+                "bytes_per_expert": layout.weight_bytes,
+                "parameters": [
+                    {"name": field.name, "shape": list(field.shape), "dtype": str(field.dtype).removeprefix("torch.")}
+                    for field in layout.fields
+                ],
+            }
+            for layout in catalog.layouts
+        ],
+    }
+
+
+def table(description: Description) -> str:
+    """For people; like layers stand on one line."""
+    catalog = description.catalog
+    lines = [
+        f"{description.name}: {description.kind}",
+        f"{description.layers} MoE layers, {catalog.experts} routed experts, {description.active} active per token and layer",
+        f"routed experts {format_bytes(catalog.weight_bytes)}, everything else {format_bytes(description.dense_bytes)}",
+        f"one expert takes {format_bytes(catalog.slot_bytes)}; the least --expert-memory is "
+        f"{format_bytes(description.least_slots * catalog.slot_bytes)} ({description.least_slots} experts)",
+        "",
+    ]
+    for _, alike in groupby(catalog.layouts, key=lambda layout: (layout.experts, layout.weight_bytes)):
+        group = list(alike)
+        names = group[0].module if len(group) == 1 else f"{group[0].module} .. {group[-1].module}"
+        parts = ", ".join(
+            f"{f.name} {'x'.join(map(str, f.shape))} {str(f.dtype).removeprefix('torch.')}" for f in group[0].fields
+        )
+        lines.append(f"{names}: {group[0].experts} experts of {format_bytes(group[0].weight_bytes)} ({parts})")
+    return "\n".join(lines)

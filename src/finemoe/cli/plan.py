@@ -1,0 +1,64 @@
+"""`finemoe plan`: which budgets fit this machine, and how fast they would be. Needs headers only, no weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from finemoe.cli.inspect import add_model_flags, describe_model
+from finemoe.config import format_bytes, parse_budget
+
+_SHARES = ("10%", "25%", "50%", "75%", "all")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_model_flags(parser)
+    parser.add_argument(
+        "--expert-memory", default=",".join(_SHARES), help="budgets to look at, separated by commas (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document, and nothing else")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    budgets = [parse_budget(text) for text in arguments.expert_memory.split(",")]
+    description = describe_model(arguments)
+    from finemoe.forecast import Sizes, forecast, measure
+
+    catalog = description.catalog
+    sizes = Sizes(
+        layers=description.layers,
+        active=description.active,
+        experts=catalog.experts,
+        least_slots=description.least_slots,
+        slot_bytes=catalog.slot_bytes,
+        expert_bytes=catalog.weight_bytes,
+        dense_bytes=description.dense_bytes,
+    )
+    folder = Path(description.name)
+    print("measuring this machine's disk and memory ...", file=sys.stderr)
+    rates = measure(folder if folder.is_dir() else None)
+    shares = [budget.slots(catalog.slot_bytes, catalog.experts) / catalog.experts for budget in budgets]
+    rows = [forecast(sizes, rates, share) for share in shares]
+    if arguments.json:
+        document = {"model": description.name, "sizes": asdict(sizes), "rates": asdict(rates)}
+        print(json.dumps(document | {"rows": [asdict(row) for row in rows]}))
+        return 0
+    print(
+        f"{description.name}: experts {format_bytes(catalog.weight_bytes)}, dense {format_bytes(description.dense_bytes)}\n"
+        f"this machine: {format_bytes(rates.available_bytes)} of memory available, disk "
+        f"{format_bytes(rates.disk_bytes_s)}/s, matmul weights {format_bytes(rates.memory_bytes_s)}/s\n\n"
+        f"{'experts in memory':>24}  {'total memory':>12}  {'fits':4}  {'tok/s expected':>14}"
+    )
+    for row in rows:
+        held = f"{row.slots} ({row.share:.0%}), {format_bytes(row.expert_memory_bytes)}"
+        speed = f"{row.tok_s_uniform:.2f} - {row.tok_s_local:.2f}"
+        fits = "yes" if row.fits else "no"
+        print(f"{held:>24}  {format_bytes(row.total_bytes):>12}  {fits:4}  {speed:>14}")
+    print(
+        "\ntok/s while decoding: the first figure if routing has no locality, the second if it is as local as "
+        "gpt-oss-20b's"
+    )
+    return 0

@@ -1,0 +1,20 @@
+"""Loads models with their experts left out, and describes them without loading."""
+
+from finemoe.model.describe import Description, describe
+from finemoe.model.find import active_experts, find_experts, model_class, read_config
+from finemoe.model.load import load, load_config, reference_model
+from finemoe.model.offload import Offload, OffloadedModel
+
+__all__ = [
+    "Description",
+    "Offload",
+    "OffloadedModel",
+    "active_experts",
+    "describe",
+    "find_experts",
+    "load",
+    "load_config",
+    "model_class",
+    "read_config",
+    "reference_model",
+]

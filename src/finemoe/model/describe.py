@@ -1,0 +1,57 @@
+"""What a model is made of, from its config and its checkpoint's headers alone. Reads no weights, downloads none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from finemoe.checkpoint import Catalog
+from finemoe.checkpoint.convert import build_catalog, sort_keys
+from finemoe.checkpoint.locate import locate_headers
+from finemoe.model.find import IN_FLIGHT_SLOTS, active_experts, find_experts, model_class, read_config
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model's sizes."""
+
+    name: str
+    kind: str  # class of the model
+    catalog: Catalog
+    dense_bytes: int  # everything that is not a routed expert
+    active: int  # K
+    least_slots: int  # the smallest pool that a load accepts
+
+    @property
+    def layers(self) -> int:
+        return len(self.catalog.layouts)
+
+
+def describe(model: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Description:
+    """Describe a folder or a hub model; of the latter, only the config and the headers are fetched.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as `load` would, where headers are enough to tell.
+    """
+    folder, headers = locate_headers(model, revision)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    kind = model_class(config)
+    build = kind._from_config if issubclass(kind, PreTrainedModel) else kind.from_config
+    with torch.device("meta"):
+        empty = build(config)
+    modules = [module for module, _ in find_experts(empty)]
+    routed = {f"{module.name}.{name}" for module in modules for name in module.parameters}
+    dense, conversions = sort_keys(empty, headers, get_model_conversion_mapping(empty), routed)
+    catalog = build_catalog(empty, modules, headers, conversions)
+    active = active_experts(config)
+    return Description(
+        name=model,
+        kind=type(empty).__name__,
+        catalog=catalog,
+        dense_bytes=sum(headers[key].length_bytes for key in dense),
+        active=active,
+        least_slots=min(active + IN_FLIGHT_SLOTS, catalog.experts),
+    )

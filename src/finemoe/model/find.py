@@ -1,0 +1,122 @@
+"""Finds what a model is made of: its class, its experts modules, how many of them a token activates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from finemoe.checkpoint import Catalog
+from finemoe.checkpoint.convert import ExpertsModule
+from finemoe.config import format_bytes, parse_budget
+from finemoe.errors import BudgetError, CheckpointError, UnsupportedModelError
+
+# slots beyond one token's experts that the pool must have, for what is in flight
+IN_FLIGHT_SLOTS = 1
+# what configs call the number of experts active per token
+_ACTIVE = (
+    "num_experts_per_tok", "num_experts_per_token", "num_selected_experts", "experts_per_token", "top_k_experts",
+    "moe_topk", "moe_top_k", "moe_k", "top_k",
+)  # fmt: skip
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """A model's config, refused where it says by itself that the model can't be offloaded.
+
+    Raises:
+        CheckpointError: config.json is damaged, or of no model that transformers knows.
+        UnsupportedModelError: quantised, or in need of remote code that was not asked for.
+    """
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+        model_type, remote = raw.get("model_type"), "auto_map" in raw
+        quantised = raw.get("quantization_config")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: can't be read ({error})") from error
+    if model_type not in CONFIG_MAPPING and not (remote and trust_remote_code):
+        if remote:
+            raise UnsupportedModelError(
+                f"{folder} needs modelling code of its own; if you trust it, give --trust-remote-code"
+            )
+        raise CheckpointError(
+            f"{folder / 'config.json'}: transformers {transformers.__version__} knows no model type {model_type!r}"
+        )
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
+        raise UnsupportedModelError(
+            f"{folder} is quantised ({method}), which finemoe does not offload yet; "
+            "take the model's unquantised release"
+        )
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # configs validate themselves, with errors of every kind
+        raise CheckpointError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from error
+    return config
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """The class that the checkpoint names, so that models without a causal-LM mapping load too."""
+    for name in config.architectures or ():
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and issubclass(named, PreTrainedModel):
+            return named
+    return AutoModelForCausalLM
+
+
+def find_experts(model: PreTrainedModel) -> list[tuple[ExpertsModule, nn.Module]]:
+    """The model's experts modules, in the order in which the model holds them.
+
+    An experts module is one whose class transformers' experts registry decorates. Its parameters `[E, ..]` are routed;
+    others (a norm that all experts share) are not.
+
+    Raises:
+        UnsupportedModelError: there are none.
+    """
+    found = []
+    for name, module in model.named_modules():
+        experts = getattr(module, "num_experts", None)
+        if not hasattr(type(module).forward, "__wrapped__") or not hasattr(module, "is_transposed") or not experts:
+            continue
+        own = {key: p for key, p in module.named_parameters(recurse=False) if p.dim() > 1 and p.shape[0] == experts}
+        if own:
+            found.append((ExpertsModule(name, experts, own), module))
+    if not found:
+        reason = (
+            "its experts are not covered by transformers' experts registry"
+            if active_experts(model.config) > 1
+            else "it is a dense model, without routed experts"
+        )
+        raise UnsupportedModelError(f"{type(model).__name__} can't be offloaded: {reason}")
+    return found
+
+
+def active_experts(config: PreTrainedConfig) -> int:
+    """`K`: the most experts that a token activates in a layer, 1 if the config does not say."""
+    active = 1
+    for part in (config, config.get_text_config(), *(getattr(config, key, None) for key in config.sub_configs)):
+        for name in _ACTIVE:
+            value = getattr(part, name, None)
+            values = value if isinstance(value, list) else [value]
+            active = max([active, *(v for v in values if isinstance(v, int))])
+    return active
+
+
+def pool_slots(catalog: Catalog, config: PreTrainedConfig, expert_memory: str) -> int:
+    """`C`: how many experts the budget pays for.
+
+    Raises:
+        BudgetError: fewer than one token's step in one layer needs; the message names the minimum.
+    """
+    slots = parse_budget(expert_memory).slots(catalog.slot_bytes, catalog.experts)
+    least = min(active_experts(config) + IN_FLIGHT_SLOTS, catalog.experts)
+    if slots < least:
+        raise BudgetError(
+            f"--expert-memory: {expert_memory} holds {slots} of {catalog.experts} experts; at least {least} are needed "
+            f"for one step: {least * catalog.slot_bytes} bytes ({format_bytes(least * catalog.slot_bytes)})"
+        )
+    return slots

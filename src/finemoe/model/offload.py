@@ -1,0 +1,108 @@
+"""The running side of an offloaded model: its statistics, and how it is closed."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+from finemoe.checkpoint import Catalog, Checkpoint
+from finemoe.engine import Engine
+from finemoe.errors import FinemoeError
+from finemoe.experts import ExpertLayer
+from finemoe.metrics import Stats
+from finemoe.store import DiskStore, peak_rss_bytes
+
+
+class Offload:
+    """The running side of an offloaded model: `model.finemoe`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        catalog: Catalog,
+        store: DiskStore,
+        engine: Engine,
+        layers: list[ExpertLayer],
+        policy: str,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.catalog = catalog
+        self.policy = policy
+        self._store = store
+        self._engine = engine
+        self._layers = layers
+        self._closed = False
+        self._read_before = 0
+
+    def stats(self) -> Stats:
+        """What happened since loading, or since `reset_stats`."""
+        counters, pool = self._engine.counters, self._engine.pool
+        return Stats(
+            model=self.checkpoint.name,
+            policy=self.policy,
+            io=self._store.io,
+            layers=len(self.catalog.layouts),
+            experts=self.catalog.experts,
+            expert_bytes=self.catalog.weight_bytes,
+            expert_memory_bytes=pool.size_bytes,
+            slots=pool.slots,
+            resident=pool.resident,
+            layer_calls=counters.layer_calls,
+            hits=counters.hits,
+            late=counters.late,
+            misses=counters.misses,
+            evictions=counters.evictions,
+            bytes_read=self._engine.transfer.moved_bytes - self._read_before,
+            stall_s=counters.stall_s,
+            stalled_bytes=counters.stalled_bytes,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+
+    def reset_stats(self) -> None:
+        """Start counting anew; what is resident stays."""
+        self._engine.counters.reset()
+        self._read_before = self._engine.transfer.moved_bytes
+
+    def evict_all(self) -> None:
+        """Empty the pool, as after loading. For measurements of a cold start."""
+        self._engine.clear()
+
+    def check_integrity(self) -> None:
+        """Raises `InvariantError` if the pool's bookkeeping contradicts itself."""
+        self._engine.check_integrity()
+
+    def close(self) -> None:
+        """Free the pool, the reader threads and the open files. The model can't run any more."""
+        if self._closed:
+            return
+        self._closed = True
+        self._engine.transfer.close()
+        for layer in self._layers:
+            layer.close()
+        self._engine.pool.close()
+        self._store.close()
+
+
+class OffloadedModel:
+    """Mixed into the class of a loaded model: what is different about it."""
+
+    finemoe: Offload
+
+    def close(self) -> None:
+        """Free the expert pool, the reader threads and the open files. The model can't run any more."""
+        self.finemoe.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Refused: the experts are not in this model."""
+        raise FinemoeError(
+            f"an offloaded model can't be saved, its experts are in {self.finemoe.checkpoint.folder}; "
+            "load it with transformers to save a copy"
+        )

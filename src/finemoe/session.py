@@ -1,0 +1,180 @@
+"""Talks to a loaded model: a prompt or a conversation in, streamed text and its timings out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+
+from finemoe.config import GenerateConfig
+from finemoe.errors import CheckpointError
+from finemoe.experts import HANDLE
+from finemoe.metrics import Stats
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer, and what it took."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str  # "stop": the model ended it; "length": max_new_tokens did
+    ttft_s: float  # time to first token
+    tpot_s: float  # mean time per token after the first; 0 for a single token
+    total_s: float
+    stats: Stats  # of this answer alone
+
+    @property
+    def tok_s(self) -> float:
+        return len(self.token_ids) / self.total_s if self.total_s else 0.0
+
+    @property
+    def stall_share(self) -> float:
+        """Of the time that this answer took, the part spent waiting for experts."""
+        return min(1.0, self.stats.stall_s / self.total_s) if self.total_s else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return self.stats.as_dict() | {
+            "text": self.text,
+            "tokens": len(self.token_ids),
+            "token_ids": self.token_ids,
+            "prompt_tokens": self.prompt_tokens,
+            "finish_reason": self.finish_reason,
+            "ttft_s": self.ttft_s,
+            "tpot_s": self.tpot_s,
+            "tok_s": self.tok_s,
+            "total_s": self.total_s,
+            "stall_share": self.stall_share,
+        }
+
+
+class _Stream(TextStreamer):
+    """Hands on text as it becomes printable, and remembers when each token came."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None], on_token: Callable[[], None]
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        self.times_s: list[float] = []
+        self._on_text = on_text
+        self._on_token = on_token
+        self._prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt:
+            self.times_s.append(time.perf_counter())
+            self._on_token()
+        self._prompt = False
+        super().put(value)  # type: ignore[no-untyped-call]
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: FBT001, FBT002 - theirs
+        if text:
+            self._on_text(text)
+
+
+class Session:
+    """A model and its tokenizer.
+
+    Args:
+        model: from `finemoe.load`.
+
+    Raises:
+        CheckpointError: the model's folder has no usable tokenizer.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        folder = model.finemoe.checkpoint.folder
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder}: can't load its tokenizer ({str(error).splitlines()[0]})") from error
+
+    def prompt_ids(self, prompt: str | Sequence[dict[str, str]], *, raw: bool = False) -> torch.Tensor:
+        """Token ids `[1, T]` of a conversation, or of a prompt: one user turn where there is a chat template."""
+        if not isinstance(prompt, str) or (self.tokenizer.chat_template and not raw):
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            encoded = self.tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            encoded = self.tokenizer(prompt, return_tensors="pt")
+        ids: torch.Tensor = encoded["input_ids"]
+        return ids
+
+    def reply(
+        self,
+        prompt: str | Sequence[dict[str, str]],
+        config: GenerateConfig,
+        on_text: Callable[[str], None] = lambda _: None,
+        *,
+        progress: bool = False,
+    ) -> Reply:
+        """Continue `prompt`.
+
+        Args:
+            prompt: text, or the turns of a conversation (`role`, `content`).
+            config: how long and how to sample.
+            on_text: called with each stretch of new text as soon as it is printable.
+            progress: show a bar on standard error until the first token.
+        """
+        ids = self.prompt_ids(prompt, raw=config.raw)
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if config.temperature > 0:
+            torch.manual_seed(config.seed)
+            sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+        self.model.finemoe.reset_stats()
+        with ExitStack() as prefill:
+            if progress:
+                self._show_prefill(prefill)
+            stream = _Stream(self.tokenizer, on_text, prefill.close)
+            start_s = time.perf_counter()
+            output = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=config.max_new_tokens,
+                streamer=stream,
+                pad_token_id=self._pad_token_id(),
+                **sampling,
+            )
+            total_s = time.perf_counter() - start_s
+        new = output[0, ids.shape[1] :].tolist()
+        times_s = stream.times_s
+        return Reply(
+            text=self.tokenizer.decode(new, skip_special_tokens=True),
+            token_ids=new,
+            prompt_tokens=ids.shape[1],
+            finish_reason="length" if len(new) == config.max_new_tokens else "stop",
+            ttft_s=times_s[0] - start_s,
+            tpot_s=(times_s[-1] - times_s[0]) / (len(times_s) - 1) if len(times_s) > 1 else 0.0,
+            total_s=total_s,
+            stats=self.model.finemoe.stats(),
+        )
+
+    def _pad_token_id(self) -> int | None:
+        """Any id will do for one prompt; naming one keeps transformers from warning that it chose."""
+        end = self.model.generation_config.eos_token_id
+        own = self.tokenizer.pad_token_id
+        chosen = own if own is not None else end[0] if isinstance(end, list) else end
+        return None if chosen is None else int(chosen)
+
+    def _show_prefill(self, until_first_token: ExitStack) -> None:
+        """A bar over the MoE layers of the prompt's forward pass."""
+        modules = [module for module in self.model.modules() if HANDLE in module.__dict__]
+        bar = until_first_token.enter_context(
+            tqdm(total=len(modules), desc="Reading prompt", unit="layer", leave=False, delay=1)
+        )
+
+        def advance(*_: object) -> None:
+            bar.update()
+
+        for module in modules:
+            until_first_token.callback(module.register_forward_hook(advance).remove)
