@@ -81,9 +81,9 @@ class LoadConfig:
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "run modelling code that the model repo ships"})
     expert_memory: str = field(
-        default="25%", metadata={"help": "hard limit for resident experts: bytes (2GiB), a share (25%%) or all"}
+        default="25%", metadata={"help": "hard limit for resident experts: bytes (2GiB), a share (25%) or all"}
     )
-    policy: str = field(default="lfru", metadata={"help": "what to keep and what to fetch"})
+    policy: str = field(default="lfru", metadata={"help": "what to keep and what to fetch: lru, lfu or lfru"})
     io: Literal["auto", "direct", "buffered"] = field(
         default="auto", metadata={"help": "how experts are read; direct bypasses the page cache, auto does if it can"}
     )

@@ -43,6 +43,7 @@ class Engine:
         self.counters = Counters()
         self._verify = verify
         self._clock = clock
+        self._broken_off = False  # a layer was left in the middle, and clearing up after it was interrupted too
 
     def serve(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Yields `(expert, slot)` for each of a layer's experts, ready ones first, each exactly once.
@@ -57,6 +58,8 @@ class Engine:
         Raises:
             ExpertReadError: an expert's bytes can't be read.
         """
+        if self._broken_off:
+            self.clear()
         try:
             self._settle(self.transfer.poll(), {})
             pending: dict[ExpertId, None] = {}
@@ -85,9 +88,11 @@ class Engine:
 
     def clear(self) -> None:
         """Empty the pool. Nothing must be using it."""
+        self._broken_off = True
         self.transfer.cancel()
         self.pool.clear()
         self.controller.clear()
+        self._broken_off = False
 
     def check_integrity(self) -> None:
         """Raises `InvariantError` if pool and controller disagree with themselves or each other."""

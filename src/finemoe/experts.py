@@ -93,9 +93,9 @@ class ExpertLayer:
 
     def release(self) -> None:
         """Twin: let go of the held expert."""
-        if self._held is not None:
-            next(self._held[2], None)
-            self._held = None
+        held, self._held = self._held, None  # forgotten first: what fails to end must not be used again
+        if held is not None:
+            next(held[2], None)
 
     def close(self) -> None:
         self.engine = None

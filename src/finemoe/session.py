@@ -62,7 +62,7 @@ class _Stream(TextStreamer):
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None], on_token: Callable[[], None]
     ) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.times_s: list[float] = []
         self._on_text = on_text
         self._on_token = on_token

@@ -87,12 +87,14 @@ class ReaderThreads:
         """What has landed since the last call; blocks until that is at least one.
 
         Raises:
-            RuntimeError: nothing is in flight, so that this would never return.
+            RuntimeError: nothing is in flight, or the transfer was closed, so that this would never return.
         """
         with self._done:
             if not self._under_way:
                 raise RuntimeError("nothing is in flight")
             while not self._landed:
+                if self._closed:
+                    raise RuntimeError("the transfer is closed")
                 self._done.wait()
             return self._take()
 
@@ -111,6 +113,7 @@ class ReaderThreads:
             self._closed = True
             self._queue.clear()
             self._work.notify_all()
+            self._done.notify_all()
         for thread in self._threads:
             thread.join()
 

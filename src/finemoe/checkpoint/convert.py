@@ -30,6 +30,7 @@ class ExpertsModule:
     name: str
     experts: int
     parameters: dict[str, torch.Tensor]  # on meta
+    same_as: str | None = None  # the module whose experts these are, where transformers ties them
 
 
 @dataclass
@@ -52,6 +53,32 @@ class _CollapsedModel:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+
+def read_catalog(
+    model: PreTrainedModel,
+    modules: list[ExpertsModule],
+    headers: Mapping[str, TensorHeader],
+    weight_mapping: list[Any],
+) -> tuple[set[str], Catalog]:
+    """Where every expert lies, and the names of all tensors that belong to no expert.
+
+    Args:
+        model: built on meta.
+        modules: its experts modules; those that are tied to another share its entry in the catalog.
+        headers: of the checkpoint's tensors.
+        weight_mapping: the model's `WeightTransform`s; not changed.
+
+    Raises:
+        CheckpointError: the checkpoint lacks an expert's tensor, or has one of the wrong shape.
+        UnsupportedModelError: a dtype or a conversion that can't be followed.
+    """
+    routed = {f"{module.name}.{name}" for module in modules for name in module.parameters}
+    dense, conversions = sort_keys(model, headers, weight_mapping, routed)
+    own = [module for module in modules if module.same_as is None]
+    filled = {f"{module.name}.{name}" for module in own for name in module.parameters}
+    mine = {target: conversion for target, conversion in conversions.items() if target in filled}
+    return dense, build_catalog(model, own, headers, mine)
 
 
 def sort_keys(

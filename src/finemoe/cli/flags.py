@@ -15,7 +15,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and exits with 2."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter} | options)
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         sys.stderr.write(f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -32,14 +32,14 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
         hint = hints[field.name]
         default = field.default if field.default is not MISSING else None
         if hint is bool:
-            group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+            group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text.replace("%", "%%"))
             continue
         options = [argument for argument in get_args(hint) if argument is not NoneType]
         choices = list(get_args(hint)) if get_origin(hint) is Literal else None
         kind = str if choices else options[0] if options else hint
-        help_text = text if default is None else f"{text} (default: {default!s})".replace("%)", "%%)")
+        help_text = text if default is None else f"{text} (default: {default!s})"
         metavar = None if choices else field.name.upper()
-        group.add_argument(flag, type=kind, choices=choices, metavar=metavar, default=argparse.SUPPRESS, help=help_text)
+        group.add_argument(flag, type=kind, choices=choices, metavar=metavar, default=argparse.SUPPRESS, help=help_text.replace("%", "%%"))
 
 
 def read_flags(arguments: argparse.Namespace, config: type[C]) -> C:

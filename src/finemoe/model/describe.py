@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from finemoe.checkpoint import Catalog
-from finemoe.checkpoint.convert import build_catalog, sort_keys
+from finemoe.checkpoint.convert import read_catalog
 from finemoe.checkpoint.locate import locate_headers
 from finemoe.model.find import IN_FLIGHT_SLOTS, active_experts, find_experts, model_class, read_config
 
@@ -43,9 +43,7 @@ def describe(model: str, revision: str | None = None, *, trust_remote_code: bool
     with torch.device("meta"):
         empty = build(config)
     modules = [module for module, _ in find_experts(empty)]
-    routed = {f"{module.name}.{name}" for module in modules for name in module.parameters}
-    dense, conversions = sort_keys(empty, headers, get_model_conversion_mapping(empty), routed)
-    catalog = build_catalog(empty, modules, headers, conversions)
+    dense, catalog = read_catalog(empty, modules, headers, get_model_conversion_mapping(empty))
     active = active_experts(config)
     return Description(
         name=model,

@@ -84,7 +84,8 @@ def find_experts(model: PreTrainedModel) -> list[tuple[ExpertsModule, nn.Module]
             continue
         own = {key: p for key, p in module.named_parameters(recurse=False) if p.dim() > 1 and p.shape[0] == experts}
         if own:
-            found.append((ExpertsModule(name, experts, own), module))
+            source = model.all_tied_weights_keys.get(f"{name}.{next(iter(own))}")
+            found.append((ExpertsModule(name, experts, own, source and source.rpartition(".")[0]), module))
     if not found:
         reason = (
             "its experts are not covered by transformers' experts registry"
@@ -98,11 +99,13 @@ def find_experts(model: PreTrainedModel) -> list[tuple[ExpertsModule, nn.Module]
 def active_experts(config: PreTrainedConfig) -> int:
     """`K`: the most experts that a token activates in a layer, 1 if the config does not say."""
     active = 1
-    for part in (config, config.get_text_config(), *(getattr(config, key, None) for key in config.sub_configs)):
-        for name in _ACTIVE:
-            value = getattr(part, name, None)
-            values = value if isinstance(value, list) else [value]
-            active = max([active, *(v for v in values if isinstance(v, int))])
+    parts = [config, config.get_text_config(), *(getattr(config, key, None) for key in config.sub_configs)]
+    for part in parts:
+        for layer in part.per_layer_config if getattr(part, "is_heterogeneous", False) else [part]:
+            for name in _ACTIVE:
+                value = getattr(layer, name, None)
+                values = value if isinstance(value, list) else [value]
+                active = max([active, *(v for v in values if isinstance(v, int))])
     return active
 
 

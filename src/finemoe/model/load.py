@@ -18,15 +18,15 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
 
 from finemoe.checkpoint import Catalog, Checkpoint, TensorHeader, locate, read_headers
-from finemoe.checkpoint.convert import ExpertsModule, build_catalog, sort_keys
-from finemoe.config import LoadConfig
+from finemoe.checkpoint.convert import ExpertsModule, read_catalog
+from finemoe.config import LoadConfig, format_bytes
 from finemoe.engine import Engine
-from finemoe.errors import CheckpointError, UnsupportedModelError
+from finemoe.errors import BudgetError, CheckpointError, UnsupportedModelError
 from finemoe.experts import HANDLE, IMPLEMENTATION, ExpertLayer, LazyParameter, choose_path
 from finemoe.model.find import find_experts, model_class, pool_slots, read_config
 from finemoe.model.offload import Offload, OffloadedModel
 from finemoe.policy import make_controller
-from finemoe.store import DiskStore, Pool
+from finemoe.store import DiskStore, Pool, available_bytes
 from finemoe.store.dense import LazyTensor
 from finemoe.store.verify import SecondReader
 from finemoe.transfer import ReaderThreads
@@ -141,9 +141,15 @@ class _Loading:
         self._experts = find_experts(model)
         modules = [described for described, _ in self._experts]
         routed = {f"{module.name}.{name}" for module in modules for name in module.parameters}
-        dense, conversions = sort_keys(model, self._headers, load_config.weight_mapping or [], routed)
-        self._catalog = build_catalog(model, modules, self._headers, conversions)
+        dense, self._catalog = read_catalog(model, modules, self._headers, load_config.weight_mapping or [])
         slots = pool_slots(self._catalog, self._model_config, self._config.expert_memory)
+        dense_bytes = sum(self._headers[key].length_bytes for key in dense)
+        needed, available = slots * self._catalog.slot_bytes + dense_bytes, available_bytes()
+        if needed > available:
+            raise BudgetError(
+                f"--expert-memory: {slots} experts and the dense part take {format_bytes(needed)}, but only "
+                f"{format_bytes(available)} of memory are available; give a smaller budget"
+            )
         try:
             self._store = DiskStore(self._checkpoint.files, self._catalog, self._config.io)
         except OSError as error:
@@ -173,9 +179,11 @@ class _Loading:
         verify = self._verifier() if self._config.verify else None
         engine = Engine(self._pool, controller, self._transfer, verify)
         lock = threading.Lock()
+        layouts = {layout.module: (layer, layout) for layer, layout in enumerate(self._catalog.layouts)}
         layers = []
-        for layer, ((described, module), layout) in enumerate(zip(self._experts, self._catalog.layouts, strict=True)):
+        for described, module in self._experts:
             dtypes = {name: parameter.dtype for name, parameter in described.parameters.items()}
+            layer, layout = layouts[described.same_as or described.name]
             handle = ExpertLayer(engine, lock, layer, layout, dtypes)
             for name, parameter in described.parameters.items():
                 delattr(module, name)

@@ -10,6 +10,7 @@ import mmap
 from collections import Counter
 from contextlib import suppress
 
+import numpy as np
 import torch
 
 from finemoe.config import format_bytes
@@ -41,12 +42,11 @@ class Pool:
         if size_bytes > available:
             raise too_much
         try:
-            self._memory = mmap.mmap(-1, size_bytes)
+            self._memory = _allocate(size_bytes)
         except (OSError, MemoryError, OverflowError) as error:
             raise too_much from error
-        with suppress(AttributeError, OSError):  # fewer TLB misses where the kernel offers it
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        # by way of numpy, which holds on to the mapping; torch.frombuffer would let it be unmapped under its views
+        self._bytes = torch.from_numpy(np.frombuffer(self._memory, dtype=np.uint8))
         self._slot: dict[ExpertId, int] = {}  # loading or ready
         self._loading: set[ExpertId] = set()
         self._pins: Counter[ExpertId] = Counter()
@@ -148,3 +148,13 @@ class Pool:
         for expert, pins in self._pins.items():
             if pins and (expert not in self._slot or expert in self._loading):
                 raise InvariantError(f"{expert} is pinned without being ready")
+
+
+def _allocate(size_bytes: int) -> mmap.mmap:
+    """Page-aligned memory of our own, in huge pages where the kernel offers them (fewer TLB misses)."""
+    if not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows
+        return mmap.mmap(-1, size_bytes)
+    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
