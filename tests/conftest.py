@@ -1,0 +1,45 @@
+"""What all tests share: no network, few threads, and the same random examples in every run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a model
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tests.tiny import Make, write
+
+torch.set_num_threads(1)  # the models are tiny: a second thread would only wait
+settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("explore", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Folder of a tiny checkpoint by family, dtype and `save_pretrained` options; read-only, as tests share it."""
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(family: str = "mixtral", dtype: str = "float32", **options: Any) -> Path:
+        key = family, dtype, *sorted(options.items())
+        if key not in made:
+            made[key] = write(tmp_path_factory.mktemp(family), family, dtype, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference_model() -> Path:
+    """Folder of the built-in model, built if need be; tests that use it are skipped where it can't be had."""
+    from finemoe.reference import ReferenceModelError, ensure
+
+    try:
+        return ensure(progress=False)
+    except ReferenceModelError as error:
+        pytest.skip(f"no reference model here: {error}")

@@ -1,0 +1,111 @@
+"""Stand-ins at the edges: experts that live in memory, and a transfer whose landings the test decides."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+
+from finemoe.types import ExpertId, ExpertSource, Landed, Run
+
+Choose = Callable[[int], int]  # of so many things in flight, which lands next
+
+
+def cut(data: bytes, pieces: int, file: int = 0, file_offset_bytes: int = 0) -> tuple[Run, ...]:
+    """`data` as runs that lie backwards in their file."""
+    bounds = [len(data) * i // pieces for i in range(pieces + 1)]
+    spans = [(a, b) for a, b in pairwise(bounds) if b > a]
+    return tuple(Run(file, file_offset_bytes + len(data) - b, b - a, a) for a, b in spans)
+
+
+class MemorySource:
+    """An `ExpertSource` over bytes. `before` is called ahead of each read, and may block or raise."""
+
+    def __init__(
+        self,
+        experts: Mapping[ExpertId, bytes],
+        pieces: int = 1,
+        before: Callable[[ExpertId, Run, int], None] = lambda *_: None,
+    ) -> None:
+        self.experts = dict(experts)
+        self.before = before
+        self.reads: list[ExpertId] = []
+        self._lock = threading.Lock()
+        # each expert is a file of its own, so that a run tells whose it is
+        self._ids = sorted(experts)
+        self._runs = {e: cut(data, pieces, file) for file, (e, data) in enumerate(sorted(experts.items()))}
+
+    def runs(self, expert: ExpertId) -> Sequence[Run]:
+        return self._runs[expert]
+
+    def read(self, run: Run, start_bytes: int, into: memoryview) -> None:
+        expert = self._ids[run.file]
+        with self._lock:
+            self.reads.append(expert)
+        self.before(expert, run, start_bytes)
+        begin = run.slot_offset_bytes + start_bytes
+        into[:] = self.experts[expert][begin : begin + len(into)]
+
+
+class ManualTransfer:
+    """A `Transfer` in which nothing happens by itself.
+
+    `wait` lands one expert, chosen by `choose`; `poll` lands those that `ripe` says have come by themselves meanwhile.
+    """
+
+    def __init__(
+        self,
+        source: ExpertSource,
+        choose: Choose = lambda _: 0,
+        ripe: Callable[[int], int] = lambda _: 0,
+        fail: Callable[[ExpertId], BaseException | None] = lambda _: None,
+    ) -> None:
+        self.source = source
+        self.choose = choose
+        self.ripe = ripe
+        self.fail = fail
+        self.in_flight: list[tuple[ExpertId, memoryview, bool]] = []
+        self.submitted: list[ExpertId] = []
+        self.waits = 0
+        self.cancels = 0
+        self.closed = False
+        self._moved_bytes = 0
+
+    @property
+    def moved_bytes(self) -> int:
+        return self._moved_bytes
+
+    def submit(self, expert: ExpertId, slot: memoryview, *, urgent: bool = True) -> None:
+        slot[:] = b"\xff" * len(slot)  # garbage until it lands; NaN in every floating-point type
+        self.submitted.append(expert)
+        self.in_flight.append((expert, slot, urgent))
+
+    def poll(self) -> list[Landed]:
+        return [self._land() for _ in range(min(self.ripe(len(self.in_flight)), len(self.in_flight)))]
+
+    def wait(self) -> list[Landed]:
+        self.waits += 1
+        assert self.in_flight, "waited for nothing"
+        return [self._land()]
+
+    def cancel(self) -> None:
+        self.cancels += 1
+        self.in_flight.clear()
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _land(self) -> Landed:
+        expert, slot, _ = self.in_flight.pop(self.choose(len(self.in_flight)))
+        error = self.fail(expert)
+        if isinstance(error, Exception):
+            return Landed(expert, error)
+        if error is not None:
+            raise error
+        for run in self.source.runs(expert):
+            for start in range(0, run.length_bytes, 1 << 20):
+                end = min(run.length_bytes, start + (1 << 20))
+                begin = run.slot_offset_bytes
+                self.source.read(run, start, slot[begin + start : begin + end])
+            self._moved_bytes += run.length_bytes
+        return Landed(expert)

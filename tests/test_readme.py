@@ -1,0 +1,78 @@
+"""The README's commands and code do what the README says."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.chat_model import make_chat_model
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+CI = (ROOT / ".ci" / "run").read_text()
+BIN = Path(sys.executable).parent
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+USAGE = [command for command in commands() if command.startswith("finemoe ")]
+FIRST, *_, LAST = commands()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("readme")
+    make_chat_model(folder / "my-model")
+    (folder / "questions.txt").write_text("Hello\n/stats\n")
+    return folder
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=540, check=False
+    )
+
+
+@pytest.mark.parametrize("command", USAGE)
+def test_command_runs(command: str, folder: Path) -> None:
+    done = run(command, folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_code_runs(code: str, folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0 <= float(done.stdout.splitlines()[-1]) <= 1
+
+
+def test_first_command_prints_what_is_shown(reference_model: Path, folder: Path) -> None:
+    assert reference_model.is_dir()
+    *install, generate = FIRST.split(" && ")
+    assert install == ["python3 -m venv .venv", ".venv/bin/pip install -q -c constraints.txt ."]
+    done = run(shlex.join(shlex.split(generate.removeprefix(".venv/bin/"))), folder)
+    assert done.returncode == 0, done.stderr
+    shown = blocks("text")[0]
+    assert done.stdout.strip()[:40] == shown.strip()[:40]  # later words may differ in rounding between processors
+    numbers = re.compile(r"[\d.,]+")
+    summary = done.stderr.strip().splitlines()[-3:]
+    assert [numbers.sub("#", line) for line in summary] == [numbers.sub("#", s) for s in shown.strip().splitlines()[-3:]]
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    install, test = LAST.split(" && ")[1:]
+    assert install.removeprefix(".venv/bin/") in CI
+    assert test.removeprefix(".venv/bin/") in CI

@@ -1,0 +1,57 @@
+"""Tiny checkpoints on disk, each made once a session, and their eager twins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tests.families.factory import build
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Make = Callable[..., Path]
+
+
+def write(folder: Path, family: str, dtype: str = "float32", **options: Any) -> Path:
+    """Saves a tiny model with random weights; `options` go to `save_pretrained`."""
+    build(family, DTYPES[dtype]).save_pretrained(folder, **options)
+    return folder
+
+
+def eager(folder: Path) -> Any:
+    """The whole model in memory, with transformers' plainest experts: what every answer is compared with."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    kind = getattr(transformers, config.architectures[0])
+    return kind.from_pretrained(folder, experts_implementation="eager", dtype="auto")
+
+
+def experts_modules(model: Any) -> list[Any]:
+    """The experts modules of a model, in order, offloaded or not."""
+    return [m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(type(m).forward, "__wrapped__")]
+
+
+def prompt(batch: int = 1, tokens: int = 12) -> dict[str, torch.Tensor]:
+    """Token ids `[batch, tokens]`; all but the first are padded on the left."""
+    draw = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 100, (batch, tokens), generator=draw)
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        mask[row, : 2 * row] = 0
+        ids[row, : 2 * row] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def answer(model: Any, *, batch: int = 1, new_tokens: int = 6, **options: Any) -> torch.Tensor:
+    """What `generate` returns, greedy unless told otherwise, never ended early."""
+    chosen = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new_tokens} | options
+    output: torch.Tensor = model.generate(**prompt(batch), **chosen)
+    return output
+
+
+def logits(model: Any, *, batch: int = 1) -> torch.Tensor:
+    with torch.no_grad():
+        output: torch.Tensor = model(**prompt(batch)).logits
+    return output
