@@ -12,7 +12,6 @@ from tests.chat_model import make_chat_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-CI = (ROOT / ".ci" / "run").read_text()
 BIN = Path(sys.executable).parent
 
 
@@ -69,10 +68,13 @@ def test_first_command_prints_what_is_shown(reference_model: Path, folder: Path)
     assert done.stdout.strip()[:40] == shown.strip()[:40]  # later words may differ in rounding between processors
     numbers = re.compile(r"[\d.,]+")
     summary = done.stderr.strip().splitlines()[-3:]
-    assert [numbers.sub("#", line) for line in summary] == [numbers.sub("#", s) for s in shown.strip().splitlines()[-3:]]
+    assert [numbers.sub("#", line) for line in summary] == [
+        numbers.sub("#", s) for s in shown.strip().splitlines()[-3:]
+    ]
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     install, test = LAST.split(" && ")[1:]
-    assert install.removeprefix(".venv/bin/") in CI
-    assert test.removeprefix(".venv/bin/") in CI
+    script = (ROOT / ".ci" / "run").read_text()
+    assert install.removeprefix(".venv/bin/") in script
+    assert test.removeprefix(".venv/bin/") in script

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from tests.families.factory import build
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WEIGHTS = "model.safetensors"
 Make = Callable[..., Path]
 
 
@@ -55,3 +59,20 @@ def logits(model: Any, *, batch: int = 1) -> torch.Tensor:
     with torch.no_grad():
         output: torch.Tensor = model(**prompt(batch)).logits
     return output
+
+
+def edited(folder: Path, into: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of a one-file checkpoint whose tensors `edit` has changed in place."""
+    shutil.copytree(folder, into, dirs_exist_ok=True)
+    tensors = load_file(into / WEIGHTS)
+    edit(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, into / WEIGHTS, {"format": "pt"})
+    return into
+
+
+def configured(folder: Path, into: Path, **changes: Any) -> Path:
+    """A copy of a checkpoint with other values in its config.json."""
+    shutil.copytree(folder, into, dirs_exist_ok=True)
+    config = json.loads((into / "config.json").read_text())
+    (into / "config.json").write_text(json.dumps(config | changes))
+    return into

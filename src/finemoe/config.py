@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Literal
 
 from finemoe.errors import BudgetError, ConfigError
@@ -53,7 +54,7 @@ def parse_budget(text: str) -> Budget:
     size = _SIZE.fullmatch(cleaned)
     if size is None or size[2].lower() not in _UNITS:
         raise BudgetError(f"--expert-memory: can't read {text!r}; give bytes (2GiB, 800MB), a share (25%) or all")
-    size_bytes = int(float(size[1]) * _UNITS[size[2].lower()])
+    size_bytes = int(Decimal(size[1]) * _UNITS[size[2].lower()])
     if size_bytes <= 0:
         raise BudgetError(f"--expert-memory: {text!r} is no memory at all; give bytes (2GiB), a share (25%) or all")
     return Budget(size_bytes=size_bytes)

@@ -33,14 +33,14 @@ class ExpertLayer:
 
     Args:
         engine: hands out slots.
-        lock: held while a layer runs; shared by all layers of a model.
+        lock: held while a layer runs; shared by all layers of a model, and by whoever closes it.
         layer: index of this MoE layer.
         layout: how an expert lies in a slot.
         dtypes: of the module's parameters, by name; a slot in another dtype is cast on use.
     """
 
     def __init__(
-        self, engine: Engine, lock: threading.Lock, layer: int, layout: LayerLayout, dtypes: dict[str, torch.dtype]
+        self, engine: Engine, lock: threading.RLock, layer: int, layout: LayerLayout, dtypes: dict[str, torch.dtype]
     ) -> None:
         self.engine: Engine | None = engine
         self.layer = layer
@@ -232,7 +232,7 @@ def choose_path(layer: ExpertLayer, module: nn.Module, width: int, dtype: torch.
         dtype: of the hidden states.
 
     Returns:
-        The accumulator, or `None` where only the twin will do.
+        The accumulator, or `None` where only the twin will do, or where these weights can't tell (all zero).
     """
     experts = min(3, layer.layout.experts)
     generator = torch.Generator().manual_seed(0)
@@ -244,6 +244,8 @@ def choose_path(layer: ExpertLayer, module: nn.Module, width: int, dtype: torch.
         cases += [(hidden, index, weights), (hidden[:1], index[:1], weights[:1])]
     with torch.no_grad():
         expected = [run_twin(layer, module, *case) for case in cases]
+        if not all(output.isfinite().all() and output.any() for output in expected):
+            return None
         for accumulator in ACCUMULATORS:
             try:
                 equal = all(

@@ -59,7 +59,7 @@ def _read_file(index: int, path: Path) -> dict[str, TensorHeader]:
         parsed = {
             name: parse_entry(index, 8 + length_bytes, entry) for name, entry in table.items() if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its safetensors header is corrupt ({error}); fetch it again") from error
     end_bytes = max((t.offset_bytes + t.length_bytes for t in parsed.values()), default=0)
     if end_bytes > size_bytes:
@@ -76,11 +76,13 @@ def parse_entry(file: int, data_offset_bytes: int, entry: dict[str, Any]) -> Ten
         ValueError, KeyError, TypeError: the entry is malformed.
     """
     begin, end = entry["data_offsets"]
-    shape = tuple(int(size) for size in entry["shape"])
+    shape = tuple(entry["shape"])
     dtype = entry["dtype"]
     if dtype not in _ITEM_BITS:
         raise ValueError(f"unknown dtype {dtype!r}")
-    if begin < 0 or end - begin != prod(shape) * _ITEM_BITS[dtype] // 8:
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+        raise ValueError(f"offsets {begin}, {end} and shape {list(shape)} are not all whole numbers from 0 on")
+    if end - begin != prod(shape) * _ITEM_BITS[dtype] // 8:
         raise ValueError(f"{end - begin} bytes for shape {list(shape)} of {dtype}")
     return TensorHeader(file, data_offset_bytes + begin, end - begin, dtype, shape)
 

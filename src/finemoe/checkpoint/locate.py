@@ -62,6 +62,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         files = tuple(folder / name for name in names)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a valid safetensors index ({error})") from error
+    if not files:
+        raise CheckpointError(f"{index}: not a valid safetensors index (it names no shard)")
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{file}: the index names this shard, but it is missing; fetch the model again")

@@ -89,11 +89,22 @@ def find_experts(model: PreTrainedModel) -> list[tuple[ExpertsModule, nn.Module]
     if not found:
         reason = (
             "its experts are not covered by transformers' experts registry"
-            if active_experts(model.config) > 1
+            if _mentions_experts(model.config)
             else "it is a dense model, without routed experts"
         )
         raise UnsupportedModelError(f"{type(model).__name__} can't be offloaded: {reason}")
     return found
+
+
+def _mentions_experts(config: PreTrainedConfig) -> bool:
+    """Whether a config speaks of more than one expert, by whatever name."""
+
+    def counts(value: object, key: str = "") -> bool:
+        if isinstance(value, dict):
+            return any(counts(inner, str(name)) for name, inner in value.items())
+        return "expert" in key and isinstance(value, int) and value > 1
+
+    return counts(config.to_dict())
 
 
 def active_experts(config: PreTrainedConfig) -> int:
@@ -101,6 +112,8 @@ def active_experts(config: PreTrainedConfig) -> int:
     active = 1
     parts = [config, config.get_text_config(), *(getattr(config, key, None) for key in config.sub_configs)]
     for part in parts:
+        if part is None:
+            continue
         for layer in part.per_layer_config if getattr(part, "is_heterogeneous", False) else [part]:
             for name in _ACTIVE:
                 value = getattr(layer, name, None)

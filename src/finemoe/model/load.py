@@ -178,7 +178,7 @@ class _Loading:
         self._transfer = ReaderThreads(self._store, self._config.reader_threads)
         verify = self._verifier() if self._config.verify else None
         engine = Engine(self._pool, controller, self._transfer, verify)
-        lock = threading.Lock()
+        lock = threading.RLock()
         layouts = {layout.module: (layer, layout) for layer, layout in enumerate(self._catalog.layouts)}
         layers = []
         for described, module in self._experts:
@@ -193,7 +193,7 @@ class _Loading:
         self._choose_paths(layers, model.dtype)
         engine.clear()
         engine.counters.reset()
-        offload = Offload(self._checkpoint, self._catalog, self._store, engine, layers, self._config.policy)
+        offload = Offload(self._checkpoint, self._catalog, self._store, engine, layers, lock, self._config.policy)
         offload.reset_stats()
         kind = type(model)
         members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from types import TracebackType
 from typing import Any, Self
+
+import torch
 
 from finemoe.checkpoint import Catalog, Checkpoint
 from finemoe.engine import Engine
@@ -23,6 +26,7 @@ class Offload:
         store: DiskStore,
         engine: Engine,
         layers: list[ExpertLayer],
+        lock: threading.RLock,
         policy: str,
     ) -> None:
         self.checkpoint = checkpoint
@@ -31,6 +35,7 @@ class Offload:
         self._store = store
         self._engine = engine
         self._layers = layers
+        self._lock = lock
         self._closed = False
         self._read_before = 0
 
@@ -65,28 +70,35 @@ class Offload:
 
     def evict_all(self) -> None:
         """Empty the pool, as after loading. For measurements of a cold start."""
-        self._engine.clear()
+        with self._lock:
+            self._engine.clear()
 
     def check_integrity(self) -> None:
         """Raises `InvariantError` if the pool's bookkeeping contradicts itself."""
         self._engine.check_integrity()
 
     def close(self) -> None:
-        """Free the pool, the reader threads and the open files. The model can't run any more."""
-        if self._closed:
-            return
-        self._closed = True
-        self._engine.transfer.close()
-        for layer in self._layers:
-            layer.close()
-        self._engine.pool.close()
-        self._store.close()
+        """Free the pool, the reader threads and the open files, once no layer runs. The model can't run any more."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._engine.transfer.close()
+            for layer in self._layers:
+                layer.close()
+            self._engine.pool.close()
+            self._store.close()
 
 
 class OffloadedModel:
     """Mixed into the class of a loaded model: what is different about it."""
 
     finemoe: Offload
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model, without gradients: offloaded experts have none."""
+        with torch.no_grad():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc] # the transformers model's
 
     def close(self) -> None:
         """Free the expert pool, the reader threads and the open files. The model can't run any more."""

@@ -83,10 +83,15 @@ class DiskStore:
             OSError: the read failed or came up short; the message names the file.
         """
         offset_bytes = run.file_offset_bytes + start_bytes
-        if self.io == "direct":
-            self._read_direct(run.file, offset_bytes, into)
-        else:
-            self._read_buffered(run.file, offset_bytes, into)
+        try:
+            if self.io == "direct":
+                self._read_direct(run.file, offset_bytes, into)
+            else:
+                self._read_buffered(run.file, offset_bytes, into)
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            raise OSError(error.errno, error.strerror, self.name(run.file)) from error
 
     def close(self) -> None:
         for descriptor in self._descriptors:
@@ -96,8 +101,12 @@ class DiskStore:
 
     def _open(self, flags: int) -> None:
         flags |= os.O_RDONLY | getattr(os, "O_BINARY", 0)
-        for file in self._files:
-            self._descriptors.append(os.open(file, flags))
+        try:
+            for file in self._files:
+                self._descriptors.append(os.open(file, flags))
+        except OSError:
+            self.close()
+            raise
 
     def _open_direct(self) -> None:
         """Opens and tries: some file systems accept the flag and refuse the read."""

@@ -1,0 +1,178 @@
+"""The process of one row: `python -m finemoe.bench.child ORDER.json RESULT.json`.
+
+Every row has a process of its own, so that peak memory, threads and allocator state are its own too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig
+
+from finemoe.bench.link import evict
+from finemoe.bench.subject import Measured, Order, Phase
+from finemoe.checkpoint import locate, read_headers
+from finemoe.config import LoadConfig, format_bytes
+from finemoe.errors import BudgetError, FinemoeError
+from finemoe.model import load_config, model_class
+from finemoe.store import available_bytes, peak_rss_bytes
+
+
+def measure(order: Order) -> Measured:
+    """Loads the subject, times a cold prompt, then the continuation of another."""
+    if order.threads:
+        torch.set_num_threads(order.threads)
+    start_s = time.perf_counter()
+    model = _load(order)
+    load_s = time.perf_counter() - start_s
+    offload = getattr(model, "finemoe", None)
+    between = _evictor(order)
+    with torch.no_grad():
+        prompt, _, _ = _generate(model, order.prompt, 1, between)
+        decode, tokens, logits = _generate(model, order.context, order.new_tokens, between)
+    return Measured(
+        load_s=load_s,
+        prompt=prompt[0],
+        decode=decode[1],
+        tokens=tuple(tokens),
+        logits=tuple(logits),
+        dense_bytes=_memory_bytes([*model.parameters(), *model.buffers()]),
+        pool_bytes=0 if offload is None else offload.stats().expert_memory_bytes,
+        peak_rss_bytes=own_peak_rss_bytes(),
+        torch_threads=torch.get_num_threads(),
+    )
+
+
+def own_peak_rss_bytes() -> int:
+    """Peak memory of this process alone: where the kernel says, without what its parent held when it was started."""
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return peak_rss_bytes()
+
+
+def _load(order: Order) -> Any:
+    config = LoadConfig(**order.load)
+    if order.subject.kind == "finemoe":
+        return load_config(config)
+    checkpoint = locate(str(config.model), config.revision)
+    model_config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=config.trust_remote_code)
+    arguments: dict[str, Any] = {
+        "config": model_config,
+        "dtype": config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+        "experts_implementation": order.subject.implementation,
+        "use_safetensors": True,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if order.subject.kind == "resident":
+        needed = sum(header.length_bytes for header in read_headers(checkpoint.files).values())
+        if needed > (available := available_bytes()):
+            raise BudgetError(f"the whole model is {format_bytes(needed)}, but only {format_bytes(available)} are free")
+    else:
+        arguments |= {
+            "device_map": "auto",
+            "max_memory": {"cpu": order.memory_bytes},
+            "offload_folder": order.offload_folder,
+        }
+    return model_class(model_config).from_pretrained(checkpoint.folder, **arguments).eval()
+
+
+def _evictor(order: Order) -> Callable[[], None]:
+    """What to do before each step. Disk offload reads through the page cache, which would give it more memory."""
+    if order.subject.kind != "disk-offload":
+        return lambda: None
+    files = [*locate(str(order.load["model"])).files, *Path(order.offload_folder).rglob("*.safetensors")]
+    return lambda: evict(files)
+
+
+def _generate(
+    model: Any, prompt: Iterable[int], new_tokens: int, between: Callable[[], None]
+) -> tuple[tuple[Phase, Phase], list[int], list[str]]:
+    """Greedy decoding. Returns the phases of the prompt and of the tokens after it, the tokens, and logits' hashes."""
+    ids = torch.tensor([list(prompt)])
+    tokens: list[int] = []
+    logits: list[Tensor] = []
+    cache: Any = None
+    phases: list[Phase] = []
+    for steps in (1, new_tokens - 1):
+        meter = _Meter(model)
+        for _ in range(steps):
+            between()
+            start_s = time.perf_counter()
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            ids = output.logits[:, -1:].argmax(-1)
+            tokens.append(int(ids))
+            meter.seconds.append(time.perf_counter() - start_s)
+            logits.append(output.logits[:, -1])
+        phases.append(meter.phase())
+    return (phases[0], phases[1]), tokens, [_hash(row) for row in logits]
+
+
+class _Meter:
+    """Counts what happens from its making on."""
+
+    def __init__(self, model: Any) -> None:
+        self.seconds: list[float] = []
+        self._offload = getattr(model, "finemoe", None)
+        if self._offload is not None:
+            self._offload.reset_stats()
+        self._disk_bytes = _disk_bytes()
+
+    def phase(self) -> Phase:
+        after = _disk_bytes()
+        disk_bytes = None if after is None or self._disk_bytes is None else after - self._disk_bytes
+        if self._offload is None:
+            return Phase(tuple(self.seconds), disk_bytes)
+        stats = self._offload.stats()
+        counted = {name: getattr(stats, name) for name in ("hits", "late", "bytes_read", "stall_s", "stalled_bytes")}
+        return Phase(tuple(self.seconds), disk_bytes, accesses=stats.accesses, **counted)
+
+
+def _disk_bytes() -> int | None:
+    """What this process has read from storage, by whatever way."""
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/self/io").read_text().splitlines():
+            if line.startswith("read_bytes:"):
+                return int(line.split()[1])
+    return None
+
+
+def _memory_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors that are in memory, shared ones once."""
+    held = {(t.data_ptr(), t.nbytes) for t in tensors if t.device.type != "meta"}
+    return sum(nbytes for _, nbytes in held)
+
+
+def _hash(logits: Tensor) -> str:
+    return hashlib.sha256(logits.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def main(order_path: str, result_path: str) -> int:
+    """Runs an order. Writes the result, or one line about what is wrong."""
+    transformers.utils.logging.disable_progress_bar()
+    order = Order.from_dict(json.loads(Path(order_path).read_text()))
+    try:
+        result = asdict(measure(order))
+    except (FinemoeError, ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [""]
+        sys.stderr.write(f"{type(error).__name__}: {lines[0]}\n")
+        return 2
+    Path(result_path).write_text(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

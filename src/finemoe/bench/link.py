@@ -1,0 +1,127 @@
+"""The physical ceiling: what the disk under a checkpoint gives, measured the simplest way, without the engine."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE_BYTES = 4096
+CHUNK_BYTES = 1 << 20
+THREADS = 4
+
+
+@dataclass(frozen=True)
+class LinkProbe:
+    """Random reads of `CHUNK_BYTES` with `THREADS` threads, past the page cache if `direct`."""
+
+    bandwidth_bytes_s: float
+    direct: bool
+
+
+def probe(files: Sequence[Path], total_bytes: int, seed: int) -> LinkProbe:
+    """Reads about `total_bytes` from random places of `files`.
+
+    Raises:
+        OSError: a file can't be opened or read.
+    """
+    sizes = [file.stat().st_size for file in files]
+    chooser = random.Random(seed)  # noqa: S311 - places to read from
+    places: list[tuple[int, int]] = []
+    for _ in range(max(THREADS, total_bytes // CHUNK_BYTES)):
+        file = chooser.choices(range(len(files)), weights=sizes)[0]
+        last_page = max(0, sizes[file] - CHUNK_BYTES) // PAGE_BYTES
+        places.append((file, chooser.randint(0, last_page) * PAGE_BYTES))
+    descriptors, direct = _open(files)
+    try:
+        start_s = time.perf_counter()
+        read_bytes = _read_all(descriptors, iter(places))
+        return LinkProbe(read_bytes / (time.perf_counter() - start_s), direct)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def evict(files: Sequence[Path]) -> None:
+    """Ask the kernel to drop the files' pages from its cache, what was written to them included."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # dirty pages are not dropped
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def cached_share(files: Sequence[Path], samples: int = 256) -> float | None:
+    """Share of randomly chosen pages of `files` that are in the page cache; `None` where the kernel can't be asked."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return None
+    chooser = random.Random(0)  # noqa: S311 - pages to look at
+    buffer = bytearray(1)
+    cached = 0
+    for _ in range(samples):
+        file = chooser.choice(files)
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            cached += os.preadv(descriptor, [buffer], chooser.randrange(file.stat().st_size), os.RWF_NOWAIT)
+        except BlockingIOError:
+            pass  # not there without waiting for the disk
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                return None
+            raise
+        finally:
+            os.close(descriptor)
+    return cached / samples
+
+
+def _open(files: Sequence[Path]) -> tuple[list[int], bool]:
+    """Descriptors of `files`, direct where all of them can be opened and read so."""
+    descriptors: list[int] = []
+    try:
+        for file in files:
+            descriptors.append(os.open(file, os.O_RDONLY | os.O_DIRECT))
+            os.preadv(descriptors[-1], [mmap.mmap(-1, PAGE_BYTES)], 0)
+    except (AttributeError, OSError):
+        for descriptor in descriptors:
+            os.close(descriptor)
+        evict(files)
+        return [os.open(file, os.O_RDONLY) for file in files], False
+    return descriptors, True
+
+
+def _read_all(descriptors: Sequence[int], places: Iterator[tuple[int, int]]) -> int:
+    """Reads a chunk at every place; returns how many bytes came."""
+    lock = threading.Lock()
+    counts = [0] * THREADS
+    errors: list[OSError] = []
+
+    def run(reader: int) -> None:
+        buffer = mmap.mmap(-1, CHUNK_BYTES)
+        while not errors:
+            with lock:
+                place = next(places, None)
+            if place is None:
+                return
+            try:
+                counts[reader] += os.preadv(descriptors[place[0]], [buffer], place[1])
+            except OSError as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(reader,)) for reader in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return sum(counts)

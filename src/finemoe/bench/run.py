@@ -1,0 +1,166 @@
+"""The benchmark: a process for every row, one after another, the disk measured and its cache emptied in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+from finemoe.bench import link
+from finemoe.bench.config import BenchConfig
+from finemoe.bench.report import BenchReport, Run, summarise
+from finemoe.bench.subject import Measured, Order, Subject, subjects
+from finemoe.checkpoint import Checkpoint, locate
+from finemoe.errors import CheckpointError
+from finemoe.model import read_config, reference_model
+from finemoe.policy import make_controller
+
+Log = Callable[[str], None]
+
+
+def run_bench(config: BenchConfig, log: Log) -> BenchReport:
+    """Measures everything that `config` names. A row that fails is reported as failed; the others go on.
+
+    Args:
+        log: takes a line about what goes on.
+
+    Raises:
+        FinemoeError: there is nothing to measure: no such model, policy or weights.
+    """
+    for policy in config.policies:
+        make_controller(policy, 1, 1, 1)  # an unknown policy is refused before anything is read
+    checkpoint = locate(config.model or reference_model(), config.revision)
+    bench = _Bench(replace(config, model=str(checkpoint.folder)), checkpoint, log)
+    runs = [bench.run(subject, repeat) for repeat in range(config.repeats) for subject in bench.due(repeat)]
+    rows, fastest = summarise(runs)
+    return BenchReport(
+        model=checkpoint.name,
+        host=describe_host(),
+        settings={name: value for name, value in asdict(config).items() if name != "model"},
+        link_direct=all(probe.direct for probe in bench.probes),
+        link_bytes_s=tuple(probe.bandwidth_bytes_s for probe in bench.probes),
+        rows=rows,
+        fastest_resident=fastest,
+    )
+
+
+def describe_host() -> dict[str, str | int]:
+    """What the figures depend on."""
+    model = platform.processor() or platform.machine()
+    try:
+        names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip()
+    except (OSError, IndexError):
+        pass
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "platform": platform.system(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "finemoe")},
+    }
+
+
+class _Bench:
+    """One benchmark under way."""
+
+    def __init__(self, config: BenchConfig, checkpoint: Checkpoint, log: Log) -> None:
+        self.probes: list[link.LinkProbe] = []
+        self._config = config
+        self._checkpoint = checkpoint
+        self._log = log
+        self._memory_bytes = 0  # dense weights and pool of the first finemoe row that ran
+        text = read_config(checkpoint.folder, trust_remote_code=config.trust_remote_code).get_text_config()
+        chooser = random.Random(config.seed)  # noqa: S311 - tokens of a prompt
+        draw = [chooser.randrange(text.vocab_size) for _ in range(config.prompt_tokens + config.context_tokens)]
+        self._prompt, self._context = tuple(draw[: config.prompt_tokens]), tuple(draw[config.prompt_tokens :])
+
+    def due(self, repeat: int) -> list[Subject]:
+        """The rows of a repeat: disk offload is measured once, it is slow."""
+        return [subject for subject in subjects(self._config) if repeat == 0 or subject.kind != "disk-offload"]
+
+    def run(self, subject: Subject, repeat: int) -> Run:
+        self._log(f"{subject.name} ({repeat + 1} of {self._config.repeats}) ...")
+        self._probe()
+        link.evict(self._checkpoint.files)
+        cached_share = link.cached_share(self._checkpoint.files)
+        if cached_share is not None and cached_share > 0.05:
+            self._log(f"  {cached_share:.0%} of the checkpoint stay in the page cache: another process has it open")
+        outcome = self._measure(subject)
+        self._probe()
+        link_bytes_s = sum(probe.bandwidth_bytes_s for probe in self.probes[-2:]) / 2
+        measured = outcome if isinstance(outcome, Measured) else None
+        run = Run(subject, repeat, link_bytes_s, cached_share, measured, None if measured else str(outcome))
+        if measured is None:
+            self._log(f"  failed: {run.error}")
+            return run
+        if subject.kind == "finemoe" and not self._memory_bytes:
+            self._memory_bytes = measured.weight_bytes
+        self._log(
+            f"  load {measured.load_s:.1f} s, TTFT {measured.prompt.total_s:.2f} s, "
+            f"TPOT {1000 * median(measured.decode.seconds):.1f} ms, disk {link_bytes_s / 1e9:.2f} GB/s"
+        )
+        return run
+
+    def _probe(self) -> None:
+        config = self._config
+        total_bytes = config.link_probe_mib << 20
+        try:
+            self.probes.append(link.probe(self._checkpoint.files, total_bytes, config.seed + len(self.probes)))
+        except OSError as error:
+            raise CheckpointError(f"{error.filename or self._checkpoint.folder}: can't be read ({error})") from error
+
+    def _measure(self, subject: Subject) -> Measured | str:
+        """Runs a row in a process of its own. Returns one line if it fails."""
+        config = self._config
+        if subject.kind == "disk-offload" and not self._memory_bytes:
+            return "there is no finemoe row to take the memory of"
+        load = config.load_config(subject.budget or config.budgets[0], subject.policy or config.policies[0])
+        with tempfile.TemporaryDirectory(prefix="finemoe-bench-", dir=config.offload_dir) as scratch:
+            order = Order(
+                subject=subject,
+                load=asdict(load),
+                prompt=self._prompt,
+                context=self._context,
+                new_tokens=config.offload_tokens if subject.kind == "disk-offload" else config.new_tokens,
+                threads=config.threads,
+                memory_bytes=self._memory_bytes,
+                offload_folder=scratch,
+            )
+            return run_order(order, Path(scratch), config.timeout_s)
+
+
+def run_order(order: Order, scratch: Path, timeout_s: float) -> Measured | str:
+    """Runs an order in a process of its own. Returns the last line of its complaint if it fails."""
+    order_file, result_file = scratch / "order.json", scratch / "result.json"
+    order_file.write_text(json.dumps(asdict(order)))
+    command = [sys.executable, "-m", "finemoe.bench.child", str(order_file), str(result_file)]
+    with (scratch / "stderr.txt").open("w+") as stderr:
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, timeout=timeout_s, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return f"took longer than {timeout_s:.0f} s"
+        stderr.seek(0)
+        lines = stderr.read().strip().splitlines()
+    if done.returncode == 0 and result_file.exists():
+        raw: dict[str, Any] = json.loads(result_file.read_text())
+        return Measured.from_dict(raw)
+    if done.returncode == -signal.SIGKILL:
+        return "killed, perhaps for want of memory"
+    return lines[-1] if lines else f"ended with exit status {done.returncode}"

@@ -1,0 +1,104 @@
+"""What stands in a row: a subject, the order that its process gets, and what it hands back. Plain data, for JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from finemoe.bench.config import DISK_OFFLOAD, BenchConfig
+
+Kind = Literal["finemoe", "resident", "disk-offload"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One way to run the model. `budget` and `policy` are finemoe's, `implementation` is transformers'."""
+
+    kind: Kind
+    budget: str = ""
+    policy: str = ""
+    implementation: str = ""
+
+    @property
+    def name(self) -> str:
+        if self.kind == "finemoe":
+            return f"finemoe {self.policy} {self.budget}"
+        if self.kind == "resident":
+            return f"transformers {self.implementation}"
+        return "transformers disk offload"
+
+
+def subjects(config: BenchConfig) -> tuple[Subject, ...]:
+    """The rows of a run, in the order in which they are measured."""
+    rows = [Subject("finemoe", budget=b, policy=p) for p in config.policies for b in config.budgets]
+    rows += [Subject("resident", implementation=n) for n in config.baseline_names if n != DISK_OFFLOAD]
+    if DISK_OFFLOAD in config.baseline_names:
+        rows.append(Subject("disk-offload", implementation="eager"))
+    return tuple(rows)
+
+
+@dataclass(frozen=True)
+class Order:
+    """All that the process of one row needs to know."""
+
+    subject: Subject
+    load: dict[str, Any]  # fields of a LoadConfig
+    prompt: tuple[int, ...]
+    context: tuple[int, ...]
+    new_tokens: int
+    threads: int
+    memory_bytes: int = 0  # disk-offload: for weights
+    offload_folder: str = ""
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Order:
+        prompt, context = tuple(raw.pop("prompt")), tuple(raw.pop("context"))
+        return cls(subject=Subject(**raw.pop("subject")), prompt=prompt, context=context, **raw)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a run: the prompt, or the tokens after it. Counters are finemoe's; 0 for others."""
+
+    seconds: tuple[float, ...]  # of each step
+    disk_bytes: int | None  # read from storage by the process, as the kernel counts; None where it does not
+    accesses: int = 0
+    hits: int = 0
+    late: int = 0
+    bytes_read: int = 0
+    stall_s: float = 0.0
+    stalled_bytes: int = 0
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.seconds)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Phase:
+        return cls(seconds=tuple(raw.pop("seconds")), **raw)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one process measured."""
+
+    load_s: float  # from the call to the loaded model; imports excluded
+    prompt: Phase  # one step: the time to the first token after a cold start
+    decode: Phase
+    tokens: tuple[int, ...]
+    logits: tuple[str, ...]  # a hash of each token's logits, bit for bit
+    dense_bytes: int  # weights in memory that are not in the pool
+    pool_bytes: int
+    peak_rss_bytes: int
+    torch_threads: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Dense weights and pool: what must be in memory."""
+        return self.dense_bytes + self.pool_bytes
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Measured:
+        prompt, decode = Phase.from_dict(raw.pop("prompt")), Phase.from_dict(raw.pop("decode"))
+        tokens, logits = tuple(raw.pop("tokens")), tuple(raw.pop("logits"))
+        return cls(prompt=prompt, decode=decode, tokens=tokens, logits=logits, **raw)

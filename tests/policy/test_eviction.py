@@ -1,0 +1,87 @@
+"""Each eviction against the dumbest correct implementation of itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finemoe.policy import make_controller
+from finemoe.policy.cache import LFRU, LFU, LRU, least_worthy
+from finemoe.types import ExpertId, Fetch
+from tests.policy.drive import Drive
+
+LAYERS, EXPERTS = 3, 6
+Trace = list[tuple[int, list[int]]]
+needs = st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=3, unique=True).map(sorted)
+traces = st.lists(st.tuples(st.integers(0, LAYERS - 1), needs), max_size=60)
+
+
+class PlainLRU:
+    """A list, least recently used first."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.held: list[ExpertId] = []
+
+    def layer(self, layer: int, experts: list[int]) -> list[Fetch]:
+        needed = [ExpertId(layer, expert) for expert in experts]
+        missing = [expert for expert in needed if expert not in self.held]
+        idle = [expert for expert in self.held if expert not in needed]
+        victims = idle[: max(0, len(self.held) + len(missing) - self.capacity)]
+        free = len(missing) - len(victims)
+        self.held = [expert for expert in self.held if expert not in needed + victims] + needed
+        return [Fetch(e, v) for e, v in zip(missing, [*[None] * free, *victims], strict=True)]
+
+
+@given(traces, st.integers(3, LAYERS * EXPERTS))
+def test_lru_is_a_list_of_what_was_used_last(trace: Trace, capacity: int) -> None:
+    plain, drive = PlainLRU(capacity), Drive(make_controller("lru", LAYERS, EXPERTS, capacity))
+    for layer, experts in trace:
+        assert drive.layer(layer, experts) == plain.layer(layer, experts)
+    assert drive.resident == set(plain.held)
+
+
+@given(traces)
+def test_lfu_counts_visits_that_lose_a_tenth_each_iteration(trace: Trace) -> None:
+    lfu = LFU(LAYERS, EXPERTS)
+    visits: list[tuple[int, ExpertId]] = []
+    iteration, previous = 0, -1
+    for layer, experts in trace:
+        iteration += layer <= previous
+        previous = layer
+        lfu.access(layer, experts)
+        visits += [(iteration, ExpertId(layer, expert)) for expert in experts]
+    for layer in range(LAYERS):
+        for expert in range(EXPERTS):
+            expected = sum(0.9 ** (iteration - then) for then, visited in visits if visited == (layer, expert))
+            assert lfu.worth()[layer, expert] == pytest.approx(expected)
+
+
+@given(traces)
+def test_lfru_divides_visits_by_age(trace: Trace) -> None:
+    lfru = LFRU(LAYERS, EXPERTS)
+    for layer, experts in trace:
+        lfru.access(layer, experts)
+    for layer in range(LAYERS):
+        for expert in range(EXPERTS):
+            when = [i for i, (la, experts) in enumerate(trace) if la == layer and expert in experts]
+            expected = len(when) / (len(trace) - 1 - when[-1] + 1) if when else 0
+            assert lfru.worth()[layer, expert] == pytest.approx(expected)
+
+
+def test_lru_orders_the_experts_of_one_event() -> None:
+    lru = LRU(1, 3)
+    lru.access(0, [0, 1, 2])
+    assert lru.worth()[0].tolist() == sorted(lru.worth()[0].tolist())
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, -1.0, np.inf, -np.inf]), min_size=6, max_size=6),
+    st.lists(st.booleans(), min_size=6, max_size=6),
+)
+def test_only_candidates_are_chosen_and_the_first_of_the_least(worth: list[float], candidates: list[bool]) -> None:
+    chosen = least_worthy(np.array(worth).reshape(2, 3), np.array(candidates).reshape(2, 3))
+    allowed = [(worth[i], i) for i in range(6) if candidates[i]]
+    assert chosen == (ExpertId(*divmod(min(allowed)[1], 3)) if allowed else None)

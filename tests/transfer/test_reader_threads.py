@@ -1,0 +1,254 @@
+"""Reader threads: every byte in its place, urgent first, failures reported, and nobody left behind."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finemoe.transfer import ReaderThreads
+from finemoe.types import ExpertId, Landed, Run
+from tests.fakes import MemorySource
+
+Slots = dict[ExpertId, bytearray]
+
+
+def experts(count: int, size_bytes: int = 100) -> dict[ExpertId, bytes]:
+    draw = random.Random(0)
+    return {ExpertId(0, i): draw.randbytes(size_bytes) for i in range(count)}
+
+
+def slots_for(source: MemorySource) -> Slots:
+    return {expert: bytearray(len(data)) for expert, data in source.experts.items()}
+
+
+@contextmanager
+def reading(source: MemorySource, threads: int = 2, chunk_bytes: int = 16) -> Iterator[ReaderThreads]:
+    transfer = ReaderThreads(source, threads, chunk_bytes)
+    try:
+        yield transfer
+    finally:
+        transfer.close()
+
+
+def submit(transfer: ReaderThreads, slots: Slots, *, urgent: bool = True) -> None:
+    for expert, slot in slots.items():
+        transfer.submit(expert, memoryview(slot), urgent=urgent)
+
+
+def collect(transfer: ReaderThreads, count: int) -> dict[ExpertId, Landed]:
+    landed: list[Landed] = []
+    while len(landed) < count:
+        landed += transfer.wait()
+    assert len(landed) == count
+    return {item.expert: item for item in landed}
+
+
+class Gate:
+    """Holds readers back until it is opened."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.open = threading.Event()
+
+    def __call__(self, *_: object) -> None:
+        self.entered.set()
+        assert self.open.wait(30)
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 12), st.integers(1, 200), st.integers(1, 5), st.integers(1, 64), st.integers(1, 8))
+def test_every_byte_lands_in_its_place(
+    count: int, size_bytes: int, pieces: int, chunk_bytes: int, threads: int
+) -> None:
+    source = MemorySource(experts(count, size_bytes), pieces)
+    slots = slots_for(source)
+    with reading(source, threads, chunk_bytes) as transfer:
+        submit(transfer, slots)
+        landed = collect(transfer, count)
+        assert transfer.moved_bytes == count * size_bytes
+    assert all(item.error is None for item in landed.values())
+    assert slots == source.experts
+
+
+def test_many_threads_over_many_rounds_lose_nothing() -> None:
+    source = MemorySource(experts(20, 500), 3)
+    with reading(source, threads=16, chunk_bytes=7) as transfer:
+        for _ in range(10):
+            slots = slots_for(source)
+            submit(transfer, slots)
+            collect(transfer, 20)
+            assert slots == source.experts
+
+
+def test_an_urgent_expert_overtakes_prefetches_after_the_chunk_under_way() -> None:
+    gate = Gate()
+    source = MemorySource(experts(3), before=gate)
+    slots = slots_for(source)
+    prefetched, also_prefetched, urgent = slots
+    with reading(source, threads=1, chunk_bytes=10) as transfer:
+        transfer.submit(prefetched, memoryview(slots[prefetched]), urgent=False)
+        transfer.submit(also_prefetched, memoryview(slots[also_prefetched]), urgent=False)
+        assert gate.entered.wait(30)
+        transfer.submit(urgent, memoryview(slots[urgent]), urgent=True)
+        gate.open.set()
+        collect(transfer, 3)
+    assert source.reads == [prefetched, *[urgent] * 10, *[prefetched] * 9, *[also_prefetched] * 10]
+
+
+def test_an_error_is_reported_for_its_expert_alone() -> None:
+    broken = ExpertId(0, 3)
+
+    def fail(expert: ExpertId, *_: object) -> None:
+        if expert == broken:
+            raise OSError(5, "Input/output error", "shard-2.safetensors")
+
+    source = MemorySource(experts(6), before=fail)
+    slots = slots_for(source)
+    with reading(source) as transfer:
+        submit(transfer, slots)
+        landed = collect(transfer, 6)
+    error = landed.pop(broken).error
+    assert isinstance(error, OSError)
+    assert error.filename == "shard-2.safetensors"
+    assert all(item.error is None for item in landed.values())
+    assert all(slots[expert] == source.experts[expert] for expert in landed)
+
+
+@pytest.mark.parametrize("kind", [ValueError, MemoryError, RuntimeError])
+def test_an_error_of_any_kind_is_reported_and_the_reader_lives_on(kind: type[Exception]) -> None:
+    broken = [True]
+
+    def fail(*_: object) -> None:
+        if broken[0]:
+            raise kind("broken")
+
+    source = MemorySource(experts(1), before=fail)
+    slots = slots_for(source)
+    with reading(source, threads=1) as transfer:
+        submit(transfer, slots)
+        assert isinstance(transfer.wait()[0].error, kind)
+        broken[0] = False
+        submit(transfer, slots)
+        assert transfer.wait()[0].error is None
+    assert slots == source.experts
+
+
+def test_the_rest_of_a_failed_expert_is_not_read() -> None:
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    source = MemorySource(experts(1), before=fail)
+    with reading(source, threads=1, chunk_bytes=10) as transfer:
+        submit(transfer, slots_for(source))
+        collect(transfer, 1)
+    assert len(source.reads) == 1
+
+
+def test_cancel_returns_only_when_nobody_writes_any_more() -> None:
+    gate = Gate()
+    source = MemorySource(experts(4), before=gate)
+    slots = slots_for(source)
+    with reading(source) as transfer:
+        submit(transfer, slots)
+        assert gate.entered.wait(30)
+        cancelling = threading.Thread(target=transfer.cancel)
+        cancelling.start()
+        cancelling.join(0.05)
+        assert cancelling.is_alive(), "cancel returned while a reader was writing"
+        gate.open.set()
+        cancelling.join(30)
+        assert not cancelling.is_alive()
+        held = {expert: bytes(slot) for expert, slot in slots.items()}
+        time.sleep(0.05)
+        assert held == slots, "a reader wrote after cancel"
+        assert transfer.poll() == []
+        with pytest.raises(RuntimeError, match="nothing is in flight"):
+            transfer.wait()
+
+
+def test_cancel_forgets_what_landed_and_the_next_fetch_works() -> None:
+    source = MemorySource(experts(3))
+    with reading(source) as transfer:
+        for _ in range(20):
+            submit(transfer, slots_for(source))
+            transfer.cancel()
+            slots = slots_for(source)
+            submit(transfer, slots)
+            assert len(collect(transfer, 3)) == 3
+            assert slots == source.experts
+
+
+def test_poll_reports_what_has_landed_and_never_blocks() -> None:
+    gate = Gate()
+    source = MemorySource(experts(1), before=gate)
+    with reading(source) as transfer:
+        assert transfer.poll() == []
+        submit(transfer, slots_for(source))
+        assert transfer.poll() == []
+        gate.open.set()
+        landed: list[Landed] = []
+        give_up_s = time.monotonic() + 30
+        while not landed and time.monotonic() < give_up_s:
+            landed = transfer.poll()
+        assert landed == [Landed(ExpertId(0, 0))]
+
+
+def test_waiting_for_nothing_is_an_error() -> None:
+    with reading(MemorySource({})) as transfer, pytest.raises(RuntimeError, match="nothing is in flight"):
+        transfer.wait()
+
+
+def test_close_ends_the_threads_and_refuses_more() -> None:
+    before = threading.active_count()
+    source = MemorySource(experts(8))
+    transfer = ReaderThreads(source, 4, 8)
+    submit(transfer, slots_for(source))
+    transfer.close()
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match="closed"):
+        transfer.submit(ExpertId(0, 0), memoryview(bytearray(100)))
+    transfer.close()
+
+
+def test_close_releases_whoever_waits() -> None:
+    gate = Gate()
+    source = MemorySource(experts(2), before=gate)
+    transfer = ReaderThreads(source, 1, 10)
+    submit(transfer, slots_for(source))
+    outcome: list[object] = []
+
+    def wait() -> None:
+        try:
+            outcome.append(transfer.wait())
+        except RuntimeError as error:
+            outcome.append(error)
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    assert gate.entered.wait(30)
+    closing = threading.Thread(target=transfer.close)
+    closing.start()
+    time.sleep(0.05)
+    gate.open.set()
+    closing.join(30)
+    waiting.join(10)
+    assert not waiting.is_alive(), "whoever waits for a closed transfer waits for ever"
+    assert isinstance(outcome[0], RuntimeError)
+
+
+def test_a_read_that_comes_up_short_is_an_error() -> None:
+    def short(_: ExpertId, run: Run, start_bytes: int) -> None:
+        if start_bytes + 30 > run.length_bytes:
+            raise OSError(5, "file ends", "short.safetensors")
+
+    source = MemorySource(experts(1), before=short)
+    with reading(source, chunk_bytes=25) as transfer:
+        submit(transfer, slots_for(source))
+        assert "short.safetensors" in str(transfer.wait()[0].error)
