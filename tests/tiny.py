@@ -25,11 +25,11 @@ def write(folder: Path, family: str, dtype: str = "float32", **options: Any) -> 
     return folder
 
 
-def eager(folder: Path) -> Any:
+def eager(folder: Path, dtype: str = "auto") -> Any:
     """The whole model in memory, with transformers' plainest experts: what every answer is compared with."""
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = getattr(transformers, config.architectures[0])
-    return kind.from_pretrained(folder, experts_implementation="eager", dtype="auto")
+    return kind.from_pretrained(folder, experts_implementation="eager", dtype=dtype)
 
 
 def experts_modules(model: Any) -> list[Any]:

@@ -25,8 +25,8 @@ from finemoe.store import available_bytes
 
 _PAGE_BYTES = 4096
 _CHUNK_BYTES = 1 << 20
-# hit rate of lfru by share of resident experts: gpt-oss-20b, decode, 425 recorded prompts
-_LOCAL_HITS = ((0.0, 0.0), (0.25, 0.66), (0.5, 0.92), (0.75, 0.985), (1.0, 1.0))
+# hit rate of lfru by share of resident experts: gpt-oss-20b, decoding (tests/policy/test_real_traces.py)
+LOCAL_HITS = ((0.0, 0.0), (0.1, 0.28), (0.25, 0.66), (0.5, 0.915), (0.75, 0.985), (1.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def forecast(sizes: Sizes, rates: Rates, share: float) -> Forecast:
 
 
 def _interpolate(share: float) -> float:
-    for (x0, y0), (x1, y1) in zip(_LOCAL_HITS[:-1], _LOCAL_HITS[1:], strict=True):
+    for (x0, y0), (x1, y1) in zip(LOCAL_HITS[:-1], LOCAL_HITS[1:], strict=True):
         if share <= x1:
             return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
     return 1.0

@@ -60,14 +60,20 @@ def test_lfu_counts_visits_that_lose_a_tenth_each_iteration(trace: Trace) -> Non
 
 
 @given(traces)
-def test_lfru_divides_visits_by_age(trace: Trace) -> None:
+def test_lfru_divides_fading_visits_by_age_in_iterations(trace: Trace) -> None:
     lfru = LFRU(LAYERS, EXPERTS)
+    visits: list[tuple[int, ExpertId]] = []
+    iteration, previous = 0, -1
     for layer, experts in trace:
+        iteration += layer <= previous
+        previous = layer
         lfru.access(layer, experts)
+        visits += [(iteration, ExpertId(layer, expert)) for expert in experts]
     for layer in range(LAYERS):
         for expert in range(EXPERTS):
-            when = [i for i, (la, experts) in enumerate(trace) if la == layer and expert in experts]
-            expected = len(when) / (len(trace) - 1 - when[-1] + 1) if when else 0
+            when = [then for then, visited in visits if visited == (layer, expert)]
+            frequency = sum(0.98 ** (iteration - then) for then in when)
+            expected = frequency / (iteration - when[-1] + 1) if when else 0
             assert lfru.worth()[layer, expert] == pytest.approx(expected)
 
 

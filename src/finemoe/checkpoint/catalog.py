@@ -127,6 +127,10 @@ def stored_rows(name: str, shape: Sequence[int], addresses: torch.Tensor, column
         return _Addresses(addresses.reshape(experts, rows), width * item_bytes, (rows, width), transposed=False)
     if addresses.shape == (experts, 1, width) and columns == rows:
         return _Addresses(addresses.reshape(experts, width), rows * item_bytes, (width, rows), transposed=True)
+    if addresses.numel() * columns != experts * rows * width:
+        raise CheckpointError(
+            f"{name}: the checkpoint has {addresses.numel() * columns} weights for it, the model expects {list(shape)}"
+        )
     raise UnsupportedModelError(
         f"{name}: transformers converts this checkpoint's experts in a way that finemoe can't follow row by row"
     )

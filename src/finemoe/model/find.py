@@ -38,7 +38,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         quantised = raw.get("quantization_config")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: can't be read ({error})") from error
-    if model_type not in CONFIG_MAPPING and not (remote and trust_remote_code):
+    if not (isinstance(model_type, str) and model_type in CONFIG_MAPPING) and not (remote and trust_remote_code):
         if remote:
             raise UnsupportedModelError(
                 f"{folder} needs modelling code of its own; if you trust it, give --trust-remote-code"

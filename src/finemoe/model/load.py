@@ -93,14 +93,17 @@ def load_config(config: LoadConfig) -> Any:
     loading = _Loading(config, checkpoint, model_config, headers)
     try:
         with _diverted(loading.convert_and_load):
-            model = model_class(model_config).from_pretrained(
+            model, info = model_class(model_config).from_pretrained(
                 checkpoint.folder,
                 config=model_config,
                 dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
                 experts_implementation=IMPLEMENTATION,
                 use_safetensors=True,
                 trust_remote_code=config.trust_remote_code,
+                ignore_mismatched_sizes=True,  # refused below, in one line
+                output_loading_info=True,
             )
+        refuse_made_up(info)
         return loading.finish(model)
     except BaseException:
         loading.undo()
@@ -112,6 +115,18 @@ def reference_model() -> str:
     from finemoe.reference import ensure
 
     return str(ensure())
+
+
+def refuse_made_up(info: dict[str, Any]) -> None:
+    """Raises `CheckpointError` where transformers filled a parameter with random numbers, for want of a fitting tensor."""
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise CheckpointError(f"{name}: the checkpoint has shape {list(stored)}, the model expects {list(expected)}")
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"the checkpoint has no tensor for {missing[0]}{more}; is it complete?")
+    if errors := info.get("error_msgs"):
+        raise CheckpointError(f"the checkpoint can't be loaded: {str(errors[0]).splitlines()[0]}")
 
 
 class _Loading:
@@ -235,9 +250,11 @@ def _diverted(replacement: Callable[..., Any]) -> Iterator[None]:
     """Wraps transformers' function that turns a checkpoint's tensors into parameters, for the time of a load."""
     with _LOADING:
         original = modeling_utils.convert_and_load_state_dict_in_model
+        loading = threading.get_ident()
 
-        def wrapped(model: PreTrainedModel, state_dict: Any, load_config: Any, disk_offload_index: Any = None) -> Any:
-            del state_dict, disk_offload_index
+        def wrapped(model: PreTrainedModel, *args: Any, load_config: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != loading:  # someone else's load, of a model of their own
+                return original(model, *args, load_config=load_config, **kwargs)
             return replacement(original, model, load_config)
 
         modeling_utils.convert_and_load_state_dict_in_model = wrapped

@@ -118,3 +118,7 @@ class OffloadedModel:
             f"an offloaded model can't be saved, its experts are in {self.finemoe.checkpoint.folder}; "
             "load it with transformers to save a copy"
         )
+
+    def push_to_hub(self, *_: Any, **__: Any) -> None:
+        """Refused: the experts are not in this model."""
+        self.save_pretrained()

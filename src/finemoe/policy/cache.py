@@ -66,25 +66,34 @@ class LFU:
 
 
 class LFRU:
-    """Frequency over age: `f / (age + 1)`, age in access events since the last visit; the lowest goes first.
+    """Frequency over age: `f / (age + 1)`, age in iterations since the last visit; the lowest goes first.
 
     Source: the least-frequently-recently-used score that a 2026 caching study found best among causal evictions
-    (design section 6). `f` is the plain visit count.
+    (design section 6). It leaves open what `f` counts; here visits that decay per iteration, slower than `LFU`'s as
+    age already favours the recent.
+
+    Args:
+        decay: what a visit is worth one iteration later. An iteration ends when the layer index does not grow.
     """
 
-    def __init__(self, layers: int, experts: int) -> None:
-        self._visits = np.zeros((layers, experts))  # [L, E]
+    def __init__(self, layers: int, experts: int, decay: float = 0.98) -> None:
+        self._frequency = np.zeros((layers, experts))  # [L, E]
         self._last = np.zeros((layers, experts))  # [L, E]
-        self._clock = 0
+        self._decay = decay
+        self._iteration = 0
+        self._previous_layer = -1
 
     def access(self, layer: int, experts: Sequence[int]) -> None:
-        self._clock += 1
+        if layer <= self._previous_layer:
+            self._frequency *= self._decay
+            self._iteration += 1
+        self._previous_layer = layer
         for expert in experts:
-            self._visits[layer, expert] += 1.0
-            self._last[layer, expert] = self._clock
+            self._frequency[layer, expert] += 1.0
+            self._last[layer, expert] = self._iteration
 
     def worth(self) -> Scores:
-        return self._visits / (self._clock - self._last + 1.0)
+        return self._frequency / (self._iteration - self._last + 1.0)
 
 
 EVICTIONS: dict[str, Callable[[int, int], Eviction]] = {"lru": LRU, "lfu": LFU, "lfru": LFRU}

@@ -111,7 +111,7 @@ class DiskStore:
     def _open_direct(self) -> None:
         """Opens and tries: some file systems accept the flag and refuse the read."""
         if not hasattr(os, "O_DIRECT"):
-            raise OSError(errno.EINVAL, "this platform has no direct I/O")
+            raise OSError(errno.EINVAL, "this platform has no direct I/O", str(self._files[0]))
         self._open(os.O_DIRECT)
         for descriptor in self._descriptors:
             os.preadv(descriptor, [memoryview(self._buffers.memory)[:PAGE_BYTES]], 0)

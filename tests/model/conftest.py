@@ -1,0 +1,38 @@
+"""A tiny chat model, whole and offloaded, shared by tests that do not break it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import finemoe
+from tests.chat_model import make_chat_model
+from tests.tiny import eager
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_chat_model(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="session")
+def whole(chat_folder: Path) -> Any:
+    return eager(chat_folder)
+
+
+@pytest.fixture(scope="module")
+def shared(chat_folder: Path) -> Iterator[Any]:
+    with finemoe.load(chat_folder, expert_memory="40%") as model:
+        yield model
+
+
+@pytest.fixture
+def offloaded(shared: Any) -> Iterator[Any]:
+    """Starts with an empty pool, and must leave it sound."""
+    shared.finemoe.evict_all()
+    shared.finemoe.reset_stats()
+    yield shared
+    shared.finemoe.check_integrity()
