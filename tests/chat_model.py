@@ -1,4 +1,4 @@
-"""A tiny model that can be talked to: a Mixtral with random weights, and a byte-level tokenizer with a chat template."""
+"""A tiny model to talk to: a Mixtral with random weights, and a byte-level tokenizer with a chat template."""
 
 from __future__ import annotations
 

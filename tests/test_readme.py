@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.chat_model import make_chat_model
 
 ROOT = Path(__file__).parent.parent

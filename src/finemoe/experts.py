@@ -53,11 +53,11 @@ class ExpertLayer:
 
     def run(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The module's output `[T, D]` for hidden `[T, D]`, executed indices and weights `[T, K]`."""
-        if self.engine is None:
-            raise FinemoeError("this model was closed: its experts are gone; load it again")
         if torch.is_grad_enabled() and hidden.requires_grad:
             raise FinemoeError("offloaded experts have no gradients; run the model under torch.no_grad()")
         with self._lock:
+            if self.engine is None:
+                raise FinemoeError("this model was closed: its experts are gone; load it again")
             self.engine.counters.layer_calls += 1
             if self.accumulator is None:
                 return run_twin(self, module, hidden, index, weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import weakref
 from pathlib import Path
@@ -15,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM, mode
 import finemoe
 from finemoe.errors import BudgetError, CheckpointError, ConfigError, FinemoeError, UnsupportedModelError
 from finemoe.experts import LazyParameter
-from finemoe.model import load
 from finemoe.store import pool
 from tests.tiny import Make, answer, configured, eager, experts_modules, logits
 
@@ -43,7 +43,6 @@ def test_a_loaded_model_is_still_its_own_class(chat_folder: Path) -> None:
         assert type(model).__name__ == "MixtralForCausalLM"
         assert type(model).__module__ == MixtralForCausalLM.__module__
         assert not model.training
-        assert not any(parameter.requires_grad for parameter in model.parameters())
         assert not any(parameter.is_meta for parameter in model.parameters())
         assert "MixtralExperts" in repr(model)
 
@@ -210,9 +209,8 @@ def test_a_budget_below_the_minimum_is_refused_and_the_minimum_works(chat_folder
 
 
 def test_a_budget_beyond_the_machine_is_refused(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (pool, load):
-        if hasattr(module, "available_bytes"):
-            monkeypatch.setattr(module, "available_bytes", lambda: 1000)
+    for module in (pool, sys.modules["finemoe.model.load"]):
+        monkeypatch.setattr(module, "available_bytes", lambda: 1000)
     assert refused(BudgetError, chat_folder, expert_memory="all").startswith("--expert-memory: ")
 
 

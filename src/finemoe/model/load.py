@@ -21,7 +21,7 @@ from finemoe.checkpoint import Catalog, Checkpoint, TensorHeader, locate, read_h
 from finemoe.checkpoint.convert import ExpertsModule, read_catalog
 from finemoe.config import LoadConfig, format_bytes
 from finemoe.engine import Engine
-from finemoe.errors import BudgetError, CheckpointError, UnsupportedModelError
+from finemoe.errors import BudgetError, CheckpointError, FinemoeError, UnsupportedModelError
 from finemoe.experts import HANDLE, IMPLEMENTATION, ExpertLayer, LazyParameter, choose_path
 from finemoe.model.find import find_experts, model_class, pool_slots, read_config
 from finemoe.model.offload import Offload, OffloadedModel
@@ -105,6 +105,12 @@ def load_config(config: LoadConfig) -> Any:
             )
         refuse_made_up(info)
         return loading.finish(model)
+    except (ArithmeticError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+        loading.undo()
+        if isinstance(error, FinemoeError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{checkpoint.folder}: transformers can't build this model: {reason}") from error
     except BaseException:
         loading.undo()
         raise
@@ -118,7 +124,7 @@ def reference_model() -> str:
 
 
 def refuse_made_up(info: dict[str, Any]) -> None:
-    """Raises `CheckpointError` where transformers filled a parameter with random numbers, for want of a fitting tensor."""
+    """Raises `CheckpointError` where transformers made a parameter up, for want of a tensor that fits."""
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, expected = mismatched[0]
         raise CheckpointError(f"{name}: the checkpoint has shape {list(stored)}, the model expects {list(expected)}")
@@ -183,7 +189,7 @@ class _Loading:
     def finish(self, model: PreTrainedModel) -> Any:
         """Swap the experts' weights for handles on the pool."""
         assert self._catalog is not None and self._store is not None and self._pool is not None
-        model.requires_grad_(requires_grad=False)
+        # requires_grad stays as transformers set it: torch's matmul picks its kernel, and so its rounding, by it
         controller = make_controller(
             self._config.policy,
             len(self._catalog.layouts),
@@ -252,9 +258,9 @@ def _diverted(replacement: Callable[..., Any]) -> Iterator[None]:
         original = modeling_utils.convert_and_load_state_dict_in_model
         loading = threading.get_ident()
 
-        def wrapped(model: PreTrainedModel, *args: Any, load_config: Any, **kwargs: Any) -> Any:
+        def wrapped(model: PreTrainedModel, state_dict: Any, load_config: Any, disk_offload_index: Any = None) -> Any:
             if threading.get_ident() != loading:  # someone else's load, of a model of their own
-                return original(model, *args, load_config=load_config, **kwargs)
+                return original(model, state_dict, load_config, disk_offload_index)
             return replacement(original, model, load_config)
 
         modeling_utils.convert_and_load_state_dict_in_model = wrapped

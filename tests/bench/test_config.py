@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from finemoe.bench import BenchConfig
+from finemoe.bench.subject import subjects
+from finemoe.errors import BudgetError, ConfigError
+
+
+def test_rows_are_all_budgets_of_all_policies_then_the_baselines() -> None:
+    config = BenchConfig(expert_memory="25%, all", policy="lru,lfu", baselines="eager,disk-offload")
+    assert [subject.name for subject in subjects(config)] == [
+        "finemoe lru 25%",
+        "finemoe lru all",
+        "finemoe lfu 25%",
+        "finemoe lfu all",
+        "transformers eager",
+        "transformers disk offload",
+    ]
+
+
+def test_baselines_can_be_left_out() -> None:
+    assert all(subject.kind == "finemoe" for subject in subjects(BenchConfig(baselines="none")))
+
+
+def test_a_budget_named_twice_is_measured_once() -> None:
+    assert len(subjects(BenchConfig(expert_memory="25%,25%", baselines="none"))) == 1
+
+
+def test_a_row_loads_as_the_settings_say() -> None:
+    load = BenchConfig(model="m", reader_threads=2, expert_memory="25%,all").load_config("all", "lru")
+    assert (load.model, load.reader_threads, load.expert_memory, load.policy) == ("m", 2, "all", "lru")
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        ({"baselines": "fast"}, "--baselines"),
+        ({"policy": ","}, "--policy"),
+        ({"expert_memory": ""}, "--expert-memory"),
+        ({"new_tokens": 1}, "--new-tokens"),
+        ({"prompt_tokens": 0}, "--prompt-tokens"),
+        ({"repeats": 0}, "--repeats"),
+        ({"threads": -1}, "--threads"),
+        ({"timeout_s": 0.0}, "--timeout-s"),
+        ({"reader_threads": 0}, "--reader-threads"),
+    ],
+)
+def test_a_bad_value_is_refused_by_the_name_of_its_flag(values: dict[str, object], flag: str) -> None:
+    with pytest.raises(ConfigError, match=flag):
+        BenchConfig(**values)  # type: ignore[arg-type]
+
+
+def test_every_budget_of_a_list_is_checked() -> None:
+    with pytest.raises(BudgetError, match="--expert-memory"):
+        BenchConfig(expert_memory="25%,120%")
+
+
+def test_settings_can_be_read_without_torch() -> None:
+    code = "import sys, finemoe.bench; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

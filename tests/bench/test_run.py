@@ -1,0 +1,66 @@
+"""A whole benchmark on a tiny checkpoint: every row in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finemoe.bench import BenchConfig
+from finemoe.bench.run import run_bench, run_order
+from finemoe.bench.subject import Order, Subject
+from finemoe.bench.table import render
+from finemoe.errors import CheckpointError, ConfigError
+from tests.tiny import Make
+
+
+def settings(folder: Path, **values: object) -> BenchConfig:
+    small = {"prompt_tokens": 16, "context_tokens": 4, "new_tokens": 4, "offload_tokens": 2, "link_probe_mib": 1}
+    return BenchConfig(model=str(folder), threads=1, **small | values)  # type: ignore[arg-type]
+
+
+def test_finemoe_and_transformers_are_measured_and_agree(tiny: Make) -> None:
+    log: list[str] = []
+    config = settings(tiny(dtype="bfloat16"), expert_memory="50%,all", baselines="eager,disk-offload")
+    report = run_bench(config, log.append)
+    rows = {row.subject.name: row for row in report.rows}
+    assert [row.error for row in report.rows] == [None] * 4
+    assert all(row.tokens_equal and row.logits_equal for row in report.rows), render(report)
+    assert report.fastest_resident == "transformers eager"
+    half, everything = rows["finemoe lfru 50%"], rows["finemoe lfru all"]
+    assert (half.figure("pool_bytes") or 0) < (everything.figure("pool_bytes") or 0)
+    assert (half.figure("peak_rss_bytes") or 0) > 0
+    assert everything.figure("hit_rate") is not None
+    assert len(report.link_bytes_s) == 8  # before and after each row
+    assert any("TPOT" in line for line in log)
+    assert json.loads(json.dumps(report.as_dict()))["rows"][0]["tpot_s"] > 0
+    assert "transformers disk offload" in render(report)
+
+
+def test_a_row_that_fails_does_not_stop_the_others(tiny: Make) -> None:
+    report = run_bench(settings(tiny(), expert_memory="1B,all", baselines="none"), lambda _: None)
+    failed, fine = report.rows
+    assert failed.error is not None
+    assert "at least" in failed.error
+    assert fine.error is None
+
+
+def test_disk_offload_alone_has_no_memory_to_match(tiny: Make) -> None:
+    report = run_bench(settings(tiny(), expert_memory="1B", baselines="disk-offload"), lambda _: None)
+    assert "no finemoe row" in (report.rows[1].error or "")
+
+
+def test_a_row_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
+    order = Order(Subject("finemoe", "all", "lfru"), {"model": str(tmp_path)}, (1,), (1,), 2, 1)
+    assert run_order(order, tmp_path, timeout_s=0.01) == "took longer than 0 s"
+
+
+def test_a_missing_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        run_bench(settings(tmp_path / "nowhere"), lambda _: None)
+
+
+def test_an_unknown_policy_is_refused(tiny: Make) -> None:
+    with pytest.raises(ConfigError, match="--policy"):
+        run_bench(settings(tiny(), policy="lucky"), lambda _: None)
