@@ -32,8 +32,9 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 def test_evicted_pages_are_not_cached(file: Path) -> None:
     file.read_bytes()
     before = link.cached_share([file])
-    if not before:
+    if before is None:
         pytest.skip("the kernel can't be asked here")
     assert before == 1.0
     link.evict([file])
-    assert link.cached_share([file]) in {0.0, 1.0}  # some file systems keep everything in memory
+    assert link.cached_share([file]) in {0.0, 1.0}  # some file systems live in the page cache
+    assert link.cached_share([file]) in {0.0, 1.0}  # looking does not read
