@@ -18,7 +18,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 
 # A module imports only what stands before it. Packages stand for all of their modules.
 ORDER = (
-    "errors", "types", "config", "metrics", "checkpoint", "store", "policy", "transfer", "engine", "experts",
+    "errors", "types", "process", "config", "metrics", "checkpoint", "store", "policy", "transfer", "engine", "experts",
     "reference", "model", "session",
     "forecast", "trace", "sim", "serving", "bench", "cli",
 )  # fmt: skip

@@ -42,8 +42,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--answers-page", type=Path)
     parser.add_argument("--parts", default="perplexity,answers")
-    parser.add_argument("--windows", type=int, default=8, help="held-out windows of 512 tokens per domain")
-    parser.add_argument("--new-tokens", type=int, default=100)
+    parser.add_argument("--windows", type=int, default=4, help="held-out windows of 512 tokens per domain")
+    parser.add_argument("--chats", type=int, default=24, help="held-out chats, at most")
+    parser.add_argument("--new-tokens", type=int, default=80)
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -194,10 +195,30 @@ def main() -> None:
     table: dict[str, Any] = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
     kept_dense = args.work / f"dense-figures-{args.windows}-{args.new_tokens}-{args.seed}.json"
     dense_table: dict[str, Any] = json.loads(kept_dense.read_text(encoding="utf-8")) if kept_dense.exists() else {}
-    _train, held_out = chat_prompts(args.prompts, args.seed)
-    chats = load_or_make(args.work / "held-out-answers.json", source, tokenizer, held_out,
-                         new_tokens=96, batch=64, sample_share=0.5, seed=args.seed + 1)  # fmt: skip
-    windows = text_windows(args, tokenizer, chats) if "perplexity" in parts else {}
+    windows: dict[str, list[Tensor]] = {}
+    if "perplexity" in parts:
+        _train, held_out = chat_prompts(args.prompts, args.seed)
+        random.Random(args.seed).shuffle(held_out)  # the pools stand one after another
+        how = {"new_tokens": 96, "batch": 64, "sample_share": 0.5, "seed": args.seed + 1}
+        chats = load_or_make(
+            args.work / f"held-out-{args.chats}.json", source, tokenizer, held_out[: args.chats], **how
+        )
+        windows = text_windows(args, tokenizer, chats)
+    began = time.monotonic()
+    mixture = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    table["model"] = args.model.name
+    table["parameters"] = sum(p.numel() for p in mixture.parameters())
+    table["expert_overlap"] = overlap(load_bundle())
+    if "answers" in parts:
+        table["answers"] = greedy(mixture, tokenizer, args)
+        table["loops"] = sum(row["loop"] for row in table["answers"])
+    if "perplexity" in parts:
+        routing = RoutingCounts(mixture.config.num_local_experts, mixture.config.num_experts_per_tok)
+        table["perplexity"] = perplexities(mixture, windows, routing)
+        table["held_out_tokens"] = {domain: sum(w.shape[1] - 1 for w in rows) for domain, rows in windows.items()}
+        table["routing"] = routing.summary()
+    del mixture
+    keep(args, table)
     if not all(part in dense_table for part in parts):
         dense = dense_transformers(source)
         if "perplexity" in parts:
@@ -205,30 +226,21 @@ def main() -> None:
         if "answers" in parts:
             dense_table["answers"] = greedy(dense, tokenizer, args)
         kept_dense.write_text(json.dumps(dense_table, indent=1, ensure_ascii=False), encoding="utf-8")
-        del dense
-    began = time.monotonic()
-    mixture = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    table["model"] = args.model.name
-    table["expert_overlap"] = overlap(load_bundle())
-    table["parameters"] = sum(p.numel() for p in mixture.parameters())
-    if "perplexity" in parts:
-        config = mixture.config
-        routing = RoutingCounts(config.num_local_experts, config.num_experts_per_tok)
-        table["perplexity"] = perplexities(mixture, windows, routing)
-        table["perplexity_dense"] = dense_table["perplexity"]
-        table["held_out_tokens"] = {domain: sum(w.shape[1] - 1 for w in rows) for domain, rows in windows.items()}
-        table["routing"] = routing.summary()
+    for part, figures in dense_table.items():
+        table[f"{part}_dense"] = figures
     if "answers" in parts:
-        table["answers"] = greedy(mixture, tokenizer, args)
-        table["answers_dense"] = dense_table["answers"]
-        table["loops"] = sum(row["loop"] for row in table["answers"])
         table["loops_dense"] = sum(row["loop"] for row in table["answers_dense"])
-        if args.answers_page:
-            page = answers_page(table["answers"], table["answers_dense"], table["model"], args.new_tokens)
-            args.answers_page.write_text(page, encoding="utf-8")
     table["seconds"] = round(time.monotonic() - began, 1)
-    args.json.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    keep(args, table)
     print(json.dumps({key: value for key, value in table.items() if not key.startswith("answers")}))
+
+
+def keep(args: argparse.Namespace, table: dict[str, Any]) -> None:
+    """Write the figures, and the page of answers when it is asked for."""
+    args.json.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if args.answers_page and "answers" in table:
+        page = answers_page(table["answers"], table.get("answers_dense", []), table["model"], args.new_tokens)
+        args.answers_page.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

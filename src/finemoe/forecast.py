@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -88,14 +89,14 @@ def forecast(sizes: Sizes, rates: Rates, share: float) -> Forecast:
 
 
 def _interpolate(share: float) -> float:
-    for (x0, y0), (x1, y1) in zip(LOCAL_HITS[:-1], LOCAL_HITS[1:], strict=True):
+    for (x0, y0), (x1, y1) in pairwise(LOCAL_HITS):
         if share <= x1:
             return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
     return 1.0
 
 
 def measure(folder: Path | None = None, sample_bytes: int = 256 << 20) -> Rates:
-    """This machine's rates; takes a second or two.
+    """Measures this machine; takes a second or two.
 
     Args:
         folder: where the model's files are or will be: the disk that is measured. By default the temporary folder's.

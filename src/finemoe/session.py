@@ -75,7 +75,7 @@ class _Stream(TextStreamer):
         self._prompt = False
         super().put(value)  # type: ignore[no-untyped-call]
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: FBT001, FBT002 - theirs
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002 - theirs
         if text:
             self._on_text(text)
 

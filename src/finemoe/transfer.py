@@ -46,6 +46,7 @@ class ReaderThreads:
         self._landed: list[Landed] = []
         self._under_way = 0  # experts submitted and not reported yet
         self._reading = 0  # threads inside a read
+        self._cancelling = False
         self._moved_bytes = 0
         self._closed = False
         self._threads = [
@@ -102,8 +103,12 @@ class ReaderThreads:
         """Drop everything in flight; returns when no slot is written to any more."""
         with self._done:
             self._queue.clear()
-            while self._reading:
-                self._done.wait()
+            self._cancelling = True
+            try:
+                while self._reading:
+                    self._done.wait()
+            finally:
+                self._cancelling = False
             self._landed = []
             self._under_way = 0
 
@@ -146,4 +151,5 @@ class ReaderThreads:
                     self._moved_bytes += len(chunk.into)
                 if not job.left:
                     self._landed.append(Landed(job.expert, job.error))
-                self._done.notify_all()
+                if not job.left or self._cancelling:
+                    self._done.notify_all()

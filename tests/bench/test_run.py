@@ -20,30 +20,24 @@ def settings(folder: Path, **values: object) -> BenchConfig:
     return BenchConfig(model=str(folder), threads=1, **small | values)  # type: ignore[arg-type]
 
 
-def test_finemoe_and_transformers_are_measured_and_agree(tiny: Make) -> None:
+@pytest.mark.slow
+def test_rows_are_measured_and_agree_and_one_that_fails_does_not_stop_the_others(tiny: Make) -> None:
     log: list[str] = []
-    config = settings(tiny(dtype="bfloat16"), expert_memory="50%,all", baselines="eager,disk-offload")
+    config = settings(tiny(dtype="bfloat16"), expert_memory="1B,50%", baselines="eager,disk-offload")
     report = run_bench(config, log.append)
-    rows = {row.subject.name: row for row in report.rows}
-    assert [row.error for row in report.rows] == [None] * 4
-    assert all(row.tokens_equal and row.logits_equal for row in report.rows), render(report)
+    refused, *rows = report.rows
+    assert "at least" in (refused.error or "")
+    assert [row.error for row in rows] == [None] * 3
+    assert all(row.tokens_equal and row.logits_equal for row in rows), render(report)
     assert report.fastest_resident == "transformers eager"
-    half, everything = rows["finemoe lfru 50%"], rows["finemoe lfru all"]
-    assert (half.figure("pool_bytes") or 0) < (everything.figure("pool_bytes") or 0)
-    assert (half.figure("peak_rss_bytes") or 0) > 0
-    assert everything.figure("hit_rate") is not None
+    half = rows[0]
+    assert half.figure("pool_bytes")
+    assert half.figure("hit_rate") is not None
+    assert (half.figure("peak_rss_bytes") or 0) > (half.figure("pool_bytes") or 0)
     assert len(report.link_bytes_s) == 8  # before and after each row
     assert any("TPOT" in line for line in log)
-    assert json.loads(json.dumps(report.as_dict()))["rows"][0]["tpot_s"] > 0
+    assert json.loads(json.dumps(report.as_dict()))["rows"][1]["tpot_s"] > 0
     assert "transformers disk offload" in render(report)
-
-
-def test_a_row_that_fails_does_not_stop_the_others(tiny: Make) -> None:
-    report = run_bench(settings(tiny(), expert_memory="1B,all", baselines="none"), lambda _: None)
-    failed, fine = report.rows
-    assert failed.error is not None
-    assert "at least" in failed.error
-    assert fine.error is None
 
 
 def test_disk_offload_alone_has_no_memory_to_match(tiny: Make) -> None:

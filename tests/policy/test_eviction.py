@@ -13,6 +13,7 @@ from finemoe.types import ExpertId, Fetch
 from tests.policy.drive import Drive
 
 LAYERS, EXPERTS = 3, 6
+ALL = [ExpertId(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
 Trace = list[tuple[int, list[int]]]
 needs = st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=3, unique=True).map(sorted)
 traces = st.lists(st.tuples(st.integers(0, LAYERS - 1), needs), max_size=60)
@@ -43,38 +44,40 @@ def test_lru_is_a_list_of_what_was_used_last(trace: Trace, capacity: int) -> Non
     assert drive.resident == set(plain.held)
 
 
+class PlainVisits:
+    """Every visit, with the iteration that it fell into; an iteration ends when the layer index does not grow."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.iteration = 0
+        self.of: dict[ExpertId, list[int]] = {}
+        previous = -1
+        for layer, experts in trace:
+            self.iteration += layer <= previous
+            previous = layer
+            for expert in experts:
+                self.of.setdefault(ExpertId(layer, expert), []).append(self.iteration)
+
+    def faded(self, expert: ExpertId, decay: float) -> float:
+        return sum(decay ** (self.iteration - then) for then in self.of.get(expert, []))
+
+
 @given(traces)
 def test_lfu_counts_visits_that_lose_a_tenth_each_iteration(trace: Trace) -> None:
-    lfu = LFU(LAYERS, EXPERTS)
-    visits: list[tuple[int, ExpertId]] = []
-    iteration, previous = 0, -1
+    lfu, plain = LFU(LAYERS, EXPERTS), PlainVisits(trace)
     for layer, experts in trace:
-        iteration += layer <= previous
-        previous = layer
         lfu.access(layer, experts)
-        visits += [(iteration, ExpertId(layer, expert)) for expert in experts]
-    for layer in range(LAYERS):
-        for expert in range(EXPERTS):
-            expected = sum(0.9 ** (iteration - then) for then, visited in visits if visited == (layer, expert))
-            assert lfu.worth()[layer, expert] == pytest.approx(expected)
+    for expert in ALL:
+        assert lfu.worth()[expert] == pytest.approx(plain.faded(expert, 0.9))
 
 
 @given(traces)
-def test_lfru_divides_fading_visits_by_age_in_iterations(trace: Trace) -> None:
-    lfru = LFRU(LAYERS, EXPERTS)
-    visits: list[tuple[int, ExpertId]] = []
-    iteration, previous = 0, -1
+def test_lfru_divides_faded_visits_by_their_age_in_iterations(trace: Trace) -> None:
+    lfru, plain = LFRU(LAYERS, EXPERTS), PlainVisits(trace)
     for layer, experts in trace:
-        iteration += layer <= previous
-        previous = layer
         lfru.access(layer, experts)
-        visits += [(iteration, ExpertId(layer, expert)) for expert in experts]
-    for layer in range(LAYERS):
-        for expert in range(EXPERTS):
-            when = [then for then, visited in visits if visited == (layer, expert)]
-            frequency = sum(0.98 ** (iteration - then) for then in when)
-            expected = frequency / (iteration - when[-1] + 1) if when else 0
-            assert lfru.worth()[layer, expert] == pytest.approx(expected)
+    for expert in ALL:
+        age = plain.iteration - max(plain.of.get(expert, [0]))
+        assert lfru.worth()[expert] == pytest.approx(plain.faded(expert, 0.98) / (age + 1))
 
 
 def test_lru_orders_the_experts_of_one_event() -> None:

@@ -47,8 +47,8 @@ def _legend(report: BenchReport) -> list[str]:
         lines.append(f"x: times the fastest resident one, {report.fastest_resident}, in the same repeat.")
     if any(row.subject.kind == "disk-offload" for row in report.rows):
         lines += [
-            "disk offload: from_pretrained(device_map='auto', max_memory=..), its weights in the memory of finemoe's first",
-            "row. It re-saves offloaded experts, fused, and reads whole layers; the page cache is emptied before each token.",
+            "disk offload: from_pretrained(device_map='auto', max_memory=..), as much memory as finemoe's first row.",
+            "It re-saves offloaded experts, fused, and reads whole layers; page cache emptied before each token.",
         ]
     return lines
 

@@ -13,8 +13,7 @@ from finemoe.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-# everything but weights in formats that are never read
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+_BESIDES_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,23 @@ def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     with _hub_errors(model, revision):
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_PATTERNS))
+        wanted = [*_BESIDES_WEIGHTS, *_hub_weights(model, revision)]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+
+
+def _hub_weights(model: str, revision: str | None) -> list[str]:
+    """The weight files that the index names: some repositories hold the same weights a second time."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        index = Path(hf_hub_download(model, _INDEX, revision=revision))
+    except (EntryNotFoundError, LocalEntryNotFoundError):  # one file, or offline
+        return [_SINGLE]
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not a valid safetensors index ({error})") from error
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from finemoe.cli.flags import Parser
 from finemoe.errors import FinemoeError
+from finemoe.process import prepare_process
 
 COMMANDS = {
     "generate": "answer one prompt",
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     _quieten()
+    prepare_process()
     try:
         status: int = importlib.import_module(f"finemoe.cli.{arguments.command}").run(arguments)
     except FinemoeError as error:

@@ -15,6 +15,7 @@ _HELP = "/reset forgets the conversation, /stats tells what the last answer took
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's flags."""
     parser.add_argument("--system", default=None, help="instructions that precede the conversation")
     parser.add_argument("--json", action="store_true", help="print each answer as one line of JSON, and nothing else")
     add_flags(parser, LoadConfig)
@@ -22,6 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
     load_config, generate_config = read_flags(arguments, LoadConfig), read_flags(arguments, GenerateConfig)
     with suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401

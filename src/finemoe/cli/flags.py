@@ -39,7 +39,14 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
         kind = str if choices else options[0] if options else hint
         help_text = text if default is None else f"{text} (default: {default!s})"
         metavar = None if choices else field.name.upper()
-        group.add_argument(flag, type=kind, choices=choices, metavar=metavar, default=argparse.SUPPRESS, help=help_text.replace("%", "%%"))
+        group.add_argument(
+            flag,
+            type=kind,
+            choices=choices,
+            metavar=metavar,
+            default=argparse.SUPPRESS,
+            help=help_text.replace("%", "%%"),
+        )
 
 
 def read_flags(arguments: argparse.Namespace, config: type[C]) -> C:
@@ -49,4 +56,5 @@ def read_flags(arguments: argparse.Namespace, config: type[C]) -> C:
         ConfigError: a value that the dataclass refuses.
     """
     given = vars(arguments)
-    return config(**{field.name: given[field.name] for field in fields(config) if field.name in given})  # type: ignore[arg-type]
+    names = [field.name for field in fields(config) if field.name in given]  # type: ignore[arg-type]
+    return config(**{name: given[name] for name in names})

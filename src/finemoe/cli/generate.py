@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's flags."""
     parser.add_argument("prompt", metavar="PROMPT", help="what to ask; - reads it from standard input")
     parser.add_argument("--json", action="store_true", help="print one JSON document, and nothing else")
     add_flags(parser, LoadConfig)
@@ -22,6 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
     load_config, generate_config = read_flags(arguments, LoadConfig), read_flags(arguments, GenerateConfig)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     from finemoe.model import load_config as load
@@ -45,15 +47,17 @@ def run(arguments: argparse.Namespace) -> int:
 def summary(reply: Reply) -> str:
     """What an answer took, in three lines for people."""
     stats = reply.stats
-    return "\n".join(
-        [
-            "",
-            f"{len(reply.token_ids)} tokens at {reply.tok_s:.2f} tok/s; first after {reply.ttft_s:.2f} s, "
-            f"then {reply.tpot_s * 1000:.0f} ms each",
-            f"experts: {stats.slots} of {stats.experts} in memory ({format_bytes(stats.expert_memory_bytes)} of "
-            f"{format_bytes(stats.expert_bytes)}), policy {stats.policy}: {stats.hit_rate:.1%} hits, "
-            f"{stats.late_rate:.1%} late, {stats.miss_rate:.1%} misses",
-            f"read {format_bytes(stats.bytes_read)} ({stats.io} I/O), waited for it {reply.stall_share:.0%} of the "
-            f"time; peak memory {format_bytes(stats.peak_rss_bytes)}",
-        ]
+    tokens = (
+        f"{len(reply.token_ids)} tokens at {reply.tok_s:.2f} tok/s; first after {reply.ttft_s:.2f} s, "
+        f"then {reply.tpot_s * 1000:.0f} ms each"
     )
+    experts = (
+        f"experts: {stats.slots} of {stats.experts} in memory ({format_bytes(stats.expert_memory_bytes)} of "
+        f"{format_bytes(stats.expert_bytes)}), policy {stats.policy}: {stats.hit_rate:.1%} hits, "
+        f"{stats.late_rate:.1%} late, {stats.miss_rate:.1%} misses"
+    )
+    transfer = (
+        f"read {format_bytes(stats.bytes_read)} ({stats.io} I/O), waited for it {reply.stall_share:.0%} of the time; "
+        f"peak memory {format_bytes(stats.peak_rss_bytes)}"
+    )
+    return f"\n{tokens}\n{experts}\n{transfer}"

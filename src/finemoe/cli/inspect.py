@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's flags."""
     add_model_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document, and nothing else")
 
@@ -34,12 +35,14 @@ def describe_model(arguments: argparse.Namespace) -> Description:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
     description = describe_model(arguments)
     print(json.dumps(as_dict(description)) if arguments.json else table(description))
     return 0
 
 
 def as_dict(description: Description) -> dict[str, Any]:
+    """For JSON."""
     catalog = description.catalog
     return {
         "model": description.name,
@@ -69,12 +72,13 @@ def as_dict(description: Description) -> dict[str, Any]:
 def table(description: Description) -> str:
     """For people; like layers stand on one line."""
     catalog = description.catalog
+    least = description.least_slots
     lines = [
         f"{description.name}: {description.kind}",
-        f"{description.layers} MoE layers, {catalog.experts} routed experts, {description.active} active per token and layer",
+        f"{description.layers} MoE layers, {catalog.experts} routed experts, {description.active} active per token",
         f"routed experts {format_bytes(catalog.weight_bytes)}, everything else {format_bytes(description.dense_bytes)}",
-        f"one expert takes {format_bytes(catalog.slot_bytes)}; the least --expert-memory is "
-        f"{format_bytes(description.least_slots * catalog.slot_bytes)} ({description.least_slots} experts)",
+        f"one expert takes {format_bytes(catalog.slot_bytes)}",
+        f"the least --expert-memory is {format_bytes(least * catalog.slot_bytes)} ({least} experts)",
         "",
     ]
     for _, alike in groupby(catalog.layouts, key=lambda layout: (layout.experts, layout.weight_bytes)):

@@ -15,14 +15,18 @@ _SHARES = ("10%", "25%", "50%", "75%", "all")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's flags."""
     add_model_flags(parser)
     parser.add_argument(
-        "--expert-memory", default=",".join(_SHARES), help="budgets to look at, separated by commas (default: %(default)s)"
+        "--expert-memory",
+        default=",".join(_SHARES),
+        help="budgets to look at, separated by commas (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document, and nothing else")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
     budgets = [parse_budget(text) for text in arguments.expert_memory.split(",")]
     description = describe_model(arguments)
     from finemoe.forecast import Sizes, forecast, measure
@@ -46,12 +50,12 @@ def run(arguments: argparse.Namespace) -> int:
         document = {"model": description.name, "sizes": asdict(sizes), "rates": asdict(rates)}
         print(json.dumps(document | {"rows": [asdict(row) for row in rows]}))
         return 0
-    print(
-        f"{description.name}: experts {format_bytes(catalog.weight_bytes)}, dense {format_bytes(description.dense_bytes)}\n"
-        f"this machine: {format_bytes(rates.available_bytes)} of memory available, disk "
-        f"{format_bytes(rates.disk_bytes_s)}/s, matmul weights {format_bytes(rates.memory_bytes_s)}/s\n\n"
-        f"{'experts in memory':>24}  {'total memory':>12}  {'fits':4}  {'tok/s expected':>14}"
-    )
+    experts, dense = format_bytes(catalog.weight_bytes), format_bytes(description.dense_bytes)
+    disk, matmul = format_bytes(rates.disk_bytes_s), format_bytes(rates.memory_bytes_s)
+    print(f"{description.name}: experts {experts}, dense {dense}")
+    print(f"this machine: {format_bytes(rates.available_bytes)} of memory available")
+    print(f"disk {disk}/s, weights through a matmul {matmul}/s")
+    print(f"\n{'experts in memory':>24}  {'total memory':>12}  {'fits':4}  {'tok/s expected':>14}")
     for row in rows:
         held = f"{row.slots} ({row.share:.0%}), {format_bytes(row.expert_memory_bytes)}"
         speed = f"{row.tok_s_uniform:.2f} - {row.tok_s_local:.2f}"

@@ -11,7 +11,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from finemoe.checkpoint import Catalog
 from finemoe.checkpoint.convert import read_catalog
 from finemoe.checkpoint.locate import locate_headers
-from finemoe.model.find import IN_FLIGHT_SLOTS, active_experts, find_experts, model_class, read_config
+from finemoe.model.find import (
+    IN_FLIGHT_SLOTS,
+    active_experts,
+    find_experts,
+    model_class,
+    read_config,
+    transformers_errors,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ def describe(model: str, revision: str | None = None, *, trust_remote_code: bool
     config = read_config(folder, trust_remote_code=trust_remote_code)
     kind = model_class(config)
     build = kind._from_config if issubclass(kind, PreTrainedModel) else kind.from_config
-    with torch.device("meta"):
+    with transformers_errors(folder), torch.device("meta"):
         empty = build(config)
     modules = [module for module, _ in find_experts(empty)]
     dense, catalog = read_catalog(empty, modules, headers, get_model_conversion_mapping(empty))

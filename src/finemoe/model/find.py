@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from finemoe.checkpoint import Catalog
 from finemoe.checkpoint.convert import ExpertsModule
 from finemoe.config import format_bytes, parse_budget
-from finemoe.errors import BudgetError, CheckpointError, UnsupportedModelError
+from finemoe.errors import BudgetError, CheckpointError, FinemoeError, UnsupportedModelError
 
 # slots beyond one token's experts that the pool must have, for what is in flight
 IN_FLIGHT_SLOTS = 1
@@ -66,6 +68,25 @@ def model_class(config: PreTrainedConfig) -> Any:
         if isinstance(named, type) and issubclass(named, PreTrainedModel):
             return named
     return AutoModelForCausalLM
+
+
+@contextmanager
+def transformers_errors(folder: Path) -> Iterator[None]:
+    """Turns whatever transformers raises over a config or checkpoint that contradicts itself into one line."""
+    try:
+        yield
+    except (FinemoeError, MemoryError):
+        raise
+    except OSError as error:
+        place = error.filename or folder
+        raise CheckpointError(f"{place}: {error.strerror or first_line(error)}") from error
+    except Exception as error:  # constructors fail in every way
+        raise CheckpointError(f"{folder}: transformers can't load this model: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type if it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def find_experts(model: PreTrainedModel) -> list[tuple[ExpertsModule, nn.Module]]:

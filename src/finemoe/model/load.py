@@ -21,9 +21,9 @@ from finemoe.checkpoint import Catalog, Checkpoint, TensorHeader, locate, read_h
 from finemoe.checkpoint.convert import ExpertsModule, read_catalog
 from finemoe.config import LoadConfig, format_bytes
 from finemoe.engine import Engine
-from finemoe.errors import BudgetError, CheckpointError, FinemoeError, UnsupportedModelError
+from finemoe.errors import BudgetError, CheckpointError, UnsupportedModelError
 from finemoe.experts import HANDLE, IMPLEMENTATION, ExpertLayer, LazyParameter, choose_path
-from finemoe.model.find import find_experts, model_class, pool_slots, read_config
+from finemoe.model.find import find_experts, model_class, pool_slots, read_config, transformers_errors
 from finemoe.model.offload import Offload, OffloadedModel
 from finemoe.policy import make_controller
 from finemoe.store import DiskStore, Pool, available_bytes
@@ -92,7 +92,7 @@ def load_config(config: LoadConfig) -> Any:
     headers = read_headers(checkpoint.files)
     loading = _Loading(config, checkpoint, model_config, headers)
     try:
-        with _diverted(loading.convert_and_load):
+        with transformers_errors(checkpoint.folder), _diverted(loading.convert_and_load):
             model, info = model_class(model_config).from_pretrained(
                 checkpoint.folder,
                 config=model_config,
@@ -105,12 +105,6 @@ def load_config(config: LoadConfig) -> Any:
             )
         refuse_made_up(info)
         return loading.finish(model)
-    except (ArithmeticError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
-        loading.undo()
-        if isinstance(error, FinemoeError):
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{checkpoint.folder}: transformers can't build this model: {reason}") from error
     except BaseException:
         loading.undo()
         raise
