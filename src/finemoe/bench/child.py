@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -20,13 +20,17 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig
 
+from finemoe.bench.config import BATCHED
 from finemoe.bench.link import evict
 from finemoe.bench.subject import Measured, Order, Phase
 from finemoe.checkpoint import locate, read_headers
 from finemoe.config import LoadConfig, format_bytes
 from finemoe.errors import BudgetError, FinemoeError
 from finemoe.model import load_config, model_class
+from finemoe.process import return_freed_memory
 from finemoe.store import available_bytes, peak_rss_bytes
+
+BATCHED_PIECE = 16  # tokens at once: batched_mm copies an expert's weights for every token that it is routed to
 
 
 def measure(order: Order) -> Measured:
@@ -38,9 +42,10 @@ def measure(order: Order) -> Measured:
     load_s = time.perf_counter() - start_s
     offload = getattr(model, "finemoe", None)
     between = _evictor(order)
+    piece = BATCHED_PIECE if order.subject.implementation == BATCHED else len(order.prompt) + len(order.context)
     with torch.no_grad():
-        prompt, _, _ = _generate(model, order.prompt, 1, between)
-        decode, tokens, logits = _generate(model, order.context, order.new_tokens, between)
+        prompt, _, _ = _generate(model, order.prompt, 1, between, piece)
+        decode, tokens, logits = _generate(model, order.context, order.new_tokens, between, piece)
     return Measured(
         load_s=load_s,
         prompt=prompt[0],
@@ -98,25 +103,37 @@ def _evictor(order: Order) -> Callable[[], None]:
 
 
 def _generate(
-    model: Any, prompt: Iterable[int], new_tokens: int, between: Callable[[], None]
+    model: Any, prompt: Sequence[int], new_tokens: int, between: Callable[[], None], piece: int
 ) -> tuple[tuple[Phase, Phase], list[int], list[str]]:
-    """Greedy decoding. Returns the phases of the prompt and of the tokens after it, the tokens, and logits' hashes."""
-    ids = torch.tensor([list(prompt)])
+    """Greedy decoding, the prompt fed in pieces of at most `piece` tokens.
+
+    Returns:
+        The phases of the prompt and of the tokens after it, the tokens, and their logits' hashes.
+    """
+    cache: Any = None
     tokens: list[int] = []
     logits: list[Tensor] = []
-    cache: Any = None
+
+    def step(ids: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal cache
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        last = output.logits[:, -1:]
+        return last, last.argmax(-1)
+
     phases: list[Phase] = []
+    inputs = list(torch.tensor([list(prompt)]).split(piece, dim=1))
     for steps in (1, new_tokens - 1):
         meter = _Meter(model)
         for _ in range(steps):
             between()
             start_s = time.perf_counter()
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
-            ids = output.logits[:, -1:].argmax(-1)
-            tokens.append(int(ids))
+            for ids in inputs:
+                last, following = step(ids)
+            tokens.append(int(following))
             meter.seconds.append(time.perf_counter() - start_s)
-            logits.append(output.logits[:, -1])
+            logits.append(last)
+            inputs = [following]
         phases.append(meter.phase())
     return (phases[0], phases[1]), tokens, [_hash(row) for row in logits]
 
@@ -164,6 +181,8 @@ def main(order_path: str, result_path: str) -> int:
     """Runs an order. Writes the result, or one line about what is wrong."""
     transformers.utils.logging.disable_progress_bar()
     order = Order.from_dict(json.loads(Path(order_path).read_text()))
+    if order.subject.kind == "finemoe":  # as its command line does; transformers runs as it comes
+        return_freed_memory()
     try:
         result = asdict(measure(order))
     except (FinemoeError, ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:

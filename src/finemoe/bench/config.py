@@ -8,7 +8,8 @@ from itertools import product
 from finemoe.config import LoadConfig
 from finemoe.errors import ConfigError
 
-RESIDENT: tuple[str, ...] = ("eager", "batched_mm", "grouped_mm")  # transformers' experts implementations
+BATCHED = "batched_mm"
+RESIDENT: tuple[str, ...] = ("eager", BATCHED, "grouped_mm")  # transformers' experts implementations
 DISK_OFFLOAD = "disk-offload"
 BASELINES: tuple[str, ...] = (*RESIDENT, DISK_OFFLOAD)
 _LEAST = {

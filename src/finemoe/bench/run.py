@@ -20,13 +20,14 @@ from typing import Any
 import psutil
 
 from finemoe.bench import link
-from finemoe.bench.config import BenchConfig
+from finemoe.bench.config import BATCHED, DISK_OFFLOAD, BenchConfig
 from finemoe.bench.report import BenchReport, Run, summarise
 from finemoe.bench.subject import Measured, Order, Subject, subjects
 from finemoe.checkpoint import Checkpoint, locate
 from finemoe.errors import CheckpointError
 from finemoe.model import read_config, reference_model
 from finemoe.policy import make_controller
+from finemoe.process import environment
 
 Log = Callable[[str], None]
 
@@ -90,8 +91,9 @@ class _Bench:
         self._prompt, self._context = tuple(draw[: config.prompt_tokens]), tuple(draw[config.prompt_tokens :])
 
     def due(self, repeat: int) -> list[Subject]:
-        """The rows of a repeat: disk offload is measured once, it is slow."""
-        return [subject for subject in subjects(self._config) if repeat == 0 or subject.kind != "disk-offload"]
+        """The rows of a repeat: those that take minutes are measured once."""
+        slow = {BATCHED, DISK_OFFLOAD}
+        return [s for s in subjects(self._config) if repeat == 0 or not slow & {s.kind, s.implementation}]
 
     def run(self, subject: Subject, repeat: int) -> Run:
         self._log(f"{subject.name} ({repeat + 1} of {self._config.repeats}) ...")
@@ -152,7 +154,13 @@ def run_order(order: Order, scratch: Path, timeout_s: float) -> Measured | str:
     with (scratch / "stderr.txt").open("w+") as stderr:
         try:
             done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, timeout=timeout_s, check=False
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                timeout=timeout_s,
+                check=False,
+                env=environment(prepared=order.subject.kind == "finemoe"),
             )
         except subprocess.TimeoutExpired:
             return f"took longer than {timeout_s:.0f} s"

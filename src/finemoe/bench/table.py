@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import median
 
+from finemoe.bench.config import BATCHED
 from finemoe.bench.report import BenchReport, Row
 from finemoe.config import format_bytes
 
@@ -45,6 +46,8 @@ def _legend(report: BenchReport) -> list[str]:
     ]
     if report.fastest_resident:
         lines.append(f"x: times the fastest resident one, {report.fastest_resident}, in the same repeat.")
+    if any(row.subject.implementation == BATCHED for row in report.rows):
+        lines.append("batched_mm gets prompts in pieces of 16 tokens: it copies an expert's weights for every token.")
     if any(row.subject.kind == "disk-offload" for row in report.rows):
         lines += [
             "disk offload: from_pretrained(device_map='auto', max_memory=..), as much memory as finemoe's first row.",
