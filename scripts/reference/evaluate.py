@@ -45,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=4, help="held-out windows of 512 tokens per domain")
     parser.add_argument("--chats", type=int, default=24, help="held-out chats, at most")
     parser.add_argument("--new-tokens", type=int, default=80)
+    parser.add_argument("--repetition-penalty", type=float, help="1 for none; default: the checkpoint's own")
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -123,7 +124,7 @@ def perplexities(model: Any, windows: dict[str, list[Tensor]], routing: RoutingC
 
 
 @torch.no_grad()
-def greedy(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+def greedy(model: Any, tokenizer: Any, args: argparse.Namespace, penalty: float) -> list[dict[str, Any]]:
     """Greedy answers to the fifty prompts."""
     tokenizer.padding_side = "left"
     asked = [(domain, prompt) for domain, prompts in PROMPTS.items() for prompt in prompts]
@@ -138,7 +139,7 @@ def greedy(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[dict[st
             for _domain, prompt in group
         ]
         given = tokenizer(chats, return_tensors="pt", padding=True, add_special_tokens=False)
-        out = model.generate(**given, max_new_tokens=args.new_tokens, do_sample=False)
+        out = model.generate(**given, max_new_tokens=args.new_tokens, do_sample=False, repetition_penalty=penalty)
         for (domain, prompt), ids in zip(group, out[:, given["input_ids"].shape[1] :].tolist(), strict=True):
             stop = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else None
             kept = ids if stop is None else ids[:stop]
@@ -159,14 +160,17 @@ def overlap(bundle: Bundle) -> float:
     return sum(shares) / len(shares)
 
 
-def answers_page(rows: list[dict[str, Any]], dense: list[dict[str, Any]], model: str, new_tokens: int) -> str:
+def answers_page(
+    rows: list[dict[str, Any]], dense: list[dict[str, Any]], model: str, new_tokens: int, penalty: float
+) -> str:
     """The page of answers, in Markdown."""
     loops, dense_loops = sum(row["loop"] for row in rows), sum(row["loop"] for row in dense)
     lines = [
         "# Fifty answers of the reference model",
         "",
         f"Greedy decoding, at most {new_tokens} new tokens, the model's chat template without a system prompt of ours,",
-        "float32 arithmetic. The prompts were written before any answer was seen, and none is used in distillation.",
+        f"repetition penalty {penalty}, float32 arithmetic.",
+        "The prompts were written before any answer was seen, and none is used in distillation.",
         "Nothing is left out or edited; an answer that ends with […] was cut at the limit.",
         (
             f"Loops found by `scripts/reference/loops.py`: {loops} of {len(rows)} "
@@ -193,8 +197,6 @@ def main() -> None:
     source = open_source(args.work)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     table: dict[str, Any] = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
-    kept_dense = args.work / f"dense-figures-{args.windows}-{args.new_tokens}-{args.seed}.json"
-    dense_table: dict[str, Any] = json.loads(kept_dense.read_text(encoding="utf-8")) if kept_dense.exists() else {}
     windows: dict[str, list[Tensor]] = {}
     if "perplexity" in parts:
         _train, held_out = chat_prompts(args.prompts, args.seed)
@@ -206,11 +208,13 @@ def main() -> None:
         windows = text_windows(args, tokenizer, chats)
     began = time.monotonic()
     mixture = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    penalty = args.repetition_penalty or mixture.generation_config.repetition_penalty or 1.0
     table["model"] = args.model.name
     table["parameters"] = sum(p.numel() for p in mixture.parameters())
     table["expert_overlap"] = overlap(load_bundle())
     if "answers" in parts:
-        table["answers"] = greedy(mixture, tokenizer, args)
+        table["repetition_penalty"] = penalty
+        table["answers"] = greedy(mixture, tokenizer, args, penalty)
         table["loops"] = sum(row["loop"] for row in table["answers"])
     if "perplexity" in parts:
         routing = RoutingCounts(mixture.config.num_local_experts, mixture.config.num_experts_per_tok)
@@ -219,16 +223,11 @@ def main() -> None:
         table["routing"] = routing.summary()
     del mixture
     keep(args, table)
-    if not all(part in dense_table for part in parts):
-        dense = dense_transformers(source)
-        if "perplexity" in parts:
-            dense_table["perplexity"] = perplexities(dense, windows, None)
-        if "answers" in parts:
-            dense_table["answers"] = greedy(dense, tokenizer, args)
-        kept_dense.write_text(json.dumps(dense_table, indent=1, ensure_ascii=False), encoding="utf-8")
-    for part, figures in dense_table.items():
-        table[f"{part}_dense"] = figures
+    dense = dense_transformers(source)
+    if "perplexity" in parts:
+        table["perplexity_dense"] = perplexities(dense, windows, None)
     if "answers" in parts:
+        table["answers_dense"] = greedy(dense, tokenizer, args, penalty)
         table["loops_dense"] = sum(row["loop"] for row in table["answers_dense"])
     table["seconds"] = round(time.monotonic() - began, 1)
     keep(args, table)
@@ -239,7 +238,13 @@ def keep(args: argparse.Namespace, table: dict[str, Any]) -> None:
     """Write the figures, and the page of answers when it is asked for."""
     args.json.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if args.answers_page and "answers" in table:
-        page = answers_page(table["answers"], table.get("answers_dense", []), table["model"], args.new_tokens)
+        page = answers_page(
+            table["answers"],
+            table.get("answers_dense", []),
+            table["model"],
+            args.new_tokens,
+            table["repetition_penalty"],
+        )
         args.answers_page.write_text(page, encoding="utf-8")
 
 

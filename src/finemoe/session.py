@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 from finemoe.config import GenerateConfig
-from finemoe.errors import CheckpointError
+from finemoe.errors import CheckpointError, ConfigError
 from finemoe.experts import HANDLE
 from finemoe.metrics import Stats
 
@@ -127,6 +127,8 @@ class Session:
             progress: show a bar on standard error until the first token.
         """
         ids = self.prompt_ids(prompt, raw=config.raw)
+        if not ids.shape[1]:
+            raise ConfigError("PROMPT: is empty; there is nothing to continue")
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if config.temperature > 0:
             torch.manual_seed(config.seed)

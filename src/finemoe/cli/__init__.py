@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from finemoe.cli.flags import Parser
+from finemoe.cli.interrupts import Interrupts
 from finemoe.errors import FinemoeError
 from finemoe.process import prepare_process
 
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     _quieten()
     prepare_process()
+    arguments.interrupts = Interrupts()
     try:
         status: int = importlib.import_module(f"finemoe.cli.{arguments.command}").run(arguments)
     except FinemoeError as error:

@@ -31,7 +31,9 @@ def run(arguments: argparse.Namespace) -> int:
     from finemoe.session import Session
 
     def show(text: str) -> None:
-        print(text, end="", flush=True)
+        arguments.interrupts.check()
+        if not arguments.json:
+            print(text, end="", flush=True)
 
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
     with load(load_config) as model:
@@ -50,8 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
             elif line:
                 asked = [*turns, {"role": "user", "content": line}]
                 try:
-                    reply = session.reply(asked, generate_config, (lambda _: None) if arguments.json else show)
+                    reply = session.reply(asked, generate_config, show)
                 except KeyboardInterrupt:  # ends the answer, not the conversation
+                    arguments.interrupts.clear()
                     print("\n(interrupted; this turn is forgotten)", file=sys.stderr)
                     continue
                 print(json.dumps(reply.as_dict()) if arguments.json else "", flush=True)

@@ -30,12 +30,15 @@ def run(arguments: argparse.Namespace) -> int:
     from finemoe.session import Session
 
     def show(text: str) -> None:
-        print(text, end="", flush=True)
+        arguments.interrupts.check()
+        if not arguments.json:
+            print(text, end="", flush=True)
 
     with load(load_config) as model:
         session = Session(model)
+        arguments.interrupts.check()
         if arguments.json:
-            reply = session.reply(prompt, generate_config)
+            reply = session.reply(prompt, generate_config, show)
             print(json.dumps(reply.as_dict()))
         else:
             reply = session.reply(prompt, generate_config, show, progress=sys.stderr.isatty())

@@ -7,7 +7,7 @@ from pathlib import Path
 from finemoe.reference.bundle import Bundle
 from finemoe.reference.dense import DenseSource
 from finemoe.reference.errors import ReferenceModelError
-from finemoe.reference.mixture import mixture_bytes, mixture_config
+from finemoe.reference.mixture import generation_config, mixture_bytes, mixture_config
 from finemoe.reference.shards import plan_shards, read_index, write_index, write_shard
 
 MARGIN_BYTES = 64 << 20
@@ -88,8 +88,7 @@ def _claim(work: Path, made_from: dict[str, str]) -> None:
 def _write_rest(source: DenseSource, bundle: Bundle, work: Path) -> None:
     """The configuration and tokenizer files."""
     shape = source.shape
-    generation = {"bos_token_id": shape.bos, "eos_token_id": shape.eos, "pad_token_id": shape.pad}
-    documents = {"config.json": mixture_config(shape, bundle), "generation_config.json": generation}
+    documents = {"config.json": mixture_config(shape, bundle), "generation_config.json": generation_config(shape)}
     for name, document in documents.items():
         (work / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     source.write_tokenizer(work)

@@ -78,6 +78,16 @@ def mixture_config(shape: DenseShape, bundle: Bundle) -> dict[str, object]:
     }
 
 
+def generation_config(shape: DenseShape) -> dict[str, object]:
+    """The `generation_config.json`. The penalty keeps greedy answers from repeating themselves (see the model card)."""
+    return {
+        "bos_token_id": shape.bos,
+        "eos_token_id": shape.eos,
+        "pad_token_id": shape.pad,
+        "repetition_penalty": 1.1,
+    }
+
+
 def mixture_bytes(shape: DenseShape, bundle: Bundle) -> int:
     """Size of the built weights in bfloat16, in bytes (headers and tokenizer not counted)."""
     d, experts = shape.hidden, bundle.experts

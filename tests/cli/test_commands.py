@@ -1,0 +1,239 @@
+"""The command line: one JSON document or text for people, and one line that says what was wrong with the input."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finemoe import __version__, cli
+from finemoe.cli import COMMANDS, INTERRUPTED, main
+from finemoe.config import GenerateConfig, LoadConfig
+from finemoe.store import DiskStore
+from tests.chat_model import make_chat_model
+
+Capture = pytest.CaptureFixture[str]
+CONTRACT = {
+    "text", "tokens", "hit_rate", "late_rate", "miss_rate", "ttft_s", "tpot_s", "tok_s", "bytes_read", "stall_s",
+    "expert_memory_bytes", "peak_rss_bytes", "policy", "model",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_chat_model(tmp_path_factory.mktemp("cli") / "tiny"))
+
+
+@pytest.fixture(autouse=True)
+def _leave_this_process_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "prepare_process", lambda: None)
+    for name in ("TRANSFORMERS_VERBOSITY", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "HF_HUB_VERBOSITY"):
+        monkeypatch.setenv(name, "error")
+
+
+def refused(capsys: Capture, *arguments: str) -> str:
+    """The one line on standard error with which a command ends with status 2."""
+    capsys.readouterr()
+    status: object
+    try:
+        status = main(arguments)
+    except SystemExit as leaving:
+        status = leaving.code
+    output, errors = capsys.readouterr()
+    assert status == 2
+    assert output == ""
+    last = errors.rstrip("\n").rpartition("\n")[2]
+    assert last.startswith("finemoe")
+    assert ": error: " in last
+    assert "Traceback" not in errors
+    return last.partition(": error: ")[2]
+
+
+def answered(capsys: Capture, *arguments: str) -> Any:
+    """The one JSON document on standard output."""
+    capsys.readouterr()
+    assert main(arguments) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_version(capsys: Capture) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"finemoe {__version__}\n"
+
+
+def test_help_names_every_command(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["--help"])
+    assert leaving.value.code == 0
+    output = capsys.readouterr().out
+    assert all(name in output for name in COMMANDS)
+
+
+def test_without_a_command_help_is_shown(capsys: Capture) -> None:
+    assert main([]) == 2
+    assert "COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(capsys: Capture, command: str) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main([command, "--help"])
+    assert leaving.value.code == 0
+    assert "--model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_every_setting_is_a_flag_with_its_default(capsys: Capture, command: str) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    output = " ".join(capsys.readouterr().out.split())
+    for field in [*fields(LoadConfig), *fields(GenerateConfig)]:
+        assert "--" + field.name.replace("_", "-") in output
+        if field.default not in (None, False):
+            assert f"(default: {field.default})" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["fly"], "fly"),
+        (["generate"], "PROMPT"),
+        (["generate", "Hi", "--speed", "9"], "--speed"),
+        (["generate", "Hi", "--expert-mem", "9GiB"], "--expert-mem"),
+        (["generate", "Hi", "--max-new-tokens", "many"], "--max-new-tokens"),
+        (["generate", "Hi", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["generate", "Hi", "--temperature", "-1"], "--temperature"),
+        (["generate", "Hi", "--top-p", "0.5"], "--top-p"),
+        (["generate", "Hi", "--expert-memory", "0"], "--expert-memory"),
+        (["generate", "Hi", "--expert-memory", "101%"], "--expert-memory"),
+        (["generate", "Hi", "--reader-threads", "0"], "--reader-threads"),
+        (["generate", "Hi", "--io", "fast"], "--io"),
+        (["generate", "Hi", "--dtype", "int3"], "--dtype"),
+        (["generate", "Hi", "--policy", "fifo", "--model", "/no/where"], "--policy"),
+        (["generate", "Hi", "--model", "/no/where"], "--model"),
+        (["chat", "--model", "/no/where"], "--model"),
+        (["inspect", "--model", "/no/where"], "--model"),
+        (["plan", "--model", "/no/where"], "--model"),
+        (["plan", "--model", "/no/where", "--expert-memory", "25%,often"], "--expert-memory"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_refused_in_one_line_that_names_it(capsys: Capture, arguments: list[str], named: str) -> None:
+    assert named in refused(capsys, *arguments)
+
+
+def test_a_budget_below_the_minimum_names_the_minimum(capsys: Capture, model: str) -> None:
+    assert "at least 4 are needed" in refused(capsys, "generate", "Hi", "--model", model, "--expert-memory", "1%")
+
+
+def test_json_is_the_only_thing_on_standard_output(capsys: Capture, model: str) -> None:
+    flags = "--model", model, "--expert-memory", "50%", "--max-new-tokens", "6"
+    table = answered(capsys, "generate", "Hi", *flags, "--json")
+    assert set(table) >= CONTRACT
+    assert table["model"] == model
+    assert table["tokens"] == len(table["token_ids"]) <= 6
+    assert table["hit_rate"] + table["late_rate"] + table["miss_rate"] == pytest.approx(1)
+    assert main(["generate", "Hi", *flags]) == 0
+    output, errors = capsys.readouterr()
+    assert output == table["text"] + "\n"
+    assert "hits" in errors
+
+
+def test_the_budget_and_the_policy_do_not_change_the_answer(capsys: Capture, model: str) -> None:
+    flags = "--model", model, "--max-new-tokens", "6", "--json"
+    texts = {
+        answered(capsys, "generate", "Hi", *flags, "--expert-memory", memory, "--policy", policy)["text"]
+        for memory, policy in (("17%", "lru"), ("50%", "lfu"), ("all", "lfru"))
+    }
+    assert len(texts) == 1
+
+
+def test_a_prompt_is_read_from_standard_input(capsys: Capture, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = "--model", model, "--max-new-tokens", "4", "--json"
+    given = answered(capsys, "generate", "Hello there", *flags)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello there"))
+    assert answered(capsys, "generate", "-", *flags)["token_ids"] == given["token_ids"]
+
+
+def test_sampling_depends_on_the_seed_alone(capsys: Capture, model: str) -> None:
+    flags = "--model", model, "--max-new-tokens", "8", "--temperature", "2", "--json", "--seed"
+    ids = [answered(capsys, "generate", "Hi", *flags, seed)["token_ids"] for seed in ("1", "1", "2")]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_raw_leaves_the_chat_template_out(capsys: Capture, model: str) -> None:
+    flags = "--model", model, "--max-new-tokens", "2", "--json"
+    assert answered(capsys, "generate", "Hi", *flags, "--raw")["prompt_tokens"] == 2
+    assert answered(capsys, "generate", "Hi", *flags)["prompt_tokens"] > 2
+
+
+def test_an_empty_prompt_is_refused(capsys: Capture, model: str) -> None:
+    assert refused(capsys, "generate", "", "--raw", "--model", model).startswith("PROMPT: ")
+
+
+def test_a_read_error_is_one_line_with_status_2(capsys: Capture, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, left = DiskStore.read, [200]
+
+    def broken(store: DiskStore, run: Any, start_bytes: int, into: memoryview) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.EIO, "Input/output error", store.name(run.file))
+        whole(store, run, start_bytes, into)
+
+    monkeypatch.setattr(DiskStore, "read", broken)
+    capsys.readouterr()
+    flags = "--model", model, "--expert-memory", "17%", "--max-new-tokens", "50", "--json"
+    assert "can't read expert" in refused(capsys, "generate", "Hi", *flags)
+
+
+def test_ctrl_c_ends_a_command_with_status_130(capsys: Capture, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finemoe.model.load_config", interrupted)
+    assert main(["generate", "Hi", "--model", model]) == INTERRUPTED
+    assert capsys.readouterr().err.endswith("finemoe: interrupted\n")
+
+
+def test_inspect_tells_the_model_from_its_headers(capsys: Capture, model: str) -> None:
+    table = answered(capsys, "inspect", "--model", model, "--json")
+    assert (table["layers"], table["experts"], table["experts_per_token"]) == (3, 24, 3)
+    assert table["expert_bytes"] == 24 * 3 * 64 * 96 * 2
+    assert table["least_expert_memory_bytes"] == 4 * table["slot_bytes"]
+    assert main(["inspect", "--model", model]) == 0
+    assert "3 MoE layers, 24 routed experts, 3 active per token" in capsys.readouterr().out
+
+
+def test_inspect_needs_no_weights(capsys: Capture, model: str, tmp_path: Path) -> None:
+    copy = make_chat_model(tmp_path / "copy")
+    weights = copy / "model.safetensors"
+    held = weights.read_bytes()
+    end = 8 + int.from_bytes(held[:8], "little")
+    weights.write_bytes(held[:end] + b"\xff" * (len(held) - end))
+    assert answered(capsys, "inspect", "--model", str(copy), "--json")["experts"] == 24
+
+
+def test_plan_has_a_row_for_each_budget(capsys: Capture, model: str) -> None:
+    table = answered(capsys, "plan", "--model", model, "--expert-memory", "10%,50%,all", "--json")
+    rows = table["rows"]
+    assert [row["slots"] for row in rows] == [4, 12, 24]  # the least that works, half, all
+    assert all(row["fits"] for row in rows)
+    assert rows[1]["tok_s_local"] <= rows[2]["tok_s_local"]
+
+
+def test_a_conversation_remembers_and_forgets(capsys: Capture, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n\nHi\n/reset\nHi\n/stats\n/fly\n/exit\nnever read\n"))
+    assert main(["chat", "--model", model, "--max-new-tokens", "3", "--json"]) == 0
+    output, errors = capsys.readouterr()
+    replies = [json.loads(line) for line in output.splitlines()]
+    assert len(replies) == 3
+    assert replies[1]["prompt_tokens"] > replies[0]["prompt_tokens"] == replies[2]["prompt_tokens"]
+    assert replies[0]["token_ids"] == replies[2]["token_ids"]
+    assert "hits" in errors
+    assert "no command /fly" in errors
