@@ -207,7 +207,8 @@ def apply_expert(module: Any, parameters: dict[str, Tensor], x: Tensor) -> Tenso
     x = _project(module, parameters, up, x)
     x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
     x = _project(module, parameters, "down_proj", x)
-    return module.post_expert_norm(x) if module.has_post_expert_norm else x
+    # a flag that older transformers does not know
+    return module.post_expert_norm(x) if getattr(module, "has_post_expert_norm", False) else x
 
 
 def _project(module: Any, parameters: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
