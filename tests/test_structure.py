@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 import finemoe
 
+ROOT = Path(__file__).parent.parent
 SOURCE = Path(finemoe.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 
@@ -120,3 +122,18 @@ def test_no_code_branches_on_a_model_family(path: Path) -> None:
 def test_importing_the_package_does_not_import_torch() -> None:
     check = "import finemoe, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_constraints_pin_every_dependency_exactly() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#")
+    )
+    assert all(re.fullmatch(r"[\w.]+", pinned) for pinned in pins.values()), (
+        "exact versions of any build, and nothing else"
+    )
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    wanted = {re.split(r"[\s<>=!~\[;]", requirement)[0] for group in groups for requirement in group}
+    assert {name.lower().replace("_", "-") for name in wanted} <= {name.lower().replace("_", "-") for name in pins}

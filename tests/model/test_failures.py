@@ -144,6 +144,7 @@ INTERRUPTED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a POSIX signal")
 def test_a_real_ctrl_c_ends_a_generation_and_the_next_one_works(chat_folder: Path) -> None:
     program = [sys.executable, "-c", textwrap.dedent(INTERRUPTED), str(chat_folder)]

@@ -44,6 +44,7 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak from /proc")
 def test_neither_loading_nor_running_holds_more_than_the_budget(heavy: Path) -> None:
     program = [sys.executable, "-c", textwrap.dedent(MEASURE), str(heavy), "36MiB"]

@@ -27,7 +27,6 @@ from finemoe.checkpoint import Checkpoint, locate
 from finemoe.errors import CheckpointError
 from finemoe.model import read_config, reference_model
 from finemoe.policy import make_controller
-from finemoe.process import environment
 
 Log = Callable[[str], None]
 
@@ -160,7 +159,6 @@ def run_order(order: Order, scratch: Path, timeout_s: float) -> Measured | str:
                 stderr=stderr,
                 timeout=timeout_s,
                 check=False,
-                env=environment(prepared=order.subject.kind == "finemoe"),
             )
         except subprocess.TimeoutExpired:
             return f"took longer than {timeout_s:.0f} s"

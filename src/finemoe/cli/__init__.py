@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from finemoe.cli.flags import Parser
 from finemoe.cli.interrupts import Interrupts
 from finemoe.errors import FinemoeError
-from finemoe.process import prepare_process
+from finemoe.process import return_freed_memory
 
 COMMANDS = {
     "generate": "answer one prompt",
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     _quieten()
-    prepare_process()
+    return_freed_memory()
     arguments.interrupts = Interrupts()
     try:
         status: int = importlib.import_module(f"finemoe.cli.{arguments.command}").run(arguments)
