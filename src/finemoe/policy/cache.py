@@ -68,9 +68,9 @@ class LFU:
 class LFRU:
     """Frequency over age: `f / (age + 1)`, age in iterations since the last visit; the lowest goes first.
 
-    Source: the least-frequently-recently-used score that a 2026 caching study found best among causal evictions
-    (design section 6). It leaves open what `f` counts; here visits that decay per iteration, slower than `LFU`'s as
-    age already favours the recent.
+    Source: the least-frequently-recently-used score that a 2026 caching study found best among causal evictions.
+    It leaves open what `f` counts; here visits that decay per iteration, slower than `LFU`'s as age already favours
+    the recent.
 
     Args:
         decay: what a visit is worth one iteration later. An iteration ends when the layer index does not grow.
