@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import json
+import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _leave_this_process_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def _leave_this_process_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(cli, "return_freed_memory", lambda: None)
     for name in ("TRANSFORMERS_VERBOSITY", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "HF_HUB_VERBOSITY"):
         monkeypatch.setenv(name, "error")
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 def refused(capsys: Capture, *arguments: str) -> str:
