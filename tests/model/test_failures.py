@@ -165,7 +165,12 @@ def test_a_real_ctrl_c_ends_a_generation_and_the_next_one_works(chat_folder: Pat
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
         output = process.stdout
         assert output is not None
-        listener = threading.Thread(target=lambda: [lines.put(line.strip()) for line in output], daemon=True)
+
+        def listen() -> None:
+            for line in output:
+                lines.put(line.strip())
+
+        listener = threading.Thread(target=listen, daemon=True)
         listener.start()
         try:
             for delay_s in (0.5, 0.31, 0.17):
