@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,20 @@ def file(tmp_path: Path) -> Path:
 
 def test_the_probe_reads_at_some_speed(file: Path) -> None:
     assert link.probe([file], 4 * link.CHUNK_BYTES, seed=0).bandwidth_bytes_s > 0
+
+
+def test_the_probe_reads_whole_stretches(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[tuple[int, int]] = []
+
+    def note(descriptors: Sequence[int], given: Iterator[tuple[int, int]]) -> int:
+        places.extend(given)
+        return 1
+
+    monkeypatch.setattr(link, "_read_all", note)
+    link.probe([file], 4 * link.CHUNK_BYTES, seed=0, stretch_bytes=2 * link.CHUNK_BYTES)
+    offsets = [offset for _, offset in places]
+    assert len(offsets) == 4
+    assert [b - a for a, b in zip(offsets[::2], offsets[1::2], strict=True)] == [link.CHUNK_BYTES] * 2
 
 
 def test_the_probe_reads_files_smaller_than_a_chunk(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from finemoe.checkpoint import locate, read_headers
 from finemoe.config import LoadConfig, format_bytes
 from finemoe.errors import BudgetError, FinemoeError
 from finemoe.model import load_config, model_class
-from finemoe.process import return_freed_memory
+from finemoe.process import return_freed_memory, unmap_idle_code
 from finemoe.store import available_bytes, peak_rss_bytes
 
 BATCHED_PIECE = 16  # tokens at once: batched_mm copies an expert's weights for every token that it is routed to
@@ -39,6 +39,8 @@ def measure(order: Order) -> Measured:
         torch.set_num_threads(order.threads)
     start_s = time.perf_counter()
     model = _load(order)
+    if order.subject.kind == "finemoe":
+        unmap_idle_code()
     load_s = time.perf_counter() - start_s
     offload = getattr(model, "finemoe", None)
     between = _evictor(order)

@@ -22,14 +22,18 @@ THREADS = 4
 
 @dataclass(frozen=True)
 class LinkProbe:
-    """Random reads of `CHUNK_BYTES` with `THREADS` threads, past the page cache if `direct`."""
+    """Reads of expert-sized stretches at random places, by `THREADS` threads, past the page cache if `direct`."""
 
     bandwidth_bytes_s: float
     direct: bool
 
 
-def probe(files: Sequence[Path], total_bytes: int, seed: int) -> LinkProbe:
+def probe(files: Sequence[Path], total_bytes: int, seed: int, stretch_bytes: int = CHUNK_BYTES) -> LinkProbe:
     """Reads about `total_bytes` from random places of `files`.
+
+    Args:
+        stretch_bytes: how much is read in a row, in chunks of `CHUNK_BYTES`, all threads on one stretch: an expert's
+            size gives what the disk has for an engine that does nothing but wait for it.
 
     Raises:
         OSError: a file can't be opened or read.
@@ -37,10 +41,13 @@ def probe(files: Sequence[Path], total_bytes: int, seed: int) -> LinkProbe:
     sizes = [file.stat().st_size for file in files]
     chooser = random.Random(seed)  # noqa: S311 - places to read from
     places: list[tuple[int, int]] = []
-    for _ in range(max(THREADS, total_bytes // CHUNK_BYTES)):
+    stretch = max(1, -(-stretch_bytes // CHUNK_BYTES))  # in chunks
+    while len(places) < max(THREADS, total_bytes // CHUNK_BYTES):
         file = chooser.choices(range(len(files)), weights=sizes)[0]
-        last_page = max(0, sizes[file] - CHUNK_BYTES) // PAGE_BYTES
-        places.append((file, chooser.randint(0, last_page) * PAGE_BYTES))
+        last_page = max(0, sizes[file] - stretch * CHUNK_BYTES) // PAGE_BYTES
+        first = chooser.randint(0, last_page) * PAGE_BYTES
+        inside = max(1, min(stretch, -(-sizes[file] // CHUNK_BYTES)))
+        places += [(file, first + chunk * CHUNK_BYTES) for chunk in range(inside)]
     descriptors, direct = _open(files)
     try:
         start_s = time.perf_counter()

@@ -25,7 +25,7 @@ from finemoe.bench.report import BenchReport, Run, summarise
 from finemoe.bench.subject import Measured, Order, Subject, subjects
 from finemoe.checkpoint import Checkpoint, locate
 from finemoe.errors import CheckpointError
-from finemoe.model import read_config, reference_model
+from finemoe.model import describe, read_config, reference_model
 from finemoe.policy import make_controller
 
 Log = Callable[[str], None]
@@ -43,7 +43,9 @@ def run_bench(config: BenchConfig, log: Log) -> BenchReport:
     for policy in config.policies:
         make_controller(policy, 1, 1, 1)  # an unknown policy is refused before anything is read
     checkpoint = locate(config.model or reference_model(), config.revision)
-    bench = _Bench(replace(config, model=str(checkpoint.folder)), checkpoint, log)
+    catalog = describe(str(checkpoint.folder), trust_remote_code=config.trust_remote_code).catalog
+    expert_bytes = catalog.weight_bytes // catalog.experts
+    bench = _Bench(replace(config, model=str(checkpoint.folder)), checkpoint, expert_bytes, log)
     runs = [bench.run(subject, repeat) for repeat in range(config.repeats) for subject in bench.due(repeat)]
     rows, fastest = summarise(runs)
     return BenchReport(
@@ -78,10 +80,11 @@ def describe_host() -> dict[str, str | int]:
 class _Bench:
     """One benchmark under way."""
 
-    def __init__(self, config: BenchConfig, checkpoint: Checkpoint, log: Log) -> None:
+    def __init__(self, config: BenchConfig, checkpoint: Checkpoint, expert_bytes: int, log: Log) -> None:
         self.probes: list[link.LinkProbe] = []
         self._config = config
         self._checkpoint = checkpoint
+        self._expert_bytes = expert_bytes
         self._log = log
         self._memory_bytes = 0  # dense weights and pool of the first finemoe row that ran
         text = read_config(checkpoint.folder, trust_remote_code=config.trust_remote_code).get_text_config()
@@ -119,9 +122,9 @@ class _Bench:
 
     def _probe(self) -> None:
         config = self._config
-        total_bytes = config.link_probe_mib << 20
+        total_bytes, seed = config.link_probe_mib << 20, config.seed + len(self.probes)
         try:
-            self.probes.append(link.probe(self._checkpoint.files, total_bytes, config.seed + len(self.probes)))
+            self.probes.append(link.probe(self._checkpoint.files, total_bytes, seed, self._expert_bytes))
         except OSError as error:
             raise CheckpointError(f"{error.filename or self._checkpoint.folder}: can't be read ({error})") from error
 

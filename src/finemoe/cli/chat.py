@@ -10,6 +10,7 @@ from contextlib import suppress
 from finemoe.cli.flags import add_flags, read_flags
 from finemoe.cli.generate import summary
 from finemoe.config import GenerateConfig, LoadConfig
+from finemoe.process import unmap_idle_code
 
 _HELP = "/reset forgets the conversation, /stats tells what the last answer took, /exit or Ctrl-D leaves"
 
@@ -38,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
     with load(load_config) as model:
         session = Session(model)
+        unmap_idle_code()
         turns, reply = list(opening), None
         print(_HELP, file=sys.stderr)
         while (line := _ask()) is not None:

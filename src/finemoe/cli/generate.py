@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from finemoe.cli.flags import add_flags, read_flags
 from finemoe.config import GenerateConfig, LoadConfig, format_bytes
+from finemoe.process import unmap_idle_code
 
 if TYPE_CHECKING:
     from finemoe.session import Reply
@@ -36,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with load(load_config) as model:
         session = Session(model)
+        unmap_idle_code()
         arguments.interrupts.check()
         if arguments.json:
             reply = session.reply(prompt, generate_config, show)
