@@ -17,6 +17,8 @@ COMMANDS = {
     "chat": "talk to a model in the terminal",
     "inspect": "show a model's layers, experts and bytes, from headers only",
     "plan": "say which budgets fit this machine, and how fast they would be",
+    "record": "run prompts and record what the routers choose",
+    "trace": "import, describe, show and measure recorded routing",
     "bench": "measure against transformers, resident and with its own disk offload",
 }
 INTERRUPTED = 130

@@ -1,0 +1,153 @@
+"""`finemoe trace`: import, describe, show and measure recorded routing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from finemoe.cli.flags import Parser
+from finemoe.config import format_bytes
+from finemoe.errors import ConfigError
+from finemoe.trace import Trace, open_trace
+
+_MISSING = "not recorded"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's flags."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
+    importing = actions.add_parser("import", help="turn routing that others recorded into a trace")
+    importing.add_argument("source", metavar="SRC", help="folder or file; its layout is recognised")
+    importing.add_argument("--out", required=True, metavar="FILE", help="the trace to write")
+    importing.add_argument("--model", default=None, help="name of the model (default: as the source says)")
+    importing.add_argument("--experts", type=int, default=None, help="routed experts a layer, if the source lacks it")
+    importing.add_argument("--licence", default=None, help="of the data, to be kept with it")
+    importing.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    info = actions.add_parser("info", help="say what a trace holds")
+    head = actions.add_parser("head", help="show the first rows")
+    head.add_argument("--rows", type=int, default=8, help="how many (default: %(default)s)")
+    head.add_argument("--request", type=int, default=0, help="of which request, from 0 on (default: %(default)s)")
+    stats = actions.add_parser("stats", help="measure locality, skew and predictability of the routing")
+    stats.add_argument("--plot", default=None, metavar="OUT.png", help="draw it too; needs finemoe[plots]")
+    for action in (info, head, stats):
+        action.add_argument("trace", metavar="TRACE")
+    for action in (importing, info, head, stats):
+        action.add_argument("--json", action="store_true", help="print one JSON document, and nothing else")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
+    return _ACTIONS[arguments.action](arguments)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from finemoe.trace.importing import Told, import_trace
+
+    if arguments.experts is not None and arguments.experts < 1:
+        raise ConfigError(f"--experts: {arguments.experts} is not at least 1")
+    told = Told(arguments.model, arguments.experts, arguments.licence)
+    importing = import_trace(arguments.source, arguments.out, told, overwrite=arguments.force)
+    for notice in importing.notices:
+        print(notice, file=sys.stderr)
+    for _ in tqdm(importing, desc="Importing", unit=" requests", leave=False, delay=1):
+        arguments.interrupts.check()
+    with open_trace(arguments.out) as trace:
+        print(json.dumps(describe(trace)) if arguments.json else table(trace))
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    with open_trace(arguments.trace) as trace:
+        print(json.dumps(describe(trace)) if arguments.json else table(trace))
+    return 0
+
+
+def _head(arguments: argparse.Namespace) -> int:
+    from finemoe.trace.show import rows
+
+    if arguments.rows < 1:
+        raise ConfigError(f"--rows: {arguments.rows} is not at least 1")
+    with open_trace(arguments.trace) as trace:
+        if not 0 <= arguments.request < len(trace):
+            raise ConfigError(f"--request: {arguments.request} is not one of the {len(trace)} requests, from 0 on")
+        shown = rows(trace, arguments.request, arguments.rows)
+        if arguments.json:
+            print(json.dumps({"request": arguments.request, "rows": [row.as_dict() for row in shown]}))
+        else:
+            print("\n\n".join(map(str, shown)))
+    return 0
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    from finemoe.trace.stats import measure
+
+    if arguments.plot:
+        from finemoe.trace.plot import check
+
+        check(Path(arguments.plot))
+    with open_trace(arguments.trace) as trace:
+        stats = measure(trace)
+        if arguments.plot:
+            from finemoe.trace.plot import draw
+
+            draw(stats, trace.header, Path(arguments.plot))
+    print(json.dumps(stats.as_dict()) if arguments.json else stats)
+    return 0
+
+
+def describe(trace: Trace) -> dict[str, Any]:
+    """What a trace holds, ready for JSON. Of the vocabulary, only its size."""
+    from finemoe.trace.spool import left_behind
+
+    header = trace.header.as_dict()
+    vocabulary = header.pop("vocabulary")
+    return header | {
+        "path": str(trace.path),
+        "requests": len(trace),
+        "iterations": trace.iterations,
+        "tokens": trace.tokens,
+        "bytes": trace.size_bytes,
+        "decode_only": trace.decode_only,
+        "missing": list(trace.header.missing),
+        "vocabulary_size": None if vocabulary is None else len(vocabulary),
+        "left_behind": left_behind(trace.path),
+    }
+
+
+def table(trace: Trace) -> str:
+    """What a trace holds, for people."""
+    told = describe(trace)
+    header = trace.header
+    lines = [
+        f"{trace.path}: routing of {header.model}",
+        f"{header.layers} MoE layers, {header.experts} experts each, {header.active} active",
+        f"{len(trace)} requests, {trace.iterations} iterations, {trace.tokens} tokens"
+        f"{', decoding only' if trace.decode_only else ''}; {format_bytes(trace.size_bytes)}",
+        f"source: {header.source}{f'; licence: {header.licence}' if header.licence else ''}",
+        f"recorded: {', '.join(('ids', *header.fields))}",
+    ]
+    if header.missing:
+        lines.append(f"not recorded: {', '.join(header.missing)}")
+    if header.normalisation:
+        lines.append(f"distributions: {header.normalisation}")
+    if header.lookahead:
+        lines.append(f"lookahead: {header.lookahead} layers")
+    if header.vocabulary is not None:
+        lines.append(f"vocabulary: {len(header.vocabulary)} strings")
+    if header.fingerprint:
+        lines.append(f"model fingerprint: {header.fingerprint}")
+    if header.settings:
+        lines.append("settings: " + ", ".join(f"{name} {value}" for name, value in header.settings.items()))
+    if header.notes:
+        lines.append(f"notes: {header.notes}")
+    if told["left_behind"]:
+        lines.append(f"{told['left_behind']} more requests wait in {trace.path}.partial; finemoe record --append keeps them")
+    return "\n".join(lines)
+
+
+_ACTIONS = {"import": _import, "info": _info, "head": _head, "stats": _stats}
