@@ -146,7 +146,9 @@ def table(trace: Trace) -> str:
     if header.notes:
         lines.append(f"notes: {header.notes}")
     if told["left_behind"]:
-        lines.append(f"{told['left_behind']} more requests wait in {trace.path}.partial; finemoe record --append keeps them")
+        lines.append(
+            f"{told['left_behind']} more requests wait in {trace.path}.partial; finemoe record --append keeps them"
+        )
     return "\n".join(lines)
 
 

@@ -35,6 +35,7 @@ class Policy:
     margin: float = -np.inf
     switch: float = np.inf
     prefetches: ClassVar[bool] = False  # whether `want` is ever above 0
+    needs: ClassVar[frozenset[str]] = frozenset()  # what it can't do without: of gates, embeddings, lookahead
 
     def __init__(self, layers: int, experts: int) -> None:
         self.layers = layers
