@@ -73,6 +73,7 @@ def _reuse(stats: TraceStats, axes: Any) -> None:
             axes.plot(100 * values, marker="o", markersize=3, label=phase)
     chance = 100 * stats.active / stats.experts
     axes.axhline(chance, color="grey", linestyle=":", label=f"by chance ({chance:.1f}%)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(title="Experts that the token before executed too", xlabel="MoE layer", ylabel="executed experts, %")
     axes.set_ylim(bottom=0)
     axes.legend(loc="best")
@@ -83,6 +84,8 @@ def _usage(stats: TraceStats, axes: Any) -> None:
     shares = stats.usage / np.maximum(stats.usage.sum(1, keepdims=True), 1) * stats.experts
     image = axes.imshow(-np.sort(-shares, 1), aspect="auto", cmap="viridis", interpolation="nearest", vmin=0)
     axes.figure.colorbar(image, ax=axes, label="accesses, times the layer's mean")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set(title="Usage of experts, all requests", xlabel="experts, most accessed first", ylabel="MoE layer")
 
 
@@ -93,6 +96,7 @@ def _entropy(stats: TraceStats, axes: Any) -> None:
     limit = np.log2(stats.experts)
     axes.axhline(limit, color="grey", linestyle=":", label=f"all experts alike ({limit:.1f} bits)")
     missing = "" if stats.gate_entropy is not None else " (gate: not recorded)"
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(title=f"Entropy{missing}", xlabel="MoE layer", ylabel="bits")
     axes.set_ylim(0, limit * 1.05)
     axes.legend(loc="lower right")

@@ -167,7 +167,8 @@ def _found(lookahead: NDArray[np.float16], executed: NDArray[np.bool_], active: 
 
 def _normalised(probs: NDArray[np.float16]) -> Floats:
     wide: Floats = probs.astype(np.float64)
-    return np.divide(wide, np.maximum(wide.sum(-1, keepdims=True), 1e-12))
+    wide /= np.maximum(wide.sum(-1, keepdims=True), 1e-12)
+    return wide
 
 
 def _entropy(shares: Floats) -> Floats:
