@@ -13,8 +13,6 @@ from finemoe.config import format_bytes
 from finemoe.errors import ConfigError
 from finemoe.trace import Trace, open_trace
 
-_MISSING = "not recorded"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
@@ -123,11 +121,12 @@ def table(trace: Trace) -> str:
     """What a trace holds, for people."""
     told = describe(trace)
     header = trace.header
+    phases = ", decoding only" if trace.decode_only else ""
     lines = [
         f"{trace.path}: routing of {header.model}",
         f"{header.layers} MoE layers, {header.experts} experts each, {header.active} active",
-        f"{len(trace)} requests, {trace.iterations} iterations, {trace.tokens} tokens"
-        f"{', decoding only' if trace.decode_only else ''}; {format_bytes(trace.size_bytes)}",
+        f"{len(trace)} requests, {trace.iterations} iterations, {trace.tokens} tokens{phases}",
+        f"{format_bytes(trace.size_bytes)} on disk",
         f"source: {header.source}{f'; licence: {header.licence}' if header.licence else ''}",
         f"recorded: {', '.join(('ids', *header.fields))}",
     ]
@@ -146,9 +145,7 @@ def table(trace: Trace) -> str:
     if header.notes:
         lines.append(f"notes: {header.notes}")
     if told["left_behind"]:
-        lines.append(
-            f"{told['left_behind']} more requests wait in {trace.path}.partial; finemoe record --append keeps them"
-        )
+        lines.append(f"{told['left_behind']} more requests wait in {trace.path}.partial: finemoe record --append")
     return "\n".join(lines)
 
 

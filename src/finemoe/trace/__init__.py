@@ -7,6 +7,16 @@ from finemoe.trace.header import TraceHeader
 from finemoe.trace.read import Trace, open_trace
 from finemoe.trace.request import DECODE, PREFILL, RequestTrace
 from finemoe.trace.split import split
-from finemoe.trace.write import TraceWriter
+from finemoe.trace.write import TraceWriter, refuse_existing
 
-__all__ = ["DECODE", "PREFILL", "RequestTrace", "Trace", "TraceHeader", "TraceWriter", "open_trace", "split"]
+__all__ = [
+    "DECODE",
+    "PREFILL",
+    "RequestTrace",
+    "Trace",
+    "TraceHeader",
+    "TraceWriter",
+    "open_trace",
+    "refuse_existing",
+    "split",
+]

@@ -46,9 +46,7 @@ class TraceWriter:
     ) -> None:
         self.path = Path(path)
         self.header = header
-        if not self.path.parent.is_dir():
-            raise TraceError(f"{self.path}: there is no folder {self.path.parent}")
-        self._refuse(append=append, overwrite=overwrite)
+        refuse_existing(self.path, append=append, overwrite=overwrite)
         self._closed = False
         try:
             if overwrite:
@@ -123,17 +121,6 @@ class TraceWriter:
     ) -> None:
         self.close()
 
-    def _refuse(self, *, append: bool, overwrite: bool) -> None:
-        if append or overwrite:
-            return
-        if self.path.exists():
-            raise TraceError(f"{self.path}: exists; add to it with --append, or replace it with --force")
-        if waiting := left_behind(self.path):
-            raise TraceError(
-                f"{spool_folder(self.path)}: holds {waiting} finished requests of an interrupted recording; "
-                "take them up with --append, or drop them with --force"
-            )
-
     def _existing(self) -> Head | None:
         """The trace that is appended to."""
         if self._spool.replaces or not self.path.exists():
@@ -165,6 +152,27 @@ class TraceWriter:
             os.fsync(descriptor)  # the new name itself
         finally:
             os.close(descriptor)
+
+
+def refuse_existing(path: Path, *, append: bool, overwrite: bool) -> None:
+    """What `TraceWriter` would refuse about a path, ahead of the work that is to be written.
+
+    Raises:
+        TraceError: there is no such folder, or something is there and neither flag says what to do with it.
+    """
+    if not path.parent.is_dir():
+        raise TraceError(f"{path}: there is no folder {path.parent}")
+    if append and path.exists():
+        read_head(path)
+    if append or overwrite:
+        return
+    if path.exists():
+        raise TraceError(f"{path}: exists; add to it with --append, or replace it with --force")
+    if waiting := left_behind(path):
+        raise TraceError(
+            f"{spool_folder(path)}: holds {waiting} finished requests of an interrupted recording; "
+            "take them up with --append, or drop them with --force"
+        )
 
 
 def _copy(source: Path, begin_bytes: int, length_bytes: int, target: BinaryIO) -> None:

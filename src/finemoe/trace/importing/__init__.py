@@ -37,10 +37,13 @@ def import_trace(
     path = Path(source)
     if not path.exists():
         raise TraceError(f"{path}: there is no such file or folder")
-    for kind in FORMATS:
-        opened = kind.open_source(path, told.model, told.experts)
-        if opened is not None:
-            return Imported(opened, Path(target), told.licence, overwrite=overwrite)
+    try:
+        for kind in FORMATS:
+            opened = kind.open_source(path, told.model, told.experts)
+            if opened is not None:
+                return Imported(opened, Path(target), told.licence, overwrite=overwrite)
+    except OSError as error:
+        raise TraceError(f"{error.filename or path}: can't be read ({error.strerror or error})") from error
     known = "; ".join(kind.LAYOUT for kind in FORMATS)
     raise TraceError(f"{path}: holds no routing of a known layout; known are: {known}")
 

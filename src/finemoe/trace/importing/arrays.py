@@ -80,13 +80,8 @@ class ArraySource:
             raise TraceError(f"{self._file}: expert_ids are {ids.dtype} {list(ids.shape)}, not whole numbers [N, L, K]")
         if weights is not None and (weights.shape != ids.shape or weights.dtype.kind != "f"):
             raise TraceError(f"{self._file}: probs are {weights.dtype} {list(weights.shape)}, unlike expert_ids")
-        if (
-            offsets.ndim != 1
-            or len(offsets) < 2
-            or offsets[0]
-            or offsets[-1] != len(ids)
-            or (np.diff(offsets) < 1).any()
-        ):
+        ascend = offsets.ndim == 1 and len(offsets) > 1 and (np.diff(offsets) > 0).all()
+        if not ascend or offsets[0] or offsets[-1] != len(ids):
             raise TraceError(f"{self._file}: offsets don't ascend from 0 to the {len(ids)} rows of expert_ids")
         if len(self._tokens) != len(self):
             raise TraceError(f"{self._file.parent / _PROMPTS}: has {len(self._tokens)} requests, the npz {len(self)}")

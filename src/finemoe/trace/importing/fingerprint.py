@@ -99,9 +99,8 @@ class _Request:
         text = table["full_text"]
         if not isinstance(text, list):
             raise TraceError(f"{place}: its full_text is not split into tokens; split it with the model's tokenizer")
-        steps = [
-            (int(name.removeprefix("token_")), own) for entry in table["router_data"] for name, own in entry.items()
-        ]
+        named = [item for entry in table["router_data"] for item in entry.items()]
+        steps = [(int(name.removeprefix("token_")), own) for name, own in named]
         if not steps:
             raise TraceError(f"{place}: its router_data is empty")
         layers = sorted(steps[0][1], key=lambda name: int(name.removeprefix("layer_")))

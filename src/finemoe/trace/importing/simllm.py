@@ -121,7 +121,7 @@ class _File:
         if footer is None:
             raise TraceError(f"{path}: was cut off: it has no footer")
         for phase in _PHASES:
-            promised = footer.get(f"{phase}_forward_token_count")
+            promised = footer.get(f"{phase}_forward_token_count", footer.get(f"{phase}_dispatch_count"))
             counted = sum(row["phase"] == phase for rows in self.requests for row in rows)
             if promised is not None and promised != counted:
                 raise TraceError(f"{path}: its footer promises {promised} {phase} rows, it has {counted}")
@@ -137,6 +137,8 @@ class _File:
 
     def _check(self, row: dict[str, Any], number: int) -> None:
         _, layers, _, active = self.sizes
+        if type(row["token_id"]) is not int or type(row["token_index"]) is not int:
+            raise TraceError(f"{self.path}:{number}: its token_id or token_index is no whole number")
         if tuple(each["layer_index"] for each in row["routing"]) != layers or row["phase"] not in _PHASES:
             raise TraceError(f"{self.path}:{number}: its layers or phase are not those of the header")
         if any(len(each["expert_ids"]) != active for each in row["routing"]):
