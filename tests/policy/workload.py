@@ -58,8 +58,8 @@ def workload(
             began.add(fresh)
             fresh += 1
         p = []
-        for request in running:
-            running[request] = running[request] + 0.5 * random.normal(size=size)
+        for request, logits in list(running.items()):
+            running[request] = logits + 0.5 * random.normal(size=size)
             p.append(softmax(running[request]))
         full = np.stack(p)  # [B, L, E]
         mask = selected(full, shape.active)
