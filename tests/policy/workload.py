@@ -37,7 +37,7 @@ def selected(p: npt.NDArray[np.float32], active: int) -> npt.NDArray[np.bool_]:
 
 def workload(
     seed: int,
-    shape: Shape = Shape(),  # noqa: B008 - frozen
+    shape: Shape = Shape(),
     *,
     iterations: int = 12,
     batch: int = 2,
@@ -58,8 +58,8 @@ def workload(
             began.add(fresh)
             fresh += 1
         p = []
-        for request in running:
-            running[request] = running[request] + 0.5 * random.normal(size=size)
+        for request, logits in running.items():
+            running[request] = logits + 0.5 * random.normal(size=size)
             p.append(softmax(running[request]))
         full = np.stack(p)  # [B, L, E]
         mask = selected(full, shape.active)
@@ -82,7 +82,7 @@ def workload(
     return made
 
 
-def recorded(seed: int, shape: Shape = Shape(), *, length: int = 6, embeddings: bool = True) -> Recorded:  # noqa: B008
+def recorded(seed: int, shape: Shape = Shape(), *, length: int = 6, embeddings: bool = True) -> Recorded:
     """One finished request."""
     played = workload(seed, shape, iterations=length, batch=1, embeddings=embeddings)
     gates = np.stack([np.stack([event.gates[0] for event in it.events if event.gates is not None]) for it in played])
@@ -96,7 +96,7 @@ def recorded(seed: int, shape: Shape = Shape(), *, length: int = 6, embeddings: 
     )
 
 
-def future(played: list[Iteration], shape: Shape = Shape()) -> Future:  # noqa: B008
+def future(played: list[Iteration], shape: Shape = Shape()) -> Future:
     events = [event for iteration in played for event in iteration.events]
     ptr = np.cumsum([0] + [len(event.experts) for event in events])
     flat = [event.layer * shape.experts + expert for event in events for expert in event.experts]
