@@ -58,7 +58,7 @@ def workload(
             began.add(fresh)
             fresh += 1
         p = []
-        for request, logits in list(running.items()):
+        for request, logits in running.items():
             running[request] = logits + 0.5 * random.normal(size=size)
             p.append(softmax(running[request]))
         full = np.stack(p)  # [B, L, E]

@@ -10,6 +10,7 @@ from finemoe.policy.base import Policy
 from finemoe.policy.bounds import Belady, Future, Oracle, foresee
 from finemoe.policy.cache import LFRU, LFU, LRU
 from finemoe.policy.controller import Controller
+from finemoe.policy.expert_map import ExpertMaps
 from finemoe.policy.kernel import Jit, interpreted
 from finemoe.policy.layerwise import Layerwise
 from finemoe.policy.speculative import Speculative
@@ -21,6 +22,7 @@ FACTORIES: dict[str, type[Policy]] = {
     "lfru": LFRU,
     "deepspeed": Layerwise,
     "mixtral-offloading": Speculative,
+    "expert-map": ExpertMaps,
 }
 POLICIES: tuple[str, ...] = tuple(FACTORIES)
 # what only the simulator can offer: the bounds need the option `future`

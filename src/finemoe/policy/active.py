@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -23,12 +21,9 @@ class Active:
         self.count = given or 0  # 0: nothing seen yet
         self._given = given is not None
 
-    def see(self, experts: Sequence[int]) -> None:
-        """An event needed these."""
-        if self._given:
-            return
-        needed = len(experts)
-        if needed and (needed < self.count or not self.count):
+    def see(self, needed: int) -> None:
+        """An event needed so many experts."""
+        if not self._given and needed and (needed < self.count or not self.count):
             self.count = needed
 
 

@@ -11,6 +11,7 @@ from finemoe.policy.base import Policy
 from finemoe.policy.book import Scores
 from finemoe.policy.cache import RECENCY, make_ranking, visit
 
+KEPT = float(1 << 40)  # worth more than any use; what is wanted for a layer ahead is worth that and its want
 _NO_FUTURE = np.empty(0, np.int64)
 
 
@@ -44,6 +45,6 @@ class Ahead(Policy):
     def anticipate(self, layer: int, want: Scores) -> None:
         """These `[E]` of a layer ahead are wanted; its other experts are not."""
         self.want[layer] = want
-        self.worth[layer] = np.where(want > 0, np.inf, self.recency.worth[layer])
+        self.worth[layer] = np.where(want > 0, KEPT + want, self.recency.worth[layer])
         if layer not in self._wanted:
             self._wanted.append(layer)
