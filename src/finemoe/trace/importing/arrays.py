@@ -95,7 +95,7 @@ class ArraySource:
 
 def _load(file: Path) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(file) as archive:
+        with file.open("rb") as raw, np.load(raw) as archive:
             table = {name: archive[name] for name in archive.files if name in {"expert_ids", "probs", "offsets"}}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise TraceError(f"{file}: can't be read ({str(error).splitlines()[0]})") from error
