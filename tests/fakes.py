@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
-from finemoe.types import ExpertId, ExpertSource, Landed, Run
+from finemoe.types import ExpertId, ExpertSource, Landed, Run, Withdrawn
 
 Choose = Callable[[int], int]  # of so many things in flight, which lands next
 
@@ -66,10 +66,14 @@ class ManualTransfer:
         self.fail = fail
         self.in_flight: list[tuple[ExpertId, memoryview, bool]] = []
         self.submitted: list[ExpertId] = []
+        self.withdrawn: list[ExpertId] = []
+        self.when_idle: Callable[[], None] | None = None
         self.waits = 0
         self.cancels = 0
         self.closed = False
         self._moved_bytes = 0
+        self._waited_bytes = 0
+        self._outcomes: list[Landed] = []
 
     @property
     def moved_bytes(self) -> int:
@@ -80,13 +84,35 @@ class ManualTransfer:
         self.submitted.append(expert)
         self.in_flight.append((expert, slot, urgent))
 
+    @property
+    def waited_bytes(self) -> float:
+        return self._waited_bytes
+
+    def hasten(self, expert: ExpertId) -> None:
+        self.in_flight = [(e, slot, urgent or e == expert) for e, slot, urgent in self.in_flight]
+
+    def withdraw(self, expert: ExpertId) -> None:
+        self.in_flight = [entry for entry in self.in_flight if entry[0] != expert]
+        self.withdrawn.append(expert)
+        self._outcomes.append(Landed(expert, Withdrawn()))
+
+    def nudge(self) -> None:
+        if self.when_idle is not None and not self.in_flight:
+            self.when_idle()
+
     def poll(self) -> list[Landed]:
+        if self._outcomes:
+            outcomes, self._outcomes = self._outcomes, []
+            return outcomes
         return [self._land() for _ in range(min(self.ripe(len(self.in_flight)), len(self.in_flight)))]
 
     def wait(self) -> list[Landed]:
         self.waits += 1
         assert self.in_flight, "waited for nothing"
-        return [self._land()]
+        before_bytes = self._moved_bytes
+        landed = self._land()
+        self._waited_bytes += self._moved_bytes - before_bytes
+        return [landed]
 
     def cancel(self) -> None:
         self.cancels += 1

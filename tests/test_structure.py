@@ -20,12 +20,13 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 
 # A module imports only what stands before it. Packages stand for all of their modules.
 ORDER = (
-    "errors", "types", "process", "config", "metrics", "checkpoint", "store", "policy", "transfer", "engine",
+    "errors", "types", "process", "folders", "config", "metrics", "checkpoint", "store", "policy", "compiled",
+    "transfer", "engine",
     "experts", "reference", "model", "session", "forecast", "trace", "sim", "serving",
     "bench", "cli",
 )  # fmt: skip
 ALONE = {"errors", "types"}  # the vocabulary rests on nothing
-REFERENCE_KNOWS = {"errors", "types", "config"}
+REFERENCE_KNOWS = {"errors", "types", "config", "folders"}
 IMPURE = {
     "asyncio", "concurrent", "ctypes", "io", "mmap", "multiprocessing", "os", "pathlib", "psutil", "random", "secrets",
     "shutil", "socket", "subprocess", "tempfile", "threading", "time", "torch", "transformers", "urllib",

@@ -5,6 +5,7 @@ The engine knows neither a policy's insides nor what is computed with an expert.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +14,16 @@ from finemoe.errors import ExpertReadError, FinemoeError
 from finemoe.metrics import Counters
 from finemoe.policy import Controller
 from finemoe.store import Pool
-from finemoe.types import ExpertId, Landed, Plan, Routed, Transfer
+from finemoe.types import ExpertId, Landed, Plan, Routed, Step, Transfer, Withdrawn
 
 Verifier = Callable[[ExpertId, int], None]
 
 
 class Engine:
     """Serves experts to layers out of a pool. One layer at a time.
+
+    While the link is idle, the transfer asks for a prefetch from a thread of its own; so pool and controller are only
+    touched under the engine's lock, which is never held while computing or waiting.
 
     Args:
         pool: the slots; starts empty.
@@ -43,17 +47,32 @@ class Engine:
         self.counters = Counters()
         self._verify = verify
         self._clock = clock
+        self._lock = threading.RLock()
+        self._prefetching: dict[ExpertId, None] = {}  # in flight and not needed yet, in order
         self._broken_off = False  # a layer was left in the middle, and clearing up after it was interrupted too
+        if controller.policy.prefetches:
+            transfer.when_idle = self._prefetch
 
-    def serve(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    def begin(self, steps: Sequence[Step]) -> None:
+        """An iteration begins: what the running requests bring to it."""
+        with self._lock:
+            self.controller.begin(steps)
+        self.transfer.nudge()
+
+    def end(self) -> None:
+        """The iteration is over: all its layers were served."""
+        with self._lock:
+            self.controller.end()
+        self.transfer.nudge()
+
+    def serve(self, event: Routed) -> Iterator[tuple[int, int]]:
         """Yields `(expert, slot)` for each of a layer's experts, ready ones first, each exactly once.
 
         A slot holds its expert from when it is yielded until the next step of the iterator. An iterator that is not
         run to its end (an error in between, Ctrl-C) empties the pool: nothing half-done is ever reused.
 
         Args:
-            layer: which MoE layer.
-            experts: ascending and distinct.
+            event: the layer, and the experts that it needs.
 
         Raises:
             ExpertReadError: an expert's bytes can't be read.
@@ -61,43 +80,72 @@ class Engine:
         if self._broken_off:
             self.clear()
         try:
-            self._settle(self.transfer.poll(), {})
             pending: dict[ExpertId, None] = {}
-            ready: deque[tuple[ExpertId, int]] = deque()
-            for needed in [ExpertId(layer, expert) for expert in experts]:
-                if self.controller.is_resident(needed):
-                    self.counters.hits += 1
-                    ready.append((needed, self.pool.pin(needed)))
-                else:
-                    self.counters.late += self.controller.is_in_flight(needed)
-                    self.counters.misses += not self.controller.is_in_flight(needed)
-                    pending[needed] = None
-            self._execute(self.controller.routed(Routed(layer, tuple(experts))))
+            ready = self._route(event, pending)
             while ready or pending:
                 if not ready:
                     ready.extend(self._settle(self._wait(), pending))
                     continue
                 expert, slot = ready.popleft()
                 yield expert.expert, slot
-                self.pool.unpin(expert)
-                self._execute(self.controller.used(expert))
+                with self._lock:
+                    self.pool.unpin(expert)
+                    self._execute(self.controller.used(expert))
                 ready.extend(self._settle(self.transfer.poll(), pending))
+                self.transfer.nudge()
         except BaseException:
             self.clear()
             raise
 
     def clear(self) -> None:
         """Empty the pool. Nothing must be using it."""
-        self._broken_off = True
-        self.transfer.cancel()
-        self.pool.clear()
-        self.controller.clear()
-        self._broken_off = False
+        with self._lock:
+            self._broken_off = True
+            self.transfer.cancel()
+            self.pool.clear()
+            self.controller.clear()
+            self._prefetching.clear()
+            self._broken_off = False
 
     def check_integrity(self) -> None:
         """Raises `InvariantError` if pool and controller disagree with themselves or each other."""
-        self.pool.check_integrity()
-        self.controller.check_integrity()
+        with self._lock:
+            self.pool.check_integrity()
+            self.controller.check_integrity()
+
+    def _route(self, event: Routed, pending: dict[ExpertId, None]) -> deque[tuple[ExpertId, int]]:
+        """Books what a layer needs. Returns what is ready, pinned; `pending` becomes what is not."""
+        self._settle(self.transfer.poll(), {})
+        ready: deque[tuple[ExpertId, int]] = deque()
+        with self._lock:
+            for needed in [ExpertId(event.layer, int(expert)) for expert in event.experts]:
+                if self.controller.is_resident(needed):
+                    self.counters.hits += 1
+                    ready.append((needed, self.pool.pin(needed)))
+                    continue
+                pending[needed] = None
+                if self.controller.is_in_flight(needed):
+                    self.counters.late += 1
+                    self._prefetching.pop(needed, None)
+                    self.transfer.hasten(needed)
+                else:
+                    self.counters.misses += 1
+            plan = self.controller.routed(event)
+            for expert in self._prefetching:
+                if not self.controller.still_wanted(expert) or self.controller.short_of_slots:
+                    self.transfer.withdraw(expert)
+            self._execute(plan)
+            ready.extend(self._settle(self.transfer.poll(), pending))
+        self.transfer.nudge()
+        return ready
+
+    def _prefetch(self) -> None:
+        """The link is idle. Called by the transfer, from a thread of its own."""
+        with self._lock:
+            fetch = self.controller.prefetch()
+            if fetch is not None:
+                self._prefetching[fetch.expert] = None
+                self._execute(Plan((fetch,)))
 
     def _execute(self, plan: Plan) -> None:
         for fetch in plan.fetches:
@@ -106,29 +154,41 @@ class Engine:
             self.transfer.submit(fetch.expert, self.pool.writable(slot), urgent=fetch.urgent)
 
     def _wait(self) -> list[Landed]:
-        start_s, start_bytes = self._clock(), self.transfer.moved_bytes
+        start_s, start_bytes = self._clock(), self.transfer.waited_bytes
         landed = self.transfer.wait()
         self.counters.stall_s += self._clock() - start_s
-        self.counters.stalled_bytes += self.transfer.moved_bytes - start_bytes
+        self.counters.stalled_bytes += int(self.transfer.waited_bytes - start_bytes)
         return landed
 
     def _settle(self, landed: list[Landed], pending: dict[ExpertId, None]) -> list[tuple[ExpertId, int]]:
         """Books what landed. Returns those that the layer waits for, pinned."""
         ready = []
         for expert, error in landed:
-            if error is not None:
-                raise self._failure(expert, error)
-            self.pool.landed(expert)
-            slot = self.pool.pin(expert)
-            if self._verify is not None:
-                self._verify(expert, slot)
-            if expert in pending:
-                del pending[expert]
-                ready.append((expert, slot))
-            else:
-                self.pool.unpin(expert)
-            self._execute(self.controller.landed(expert))
+            with self._lock:
+                if error is not None:
+                    if not isinstance(error, Withdrawn) and expert not in self._prefetching:
+                        raise self._failure(expert, error)
+                    self._drop(expert)
+                    continue
+                self._prefetching.pop(expert, None)
+                self.pool.landed(expert)
+                slot = self.pool.pin(expert)
+                if self._verify is not None:
+                    self._verify(expert, slot)
+                if expert in pending:
+                    del pending[expert]
+                    ready.append((expert, slot))
+                else:
+                    self.pool.unpin(expert)
+                self._execute(self.controller.landed(expert))
         return ready
+
+    def _drop(self, expert: ExpertId) -> None:
+        """A prefetch was withdrawn, or can't be read: whoever needs it, now or later, will load it, or fail by it."""
+        self._prefetching.pop(expert, None)
+        self.pool.failed(expert)
+        self.controller.failed(expert)
+        self._execute(self.controller.retry())
 
     def _failure(self, expert: ExpertId, error: Exception) -> Exception:
         if not isinstance(error, OSError) or isinstance(error, FinemoeError):

@@ -21,6 +21,7 @@ from finemoe.checkpoint import Field, LayerLayout
 from finemoe.engine import Engine
 from finemoe.errors import FinemoeError
 from finemoe.store import Pool
+from finemoe.types import Routed
 
 IMPLEMENTATION = "finemoe"
 HANDLE = "finemoe_layer"  # the attribute of an experts module that holds its ExpertLayer
@@ -66,7 +67,7 @@ class ExpertLayer:
     def serve(self, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
         """`Engine.serve` for this layer."""
         assert self.engine is not None
-        return self.engine.serve(self.layer, experts)
+        return self.engine.serve(Routed(self.layer, experts))
 
     def parameters(self, slot: int) -> dict[str, Tensor]:
         """One expert's parameters by name, out of its slot; without a copy wherever the checkpoint's layout allows."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from finemoe.store.disk import CHUNK_BYTES
-from finemoe.types import ExpertId, ExpertSource, Landed, Run
+from finemoe.types import ExpertId, ExpertSource, Landed, Run, Withdrawn
 
 
 @dataclass
@@ -21,6 +23,7 @@ class _Job:
 
     expert: ExpertId
     left: int
+    urgent: bool
     error: Exception | None = None
 
 
@@ -44,10 +47,16 @@ class ReaderThreads:
         self._queue: list[tuple[bool, int, _Chunk]] = []  # urgent first, then in the order of submission
         self._order = itertools.count()
         self._landed: list[Landed] = []
+        self._jobs: dict[ExpertId, _Job] = {}  # submitted and not complete yet
         self._under_way = 0  # experts submitted and not reported yet
         self._reading = 0  # threads inside a read
         self._cancelling = False
         self._moved_bytes = 0
+        self._waited_bytes = 0.0
+        self._waiting_since: float | None = None  # when the consumer began to wait
+        self.when_idle: Callable[[], None] | None = None
+        self._ask = False  # whether `when_idle` may have something new
+        self._fault: BaseException | None = None  # what `when_idle` raised
         self._closed = False
         self._threads = [
             threading.Thread(target=self._run, name=f"finemoe-reader-{i}", daemon=True) for i in range(threads)
@@ -60,26 +69,64 @@ class ReaderThreads:
         """Bytes read so far; grows chunk by chunk."""
         return self._moved_bytes
 
+    @property
+    def waited_bytes(self) -> float:
+        """Bytes read while `wait` blocked. A chunk that was under way before counts by the share of its time."""
+        return self._waited_bytes
+
     def submit(self, expert: ExpertId, slot: memoryview, *, urgent: bool = True) -> None:
         """Start reading `expert` into `slot`. Returns at once."""
         chunks: list[tuple[Run, int, int]] = []
         for run in self._source.runs(expert):
             starts = range(0, run.length_bytes, self._chunk_bytes)
             chunks += [(run, start, min(self._chunk_bytes, run.length_bytes - start)) for start in starts]
-        job = _Job(expert, len(chunks))
+        job = _Job(expert, len(chunks), urgent)
         with self._lock:
             if self._closed:
                 raise RuntimeError("the transfer is closed")
             self._under_way += 1
+            self._jobs[expert] = job
+            self._ask = True  # once this is under way, readers that find nothing more to do may ask
             for run, start, length in chunks:
                 begin = run.slot_offset_bytes + start
                 chunk = _Chunk(job, run, start, slot[begin : begin + length])
                 heapq.heappush(self._queue, (not urgent, next(self._order), chunk))
             self._work.notify(len(chunks))
 
+    def hasten(self, expert: ExpertId) -> None:
+        """A prefetch under way has become urgent: what is left of it goes before other prefetches."""
+        with self._lock:
+            job = self._jobs.get(expert)
+            if job is None or job.urgent:
+                return
+            job.urgent = True
+            self._queue = [(late and entry.job is not job, order, entry) for late, order, entry in self._queue]
+            heapq.heapify(self._queue)
+
+    def withdraw(self, expert: ExpertId) -> None:
+        """A prefetch under way is not wanted any more. It is reported as `Withdrawn`, unless it was complete."""
+        with self._lock:
+            job = self._jobs.get(expert)
+            if job is None or job.urgent:
+                return
+            job.error = job.error or Withdrawn()
+            kept = [entry for entry in self._queue if entry[2].job is not job]
+            job.left -= len(self._queue) - len(kept)
+            self._queue = kept
+            heapq.heapify(self._queue)
+            if not job.left:
+                self._report(job)
+
+    def nudge(self) -> None:
+        """What is worth prefetching may have changed: ask `when_idle` again."""
+        if self.when_idle is not None and not self._queue:
+            with self._lock:
+                self._ask = True
+                self._work.notify()
+
     def poll(self) -> list[Landed]:
         """What has landed since the last call. Never blocks."""
-        if not self._landed:
+        if not self._landed and self._fault is None:
             return []
         with self._lock:
             return self._take()
@@ -93,16 +140,21 @@ class ReaderThreads:
         with self._done:
             if not self._under_way:
                 raise RuntimeError("nothing is in flight")
-            while not self._landed:
-                if self._closed:
-                    raise RuntimeError("the transfer is closed")
-                self._done.wait()
+            self._waiting_since = time.perf_counter()
+            try:
+                while not self._landed and self._fault is None:
+                    if self._closed:
+                        raise RuntimeError("the transfer is closed")
+                    self._done.wait()
+            finally:
+                self._waiting_since = None
             return self._take()
 
     def cancel(self) -> None:
         """Drop everything in flight; returns when no slot is written to any more."""
         with self._done:
             self._queue.clear()
+            self._jobs.clear()
             self._cancelling = True
             try:
                 while self._reading:
@@ -111,6 +163,7 @@ class ReaderThreads:
                 self._cancelling = False
             self._landed = []
             self._under_way = 0
+            self._fault = None
 
     def close(self) -> None:
         """Finish the chunks under way, drop the others, and end the threads."""
@@ -123,23 +176,47 @@ class ReaderThreads:
             thread.join()
 
     def _take(self) -> list[Landed]:
+        if self._fault is not None:
+            fault, self._fault = self._fault, None
+            raise fault
         landed, self._landed = self._landed, []
         self._under_way -= len(landed)
         return landed
 
-    def _run(self) -> None:
+    def _report(self, job: _Job) -> None:
+        self._jobs.pop(job.expert, None)
+        self._landed.append(Landed(job.expert, job.error))
+        self._done.notify_all()
+
+    def _next(self) -> _Chunk | None:
+        """The next chunk to read; `None` when the transfer is closed. Asks for prefetches before going idle."""
         while True:
             with self._work:
-                while not self._queue and not self._closed:
+                while not self._queue and not self._closed and not (self._ask and self.when_idle):
                     self._work.wait()
                 if self._closed:
-                    return
-                chunk = heapq.heappop(self._queue)[2]
-                self._reading += 1
+                    return None
+                if self._queue:
+                    self._reading += 1
+                    return heapq.heappop(self._queue)[2]
+                self._ask = False
+                ask = self.when_idle
+            assert ask is not None
+            try:
+                ask()  # without our lock: it submits
+            except BaseException as fault:  # noqa: BLE001 - belongs to the consumer; a dead reader would hang it
+                with self._done:
+                    self._fault = fault
+                    self._done.notify_all()
+
+    def _run(self) -> None:
+        while (chunk := self._next()) is not None:
             error: Exception | None = None
+            moved_bytes, start_s = 0, time.perf_counter()
             if chunk.job.error is None:  # a failed expert's other chunks are not worth reading
                 try:
                     self._source.read(chunk.run, chunk.start_bytes, chunk.into)
+                    moved_bytes = len(chunk.into)
                 except Exception as caught:  # noqa: BLE001 - handed to the consumer, whatever it is: a dead reader would hang it
                     error = caught
             with self._done:
@@ -147,9 +224,16 @@ class ReaderThreads:
                 job = chunk.job
                 job.error = job.error or error
                 job.left -= 1
-                if error is None:
-                    self._moved_bytes += len(chunk.into)
-                if not job.left:
-                    self._landed.append(Landed(job.expert, job.error))
-                if not job.left or self._cancelling:
+                self._moved_bytes += moved_bytes
+                self._waited_bytes += moved_bytes * self._waited_share(start_s)
+                if not job.left and self._jobs.get(job.expert) is job:
+                    self._report(job)
+                if self._cancelling:
                     self._done.notify_all()
+
+    def _waited_share(self, start_s: float) -> float:
+        """Of the time since `start_s`, the share in which the consumer waited."""
+        if self._waiting_since is None:
+            return 0.0
+        now_s = time.perf_counter()
+        return min(1.0, (now_s - self._waiting_since) / max(now_s - start_s, 1e-9))

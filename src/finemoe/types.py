@@ -7,9 +7,14 @@ Units live in names: `_bytes`, `_s`, `_ms`, `_tok_s`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+PREFILL, DECODE = 0, 1  # phases of a request
 
 
 class ExpertId(NamedTuple):
@@ -19,14 +24,46 @@ class ExpertId(NamedTuple):
     expert: int
 
 
+class Step(NamedTuple):
+    """Event: what one running request brings to the iteration that begins.
+
+    `request` tells running requests apart and is never reused. `token_ids` are `[T]`: a prompt's (or a piece's), or the
+    one token that decoding feeds. `embedding` `[D]` is the mean of their embedding-layer outputs, where recorded.
+    """
+
+    request: int
+    phase: int
+    token_ids: npt.NDArray[np.int32]
+    embedding: npt.NDArray[np.float32] | None = None
+
+
 class Routed(NamedTuple):
     """Event: the routing of `layer` is known, and these experts are needed now.
 
-    `experts` is ascending and distinct. Set by the engine from the executed indices, which are the truth.
+    `experts` is ascending and distinct, the union over the running requests. Set from the executed indices, which are
+    the truth. `gates` `[B, E]` has the gate's distribution for each running request, the mean over its tokens; a trace
+    that recorded only the selected experts has zeros elsewhere. `lookahead` `[B, n, E]` has what the gates of the next
+    n layers say of this layer's hidden states. Both are `None` where nobody listens or nothing is known.
     """
 
     layer: int
-    experts: tuple[int, ...]
+    experts: Sequence[int]
+    gates: npt.NDArray[np.float32] | None = None
+    lookahead: npt.NDArray[np.float32] | None = None
+
+
+class Recorded(NamedTuple):
+    """A finished request, `I` iterations: what a policy may learn from.
+
+    `phases` `[I]`, `token_ids` `[I]` (of a prompt: its last), `gates` `[I, L, E]` as in `Routed`, `executed` bool
+    `[I, L, E]`, `embeddings` `[I, D]` where recorded.
+    """
+
+    phases: npt.NDArray[np.uint8]
+    token_ids: npt.NDArray[np.int32]
+    gates: npt.NDArray[np.float32]
+    executed: npt.NDArray[np.bool_]
+    embeddings: npt.NDArray[np.float32] | None = None
 
 
 class Fetch(NamedTuple):
@@ -77,11 +114,30 @@ class ExpertSource(Protocol):
         """
 
 
+class Withdrawn(Exception):  # noqa: N818 - an outcome, not a fault
+    """Reported for a prefetch that was withdrawn before it was complete."""
+
+
 class Transfer(Protocol):
-    """Moves experts into slots. Chooses nothing: it does what it was given, in the order that it was given."""
+    """Moves experts into slots. Chooses nothing: urgent ones first, each kind in the order that it was given.
+
+    When it has nothing to do it calls `when_idle`, from a thread of its own choice, which may `submit` a prefetch; it
+    asks again once that is under way, and after `nudge`.
+    """
+
+    when_idle: Callable[[], None] | None
 
     def submit(self, expert: ExpertId, slot: memoryview, *, urgent: bool = True) -> None:
         """Start moving `expert` into `slot`. Returns at once; the outcome is reported by `wait` or `poll`."""
+
+    def hasten(self, expert: ExpertId) -> None:
+        """A prefetch under way has become urgent: what is left of it goes before other prefetches."""
+
+    def withdraw(self, expert: ExpertId) -> None:
+        """A prefetch under way is not wanted any more. It is reported as `Withdrawn`, unless it was complete."""
+
+    def nudge(self) -> None:
+        """What is worth prefetching may have changed: ask `when_idle` again."""
 
     def poll(self) -> list[Landed]:
         """What has landed since the last call. Never blocks."""
@@ -95,6 +151,10 @@ class Transfer(Protocol):
     @property
     def moved_bytes(self) -> int:
         """Bytes moved since the transfer was made; grows while a fetch is under way."""
+
+    @property
+    def waited_bytes(self) -> float:
+        """Bytes moved while `wait` blocked. A piece that was under way before counts by the share of its time."""
 
     def close(self) -> None:
         """Finish what is in flight and free threads, streams and buffers."""

@@ -14,7 +14,7 @@ from finemoe.errors import ExpertReadError, FinemoeError, InvariantError
 from finemoe.policy import POLICIES, Controller, make_controller
 from finemoe.policy.cache import LRU
 from finemoe.store import Pool
-from finemoe.types import ExpertId, Fetch, Plan, Routed
+from finemoe.types import ExpertId, Routed
 from tests.fakes import ManualTransfer, MemorySource
 
 LAYERS, EXPERTS = 3, 6
@@ -33,7 +33,7 @@ def make(capacity: int, policy: str = "lru", transfer: ManualTransfer | None = N
 def run(engine: Engine, layer: int, experts: list[int]) -> list[int]:
     """Serves a layer, checking that each slot holds its expert for as long as it may be used."""
     order = []
-    for expert, slot in engine.serve(layer, experts):
+    for expert, slot in engine.serve(Routed(layer, experts)):
         assert engine.pool.bytes_of(slot).unique().tolist() == [1 + layer * EXPERTS + expert]
         order.append(expert)
     engine.check_integrity()
@@ -49,7 +49,7 @@ def test_resident_experts_are_served_before_anything_is_waited_for() -> None:
     engine, transfer = make(4)
     run(engine, 0, [1, 3])
     waits = transfer.waits
-    serving = engine.serve(0, [0, 1, 2, 3])
+    serving = engine.serve(Routed(0, [0, 1, 2, 3]))
     assert [next(serving)[0], next(serving)[0]] == [1, 3]
     assert transfer.waits == waits
     assert transfer.submitted[-2:] == [(0, 0), (0, 2)]  # but their loading is under way
@@ -66,7 +66,7 @@ def test_experts_are_served_in_the_order_in_which_they_land() -> None:
 def test_what_lands_while_another_is_computed_is_not_waited_for() -> None:
     engine, transfer = make(6)
     run(engine, 0, [0])
-    serving = engine.serve(0, [0, 1, 2])
+    serving = engine.serve(Routed(0, [0, 1, 2]))
     next(serving)
     transfer.ripe = lambda in_flight: in_flight
     waits = transfer.waits
@@ -104,21 +104,21 @@ def test_hits_and_misses_are_told_apart() -> None:
     assert (engine.counters.hits, engine.counters.late, engine.counters.misses) == (1, 0, 4)
 
 
-class NextLayerToo(Controller):
-    """Fetches the same expert of the next layer along with a layer's first."""
+class NextLayerToo(LRU):
+    """Wants the first expert of a layer in the next layer too, and nothing else."""
 
-    def routed(self, event: Routed) -> Plan:
-        plan = super().routed(event)
-        ahead = ExpertId(event.layer + 1, event.experts[0])
-        self._in_flight.add(ahead)
-        self._occupied += 1
-        return Plan((*plan.fetches, Fetch(ahead, None, urgent=False)))
+    prefetches = True
+
+    def routed(self, event: Routed) -> None:
+        super().routed(event)
+        self.want[:] = 0
+        self.want[(event.layer + 1) % LAYERS, event.experts[0]] = 1
 
 
-def prefetching() -> tuple[Engine, ManualTransfer]:
+def prefetching(capacity: int = 8) -> tuple[Engine, ManualTransfer]:
     transfer = ManualTransfer(SOURCE)
-    controller = NextLayerToo(LAYERS, EXPERTS, 8, LRU(LAYERS, EXPERTS))
-    return Engine(Pool(8, SLOT_BYTES), controller, transfer), transfer
+    controller = Controller(LAYERS, EXPERTS, capacity, NextLayerToo(LAYERS, EXPERTS))
+    return Engine(Pool(capacity, SLOT_BYTES), controller, transfer), transfer
 
 
 def test_an_expert_in_flight_when_it_is_needed_is_late_and_not_fetched_again() -> None:
@@ -163,7 +163,7 @@ def break_off_inside(serving: Iterator[tuple[int, int]]) -> None:
 def test_a_layer_left_in_the_middle_empties_the_pool(stop: Callable[[Iterator[tuple[int, int]]], None]) -> None:
     engine, transfer = make(6)
     run(engine, 0, [0])
-    serving = engine.serve(0, [0, 1, 2])
+    serving = engine.serve(Routed(0, [0, 1, 2]))
     with suppress(KeyboardInterrupt):
         stop(serving)
     assert transfer.in_flight == []
@@ -240,7 +240,7 @@ def test_a_failed_verification_is_never_served() -> None:
 
     engine = Engine(Pool(4, 64), make_controller("lru", LAYERS, EXPERTS, 4), ManualTransfer(SOURCE), refuse)
     with pytest.raises(InvariantError, match="is wrong"):
-        next(engine.serve(0, [0, 1]))
+        next(engine.serve(Routed(0, [0, 1])))
     assert engine.pool.resident == 0
 
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finemoe.policy import make_controller
-from finemoe.policy.cache import LFRU, LFU, LRU, least_worthy
+from finemoe.policy.book import ABSENT, NONE, RESIDENT, least_worthy, make_book
+from finemoe.policy.cache import LFRU, LFU, LRU
 from finemoe.types import ExpertId, Fetch
 from tests.policy.drive import Drive
 
@@ -65,32 +66,37 @@ class PlainVisits:
 def test_lfu_counts_visits_that_lose_a_tenth_each_iteration(trace: Trace) -> None:
     lfu, plain = LFU(LAYERS, EXPERTS), PlainVisits(trace)
     for layer, experts in trace:
-        lfu.access(layer, experts)
+        lfu.visit(layer, experts)
     for expert in ALL:
-        assert lfu.worth()[expert] == pytest.approx(plain.faded(expert, 0.9))
+        assert lfu.worth[expert] == pytest.approx(plain.faded(expert, 0.9))
 
 
 @given(traces)
 def test_lfru_divides_faded_visits_by_their_age_in_iterations(trace: Trace) -> None:
     lfru, plain = LFRU(LAYERS, EXPERTS), PlainVisits(trace)
     for layer, experts in trace:
-        lfru.access(layer, experts)
+        lfru.visit(layer, experts)
     for expert in ALL:
         age = plain.iteration - max(plain.of.get(expert, [0]))
-        assert lfru.worth()[expert] == pytest.approx(plain.faded(expert, 0.98) / (age + 1))
+        assert lfru.worth[expert] == pytest.approx(plain.faded(expert, 0.98) / (age + 1))
 
 
 def test_lru_orders_the_experts_of_one_event() -> None:
     lru = LRU(1, 3)
-    lru.access(0, [0, 1, 2])
-    assert lru.worth()[0].tolist() == sorted(lru.worth()[0].tolist())
+    lru.visit(0, [0, 1, 2])
+    assert lru.worth[0].tolist() == sorted(lru.worth[0].tolist())
 
 
 @given(
     st.lists(st.sampled_from([0.0, 1.0, -1.0, np.inf, -np.inf]), min_size=6, max_size=6),
     st.lists(st.booleans(), min_size=6, max_size=6),
+    st.lists(st.booleans(), min_size=6, max_size=6),
 )
-def test_only_candidates_are_chosen_and_the_first_of_the_least(worth: list[float], candidates: list[bool]) -> None:
-    chosen = least_worthy(np.array(worth).reshape(2, 3), np.array(candidates).reshape(2, 3))
-    allowed = [(worth[i], i) for i in range(6) if candidates[i]]
-    assert chosen == (ExpertId(*divmod(min(allowed)[1], 3)) if allowed else None)
+def test_only_idle_residents_are_chosen_and_the_first_of_the_least(
+    worth: list[float], resident: list[bool], pinned: list[bool]
+) -> None:
+    book = make_book(2, 3, 6)
+    book.status[:] = np.where(resident, RESIDENT, ABSENT)
+    book.pinned[:] = pinned
+    allowed = [(worth[i], i) for i in range(6) if resident[i] and not pinned[i]]
+    assert least_worthy(book, np.array(worth), 0) == (min(allowed)[1] if allowed else NONE)

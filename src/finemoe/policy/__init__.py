@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from finemoe.errors import ConfigError
-from finemoe.policy.cache import EVICTIONS
+from finemoe.policy.base import Policy
+from finemoe.policy.cache import LFRU, LFU, LRU
 from finemoe.policy.controller import Controller
 
-POLICIES: tuple[str, ...] = tuple(EVICTIONS)
+# what the engine and the simulator offer; bounds that know the future are the simulator's alone
+FACTORIES: dict[str, Callable[[int, int], Policy]] = {"lru": LRU, "lfu": LFU, "lfru": LFRU}
+POLICIES: tuple[str, ...] = tuple(FACTORIES)
 
 
-def make_controller(policy: str, layers: int, experts: int, capacity: int) -> Controller:
-    """The controller for a policy's name.
+def make_policy(policy: str, layers: int, experts: int) -> Policy:
+    """The policy of a name.
 
     Raises:
         ConfigError: no policy of that name; the message lists those that are.
     """
-    if policy not in EVICTIONS:
+    if policy not in FACTORIES:
         raise ConfigError(f"--policy: unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
-    return Controller(layers, experts, capacity, EVICTIONS[policy](layers, experts))
+    return FACTORIES[policy](layers, experts)
 
 
-__all__ = ["POLICIES", "Controller", "make_controller"]
+def make_controller(policy: str, layers: int, experts: int, capacity: int) -> Controller:
+    """A cache of `capacity` slots under the policy of a name.
+
+    Raises:
+        ConfigError: no policy of that name; the message lists those that are.
+    """
+    return Controller(layers, experts, capacity, make_policy(policy, layers, experts))
+
+
+__all__ = ["POLICIES", "Controller", "Policy", "make_controller", "make_policy"]

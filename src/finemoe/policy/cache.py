@@ -1,115 +1,123 @@
-"""Eviction: which resident expert is worth least. Pure arithmetic over arrays `[L, E]`; no clock but the access count.
-
-An `Eviction` only ranks. Residency, pins and slots belong to the `Controller`, so no ranking can evict what is in use.
-"""
+"""Eviction by what was used: recency, decayed frequency, and frequency over age. On-demand loading, no prefetch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from finemoe.types import ExpertId
+from finemoe.policy.base import Policy
+from finemoe.policy.book import Scores
+from finemoe.policy.kernel import kernel
+from finemoe.types import Routed
 
-Scores = npt.NDArray[np.float64]
-
-
-class Eviction(Protocol):
-    """Ranks experts by how much keeping them is worth."""
-
-    def access(self, layer: int, experts: Sequence[int]) -> None:
-        """One access event: these experts of `layer` were needed together, resident or not."""
-
-    def worth(self) -> Scores:
-        """Worth of every expert `[L, E]`; the lowest is evicted first. The caller must not change the array."""
+RECENCY, FREQUENCY, FREQUENCY_OVER_AGE, NEXT_USE = range(4)
+_VISITS, _ITERATION, _PREVIOUS_LAYER = range(3)
 
 
-class LRU:
-    """Least recently used goes first. Experts of one event are ordered by their index."""
+class Ranking(NamedTuple):
+    """State of a ranking. Arrays `[L, E]` unless said otherwise."""
 
-    def __init__(self, layers: int, experts: int) -> None:
-        self._last = np.full((layers, experts), -1.0)  # [L, E]
-        self._clock = 0
-
-    def access(self, layer: int, experts: Sequence[int]) -> None:
-        for expert in experts:
-            self._last[layer, expert] = self._clock
-            self._clock += 1
-
-    def worth(self) -> Scores:
-        return self._last
+    worth: Scores
+    frequency: Scores
+    last: Scores  # iteration of the last visit
+    clock: npt.NDArray[np.int64]  # [3]: visits, iterations, the previous event's layer
 
 
-class LFU:
-    """Least frequently used goes first, by a frequency that decays once per iteration.
+def make_ranking(layers: int, experts: int, nothing: float = 0.0) -> Ranking:
+    """A ranking without any visit; `nothing` is what an expert is worth that was never visited."""
+    shape = (layers, experts)
+    return Ranking(np.full(shape, nothing), np.zeros(shape), np.zeros(shape), np.array([0, 0, -1]))
+
+
+@kernel
+def visit(
+    kind: int,
+    decay: float,
+    ranking: Ranking,
+    layer: int,
+    experts: npt.NDArray[np.int64],
+    next_use: npt.NDArray[np.int64],
+) -> None:
+    """One access event: these experts `[n]` of `layer` were needed together, resident or not.
 
     Args:
+        kind: how the worth follows from the visits.
         decay: what a visit is worth one iteration later. An iteration ends when the layer index does not grow.
+        next_use: `[n]`, only of `NEXT_USE`: the event that needs each of `experts` next.
     """
+    worth, frequency, last, clock = ranking
+    if layer <= clock[_PREVIOUS_LAYER]:
+        clock[_ITERATION] += 1
+        if kind == FREQUENCY:
+            frequency *= decay
+            worth[:] = frequency
+        elif kind == FREQUENCY_OVER_AGE:
+            frequency *= decay
+            worth[:] = frequency / (clock[_ITERATION] - last + 1.0)
+    clock[_PREVIOUS_LAYER] = layer
+    for i in range(len(experts)):
+        expert = experts[i]
+        if kind == RECENCY:
+            worth[layer, expert] = clock[_VISITS]
+            clock[_VISITS] += 1
+        elif kind == NEXT_USE:
+            worth[layer, expert] = -next_use[i]
+        else:
+            frequency[layer, expert] += 1.0
+            last[layer, expert] = clock[_ITERATION]
+            worth[layer, expert] = frequency[layer, expert]
+
+
+_NO_FUTURE = np.empty(0, np.int64)
+
+
+class OnDemand(Policy):
+    """Loads what is needed when it is needed, and evicts by a ranking of what was used."""
+
+    kind = RECENCY
+    decay = 1.0
+    next_use = _NO_FUTURE  # only of a ranking that knows it
+
+    def __init__(self, layers: int, experts: int) -> None:
+        super().__init__(layers, experts)
+        self.ranking = make_ranking(layers, experts, -1.0 if self.kind == RECENCY else 0.0)
+        self.worth = self.ranking.worth
+
+    def routed(self, event: Routed) -> None:
+        self.visit(event.layer, event.experts)
+
+    def visit(self, layer: int, experts: Sequence[int]) -> None:
+        """Books an access event."""
+        visit(self.kind, self.decay, self.ranking, layer, np.asarray(experts, np.int64), _NO_FUTURE)
+
+
+class LRU(OnDemand):
+    """Least recently used goes first. Experts of one event are ordered by their index."""
+
+
+class LFU(OnDemand):
+    """Least frequently used goes first, by a frequency that decays once per iteration."""
+
+    kind = FREQUENCY
 
     def __init__(self, layers: int, experts: int, decay: float = 0.9) -> None:
-        self._frequency = np.zeros((layers, experts))  # [L, E]
-        self._decay = decay
-        self._previous_layer = -1
-
-    def access(self, layer: int, experts: Sequence[int]) -> None:
-        if layer <= self._previous_layer:
-            self._frequency *= self._decay
-        self._previous_layer = layer
-        for expert in experts:
-            self._frequency[layer, expert] += 1.0
-
-    def worth(self) -> Scores:
-        return self._frequency
+        super().__init__(layers, experts)
+        self.decay = decay
 
 
-class LFRU:
+class LFRU(OnDemand):
     """Frequency over age: `f / (age + 1)`, age in iterations since the last visit; the lowest goes first.
 
     Source: the least-frequently-recently-used score that a 2026 caching study found best among causal evictions.
     It leaves open what `f` counts; here visits that decay per iteration, slower than `LFU`'s as age already favours
     the recent.
-
-    Args:
-        decay: what a visit is worth one iteration later. An iteration ends when the layer index does not grow.
     """
+
+    kind = FREQUENCY_OVER_AGE
 
     def __init__(self, layers: int, experts: int, decay: float = 0.98) -> None:
-        self._frequency = np.zeros((layers, experts))  # [L, E]
-        self._last = np.zeros((layers, experts))  # [L, E]
-        self._decay = decay
-        self._iteration = 0
-        self._previous_layer = -1
-
-    def access(self, layer: int, experts: Sequence[int]) -> None:
-        if layer <= self._previous_layer:
-            self._frequency *= self._decay
-            self._iteration += 1
-        self._previous_layer = layer
-        for expert in experts:
-            self._frequency[layer, expert] += 1.0
-            self._last[layer, expert] = self._iteration
-
-    def worth(self) -> Scores:
-        return self._frequency / (self._iteration - self._last + 1.0)
-
-
-EVICTIONS: dict[str, Callable[[int, int], Eviction]] = {"lru": LRU, "lfu": LFU, "lfru": LFRU}
-
-
-def least_worthy(worth: Scores, candidates: npt.NDArray[np.bool_]) -> ExpertId | None:
-    """The candidate of lowest worth (ties: lowest layer, then expert), or `None` if there is no candidate.
-
-    Args:
-        worth: `[L, E]`.
-        candidates: `[L, E]`, true where eviction is allowed.
-    """
-    if not candidates.any():
-        return None
-    masked = np.where(candidates, worth, np.inf)
-    layer, expert = divmod(int(masked.argmin()), worth.shape[1])
-    if not candidates[layer, expert]:  # every candidate is worth +inf: argmin may have met a non-candidate first
-        layer, expert = divmod(int(candidates.argmax()), worth.shape[1])
-    return ExpertId(layer, expert)
+        super().__init__(layers, experts)
+        self.decay = decay

@@ -1,7 +1,7 @@
 """Events in, `Plan` out.
 
-The controller is the pure half of the cache: it knows what is resident, in flight and in
-use, and decides what to fetch and whose slot to take. It does no I/O, reads no clock and owns no bytes, so that the
+The controller is the pure half of the cache: it knows what is resident, in flight and in use, and decides what to
+fetch and whose slot to take, by the scores of its policy. It does no I/O, reads no clock and owns no bytes, so that the
 engine and the simulator drive the same object.
 
 Life of an expert here: absent -> in flight (a `Fetch` was planned) -> resident (`landed`) -> absent (a later `Fetch`
@@ -11,104 +11,163 @@ names it as victim). From `routed` until `used` it is pinned and can't be a vict
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 
 from finemoe.errors import InvariantError
-from finemoe.policy.cache import Eviction, least_worthy
-from finemoe.types import ExpertId, Fetch, Plan, Routed
+from finemoe.policy.base import Policy
+from finemoe.policy.book import (
+    ABSENT,
+    LOADING,
+    NONE,
+    RESIDENT,
+    begin_prefetch,
+    choose_prefetch,
+    give_up,
+    make_book,
+    need,
+    still_wanted,
+    take_slot,
+)
+from finemoe.types import ExpertId, Fetch, Plan, Routed, Step
 
 
 class Controller:
-    """On-demand loading with a given eviction.
+    """A cache of experts under a policy.
 
     Args:
         layers: `L`.
         experts: the largest `E` of any layer.
         capacity: `C`, the number of slots; in-flight experts own one too.
-        eviction: ranks the residents.
+        policy: keeps the scores.
+        devices: the slots are spread over so many; experts live on them round-robin.
     """
 
-    def __init__(self, layers: int, experts: int, capacity: int, eviction: Eviction) -> None:
-        if capacity < 1:
-            raise InvariantError(f"a pool needs at least one slot, got {capacity}")
+    def __init__(self, layers: int, experts: int, capacity: int, policy: Policy, devices: int = 1) -> None:
+        if capacity < devices:
+            raise InvariantError(f"a pool needs at least one slot a device, got {capacity} for {devices}")
         self.capacity = capacity
-        self.eviction = eviction
-        self._resident = np.zeros((layers, experts), dtype=bool)  # [L, E]
-        self._pinned = np.zeros((layers, experts), dtype=bool)  # [L, E], needed and not used yet
-        self._in_flight: set[ExpertId] = set()
-        self._waiting: deque[ExpertId] = deque()  # needed, not resident, no slot to be had yet
-        self._occupied = 0  # resident or in flight
+        self.policy = policy
+        self.book = make_book(layers, experts, capacity, devices)
+        self._experts = experts
+        self._worth, self._want = policy.worth.reshape(-1), policy.want.reshape(-1)
+        self._waiting: deque[int] = deque()  # needed, not resident, no slot to be had yet
+
+    def begin(self, steps: Sequence[Step]) -> None:
+        """An iteration begins."""
+        self.policy.begin(steps)
 
     def routed(self, event: Routed) -> Plan:
         """A layer's needs are known: pins them, and plans the fetch of each that is neither resident nor in flight.
 
         Where slots run out, the rest wait for `used`: a layer that needs more than the pool holds runs in waves.
         """
-        self.eviction.access(event.layer, event.experts)
+        self.policy.routed(event)
         for expert in event.experts:
-            needed = ExpertId(event.layer, expert)
-            self._pinned[needed] = True
-            if not self._resident[needed] and needed not in self._in_flight:
-                self._waiting.append(needed)
+            index = event.layer * self._experts + int(expert)
+            if need(self.book, index) == ABSENT:
+                self._waiting.append(index)
         return self._fill()
+
+    def end(self) -> None:
+        """The iteration is over."""
+        self.policy.end()
 
     def landed(self, expert: ExpertId) -> Plan:
         """A planned fetch is complete: the expert is resident now."""
-        self._in_flight.remove(expert)
-        self._resident[expert] = True
+        self._leave_flight(expert)
+        self.book.status[self._index(expert)] = RESIDENT
         return self._fill()
 
     def failed(self, expert: ExpertId) -> None:
         """A planned fetch came to nothing: its slot is free again. The expert is not retried by itself."""
-        self._in_flight.remove(expert)
-        self._occupied -= 1
+        self._leave_flight(expert)
+        give_up(self.book, self._index(expert))
+
+    def retry(self) -> Plan:
+        """After `failed`: plans what is needed and neither here nor on its way, and what waited for a slot."""
+        book = self.book
+        for index in np.flatnonzero(book.pinned & (book.status == ABSENT)).tolist():
+            if index not in self._waiting:
+                self._waiting.append(index)
+        return self._fill()
 
     def used(self, expert: ExpertId) -> Plan:
         """The layer is done with this expert: it may be evicted from now on."""
-        self._pinned[expert] = False
+        self.book.pinned[self._index(expert)] = False
         return self._fill()
+
+    def prefetch(self, device: int = 0) -> Fetch | None:
+        """The link of `device` is idle: what to bring in, if anything is worth its victim's slot."""
+        index = choose_prefetch(self.book, self._worth, self._want, self.policy.margin, device)
+        if index == NONE:
+            return None
+        victim = begin_prefetch(self.book, self._worth, index)
+        return Fetch(self._id(index), self._id(victim) if victim >= 0 else None, urgent=False)
+
+    def still_wanted(self, expert: ExpertId) -> bool:
+        """Whether a prefetch under way is worth going on with. One that a layer needs by now always is."""
+        index = self._index(expert)
+        if self.book.pinned[index]:
+            return True
+        margin, switch, device = self.policy.margin, self.policy.switch, int(self.book.device[index])
+        return bool(still_wanted(self.book, self._worth, self._want, margin, switch, device, index))
+
+    @property
+    def short_of_slots(self) -> bool:
+        """Whether something needed waits for a slot; a prefetch under way may give its own up (`failed`)."""
+        return bool(self._waiting)
 
     def clear(self) -> None:
         """The pool was emptied (after an error or Ctrl-C): nothing is resident, in flight or needed any more."""
-        self._resident[:] = False
-        self._pinned[:] = False
-        self._in_flight.clear()
+        devices = len(self.book.room)
+        for held, empty in zip(self.book, make_book(1, len(self.book.status), self.capacity, devices), strict=True):
+            if held is not self.book.tally:
+                held[:] = empty
         self._waiting.clear()
-        self._occupied = 0
 
     def is_resident(self, expert: ExpertId) -> bool:
-        return bool(self._resident[expert])
+        return bool(self.book.status[self._index(expert)] == RESIDENT)
 
     def is_in_flight(self, expert: ExpertId) -> bool:
-        return expert in self._in_flight
+        return bool(self.book.status[self._index(expert)] == LOADING)
 
     def check_integrity(self) -> None:
         """Raises `InvariantError` if the bookkeeping contradicts itself. For tests and debug runs."""
-        occupied = int(self._resident.sum()) + len(self._in_flight)
-        if occupied != self._occupied:
-            raise InvariantError(f"controller counts {self._occupied} occupied slots, but {occupied} are")
-        if occupied > self.capacity:
-            raise InvariantError(f"{occupied} experts in {self.capacity} slots")
-        for expert in self._in_flight:
-            if self._resident[expert]:
-                raise InvariantError(f"{expert} is both resident and in flight")
+        book = self.book
+        for device, room in enumerate(book.room):
+            here = book.device == device
+            occupied = int(np.count_nonzero(here & (book.status != ABSENT)))
+            slots = int(make_book(1, 1, self.capacity, len(book.room)).room[device])
+            if room < 0 or occupied + room != slots:
+                raise InvariantError(f"device {device}: {occupied} experts and {room} free slots, of {slots} slots")
+        if (book.fresh & (book.status == ABSENT)).any():
+            raise InvariantError("an absent expert counts as prefetched")
+
+    def _leave_flight(self, expert: ExpertId) -> None:
+        if not self.is_in_flight(expert):
+            raise InvariantError(f"{expert} ended a flight that it was not on")
 
     def _fill(self) -> Plan:
         """Plans as many waiting fetches as there are slots: free ones first, then those of the least worthy."""
         if not self._waiting:
             return Plan()
         fetches: list[Fetch] = []
+        stuck: deque[int] = deque()
         while self._waiting:
-            victim: ExpertId | None = None
-            if self._occupied == self.capacity:
-                victim = least_worthy(self.eviction.worth(), self._resident & ~self._pinned)
-                if victim is None:
-                    break
-                self._resident[victim] = False
-            else:
-                self._occupied += 1
-            expert = self._waiting.popleft()
-            self._in_flight.add(expert)
-            fetches.append(Fetch(expert, victim))
+            index = self._waiting.popleft()
+            victim = take_slot(self.book, self._worth, int(self.book.device[index]))
+            if victim == NONE:
+                stuck.append(index)
+                continue
+            self.book.status[index] = LOADING
+            fetches.append(Fetch(self._id(index), self._id(victim) if victim >= 0 else None))
+        self._waiting = stuck
         return Plan(tuple(fetches))
+
+    def _index(self, expert: ExpertId) -> int:
+        return expert.layer * self._experts + expert.expert
+
+    def _id(self, index: int) -> ExpertId:
+        return ExpertId(*divmod(index, self._experts))

@@ -66,6 +66,11 @@ class Trace:
         return offsets
 
     @property
+    def iteration_offsets(self) -> NDArray[np.int64]:
+        """`[R + 1]`: request i is iterations `iteration_offsets[i]` to `iteration_offsets[i + 1]` of the columns."""
+        return self._starts
+
+    @property
     def decode_only(self) -> bool:
         """Whether prefills were left out."""
         return not (self._columns["phases"] == PREFILL).any()

@@ -1,0 +1,56 @@
+"""What a policy is: an observer of routing that keeps two scores per expert up to date.
+
+The `Controller` turns the scores into fetches; the simulator's compiled twin of it does the same. So a policy never
+sees slots, links or clocks, and can't break a rule of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from finemoe.policy.book import Scores
+from finemoe.types import Recorded, Routed, Step
+
+
+class Policy:
+    """Base of all policies: on-demand loading with every resident worth the same.
+
+    The arrays `worth` and `want` are changed in place, never replaced after construction.
+
+    Attributes:
+        worth: `[L, E]`; of what may be evicted, the lowest goes first.
+        want: `[L, E]`; while the link is idle, the absent expert with the highest is prefetched; 0 or less: never.
+        margin: a prefetch must be wanted by more than this above its victim's worth. `-inf` where the two scores are
+            not comparable: then it must be wanted more than its victim is.
+        switch: a prefetch under way is dropped for one that is wanted this many times as much.
+
+    Args:
+        layers: `L`.
+        experts: the largest `E` of any layer.
+    """
+
+    margin: float = -np.inf
+    switch: float = np.inf
+    prefetches: ClassVar[bool] = False  # whether `want` is ever above 0
+    needs: ClassVar[frozenset[str]] = frozenset()  # what it can't do without: of gates, embeddings, lookahead
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self.layers = layers
+        self.experts = experts
+        self.worth: Scores = np.zeros((layers, experts))
+        self.want: Scores = np.zeros((layers, experts))
+
+    def begin(self, steps: Sequence[Step]) -> None:
+        """An iteration begins; one step per running request, in the order of the rows of `Routed.gates`."""
+
+    def routed(self, event: Routed) -> None:
+        """The routing of a layer is known."""
+
+    def end(self) -> None:
+        """The iteration is over: all its layers were routed."""
+
+    def learn(self, recorded: Recorded) -> None:
+        """Take in a request that was recorded earlier: the store's share of a trace."""
