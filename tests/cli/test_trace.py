@@ -124,7 +124,7 @@ def test_record_appends_and_replaces(capsys: Capture, model: str, prompts: str, 
         assert (trace.request(0).expert_ids == trace.request(3).expert_ids).all()
     assert answered(capsys, *flags, "--force", "--json")["requests"] == 3
     assert main([*flags[:-2], "--append"]) == 2
-    assert "can't be appended to, its lookahead" in capsys.readouterr().err
+    assert "can't be appended to (lookahead: " in capsys.readouterr().err
 
 
 def test_prompts_that_are_too_long_are_left_out_and_counted(
@@ -134,7 +134,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(
     assert main([*flags, "--json"]) == 0
     output, errors = capsys.readouterr()
     assert json.loads(output)["recorded"] == 2
-    assert "2 prompts are empty or have more than 30 tokens" in errors
+    assert "more than 30 tokens, left out: 2" in errors
     assert "--prompts" in refused(capsys, *flags[:-1], "3", "--force")
 
 
@@ -152,7 +152,7 @@ def test_ctrl_c_keeps_the_finished_requests(
     monkeypatch.setattr(Recorder, "record", interrupted)
     out = tmp_path / "it.trace"
     assert main(record(model, prompts, out)) == INTERRUPTED
-    assert "2 requests, 2 of them new" in capsys.readouterr().err
+    assert "keeps the 2 requests that were finished" in capsys.readouterr().err
     with open_trace(out) as trace:
         assert len(trace) == 2
     assert not (tmp_path / "it.trace.partial").exists()

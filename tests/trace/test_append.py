@@ -169,7 +169,7 @@ def test_replacing_drops_what_an_interrupted_writer_of_another_kind_left(tmp_pat
     path = tmp_path / "it.trace"
     killed_while_adding(path, after=1)
     other = make_header(("weights", "probs"))
-    with pytest.raises(TraceError, match="its fields is"):
+    with pytest.raises(TraceError, match=r"another interrupted recording \(fields"):
         TraceWriter(path, other, append=True)
     assert left_behind(path)
     with TraceWriter(path, other, overwrite=True) as writer:
@@ -186,7 +186,7 @@ def test_another_models_requests_are_not_appended(tmp_path: Path, change: dict[s
     own = make_header(fingerprint=None) if named == "model" else make_header()
     make_trace(path, header=own)
     before = path.read_bytes()
-    with pytest.raises(TraceError, match=f"can't be appended to, its {named}"):
+    with pytest.raises(TraceError, match=rf"can't be appended to \({named}: "):
         TraceWriter(path, make_header(**({"fingerprint": own.fingerprint} | change)), append=True)
     assert path.read_bytes() == before
     assert not spool_folder(path).exists()
@@ -206,6 +206,16 @@ def test_two_writers_do_not_meet(tmp_path: Path) -> None:
         for flags in ({"append": True}, {"overwrite": True}):
             with pytest.raises(TraceError, match="another process"):
                 TraceWriter(path, make_header(), **flags)
+        writer.add(make_request(make_header(), np.random.default_rng(0)))
+    assert requests_of(path) == 1
+
+
+def test_a_writer_killed_before_its_first_request_is_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "it.trace"
+    abandoned = TraceWriter(path, make_header(experts=9), overwrite=True)
+    abandoned._spool.close()  # the process ends here
+    assert spool_folder(path).exists()
+    with TraceWriter(path, make_header()) as writer:
         writer.add(make_request(make_header(), np.random.default_rng(0)))
     assert requests_of(path) == 1
 

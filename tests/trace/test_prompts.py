@@ -40,6 +40,9 @@ def test_text_has_a_prompt_on_each_line(tmp_path: Path) -> None:
 def test_strings_of_a_list_are_prompts(tmp_path: Path) -> None:
     (tmp_path / "it.json").write_text('["one", "two", "three"]')
     assert read_prompts(tmp_path / "it.json", limit=2).texts == ("one", "two")
+    assert read_prompts(tmp_path / "it.json", limit=1, skip=1).texts == ("two",)
+    with pytest.raises(ConfigError, match="beyond the 3 to skip"):
+        read_prompts(tmp_path / "it.json", skip=3)
 
 
 def test_a_named_field_is_taken(tmp_path: Path) -> None:

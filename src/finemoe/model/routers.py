@@ -104,7 +104,7 @@ class RouterTap:
 
     def _end_pass(self) -> None:
         current, self._current = self._current, None
-        if current is not None:
+        if current is not None and current.started:  # some models embed more than once before their first layer
             self._passes.append(current.finish())
 
     def _on_embedding(self, _module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
@@ -146,6 +146,10 @@ class _Collected:
         self._weights: dict[int, Tensor] = {}
         self._scores: dict[int, Tensor] = {}
         self._ahead: dict[tuple[int, int], Tensor] = {}
+
+    @property
+    def started(self) -> bool:
+        return bool(self._ids)
 
     def executed(self, layer: int, ids: Tensor, weights: Tensor) -> None:
         rows = self._token_ids.numel()
