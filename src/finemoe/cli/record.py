@@ -15,6 +15,7 @@ from finemoe.errors import ConfigError
 from finemoe.trace import TraceWriter, refuse_existing
 from finemoe.trace.prompts import read_prompts
 from finemoe.trace.settings import RecordConfig
+from finemoe.trace.spool import left_behind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,9 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
     generate_config = read_flags(arguments, GenerateConfig)
     out = Path(arguments.out)
     refuse_existing(out, append=config.append, overwrite=config.force)
-    prompts = read_prompts(Path(arguments.prompts), config.field, config.limit)
+    prompts = read_prompts(Path(arguments.prompts), config.field, config.limit, config.skip)
     if prompts.skipped:
-        print(f"{prompts.skipped} entries hold no prompt; they are left out", file=sys.stderr)
+        print(f"entries without a prompt, left out: {prompts.skipped}", file=sys.stderr)
+    if config.append and (waiting := left_behind(out)):
+        print(f"finished requests of an interrupted recording, taken up: {waiting}", file=sys.stderr)
     from tqdm import tqdm
 
     from finemoe.model import load_config as load
@@ -68,18 +71,25 @@ def run(arguments: argparse.Namespace) -> int:
             print(notice, file=sys.stderr)
         start_s, tokens, recorded = time.perf_counter(), 0, 0
         writer = TraceWriter(out, recorder.header, append=config.append, overwrite=config.force)
+        bar = tqdm(total=len(encoded), desc="Recording", unit=" requests", leave=False, delay=1)
+
+        def step() -> None:
+            arguments.interrupts.check()
+            bar.update(0)  # the clock of a long batch goes on
+
         try:
-            with writer, tqdm(total=len(encoded), desc="Recording", unit=" requests", leave=False, delay=1) as bar:
+            with writer, bar:
                 for first in range(0, len(encoded), config.batch_size):
                     batch = encoded[first : first + config.batch_size]
-                    for request in recorder.record(batch, batch=len(writer), on_token=arguments.interrupts.check):
+                    for request in recorder.record(batch, batch=len(writer), on_token=step):
                         writer.add(request)
                         tokens += len(request.token_ids)
                         recorded += 1
                         bar.update()
-        finally:
+        except BaseException:
             if recorded:
-                print(f"{out}: {len(writer)} requests, {recorded} of them new", file=sys.stderr)
+                print(f"\n{out} keeps the {recorded} requests that were finished; --append adds to it", file=sys.stderr)
+            raise
         summary = {
             "trace": str(out),
             "recorded": recorded,
@@ -103,7 +113,7 @@ def _encoded(session: Session, texts: tuple[str, ...], config: GenerateConfig, l
     fitting = [ids for ids in encoded if 0 < ids.shape[1] <= most]
     if len(fitting) < len(encoded):
         left_out = len(encoded) - len(fitting)
-        print(f"{left_out} prompts are empty or have more than {most} tokens; they are left out", file=sys.stderr)
+        print(f"prompts that are empty or have more than {most} tokens, left out: {left_out}", file=sys.stderr)
     if not fitting:
         raise ConfigError(f"--prompts: none of the {len(encoded)} prompts has at most {most} tokens")
     return fitting

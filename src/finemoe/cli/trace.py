@@ -49,7 +49,13 @@ def _import(arguments: argparse.Namespace) -> int:
     if arguments.experts is not None and arguments.experts < 1:
         raise ConfigError(f"--experts: {arguments.experts} is not at least 1")
     told = Told(arguments.model, arguments.experts, arguments.licence)
-    importing = import_trace(arguments.source, arguments.out, told, overwrite=arguments.force)
+    importing = import_trace(
+        arguments.source,
+        arguments.out,
+        told,
+        overwrite=arguments.force,
+        progress=lambda files: tqdm(files, desc="Reading", unit=" files", leave=False, delay=1),
+    )
     for notice in importing.notices:
         print(notice, file=sys.stderr)
     for _ in tqdm(importing, desc="Importing", unit=" requests", leave=False, delay=1):

@@ -67,7 +67,7 @@ class TraceHeader:
         return np.dtype(np.uint8 if self.experts <= np.iinfo(np.uint8).max else np.uint16)
 
     def difference(self, other: TraceHeader) -> str | None:
-        """Why requests under `other` can't be appended to a trace under this header; `None` if they can."""
+        """What keeps requests under `other` from a trace under this header; `None` if nothing does."""
         alike = (
             "model", "fingerprint", "layers", "experts", "active", "width", "lookahead", "fields", "normalisation",
             "vocabulary",
@@ -77,7 +77,7 @@ class TraceHeader:
             if name == "model" and self.fingerprint and self.fingerprint == other.fingerprint:
                 continue  # the same model by another path
             if own != theirs:
-                return f"its {name} is {_short(own)}, not {_short(theirs)}"
+                return f"{name}: {_short(own)} there, {_short(theirs)} here"
         return None
 
     def as_dict(self) -> dict[str, Any]:

@@ -25,13 +25,14 @@ class Prompts:
     skipped: int
 
 
-def read_prompts(path: Path, field: str | None = None, limit: int | None = None) -> Prompts:
+def read_prompts(path: Path, field: str | None = None, limit: int | None = None, skip: int = 0) -> Prompts:
     """The prompts of a file: of a conversation, what the person said first.
 
     Args:
         path: JSON lines or a JSON list of objects or strings; anything else is text with a prompt on each line.
         field: which field of an object to take; by default the first of `FIELDS` that it has.
         limit: stop after this many prompts.
+        skip: pass over this many first.
 
     Raises:
         ConfigError: the file is missing, damaged or holds no prompt; the message names line and fields.
@@ -48,13 +49,13 @@ def read_prompts(path: Path, field: str | None = None, limit: int | None = None)
                 skipped += 1
 
     try:
-        found = tuple(islice(texts(), limit))
+        found = tuple(islice(texts(), skip, None if limit is None else skip + limit))
     except (OSError, EOFError) as error:
         raise ConfigError(f"--prompts: {path} can't be read ({getattr(error, 'strerror', None) or error})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompts: {path} is neither JSON nor text ({error.reason})") from error
     if not found:
-        raise ConfigError(f"--prompts: {path} holds no prompt")
+        raise ConfigError(f"--prompts: {path} holds no prompt{f' beyond the {skip} to skip' if skip else ''}")
     return Prompts(found, skipped)
 
 

@@ -13,9 +13,8 @@ class RecordConfig:
     """Which prompts to record, how many together, and how far the gates look ahead."""
 
     field: str | None = dataclasses.field(default=None, metadata={"help": "the JSON field that holds the prompt"})
-    limit: int | None = dataclasses.field(
-        default=None, metadata={"help": "record this many prompts, from the first on"}
-    )
+    limit: int | None = dataclasses.field(default=None, metadata={"help": "record at most this many prompts"})
+    skip: int = dataclasses.field(default=0, metadata={"help": "pass over this many prompts first"})
     batch_size: int = dataclasses.field(default=1, metadata={"help": "prompts that run together"})
     max_prompt_tokens: int | None = dataclasses.field(default=None, metadata={"help": "leave longer prompts out"})
     lookahead: int = dataclasses.field(
@@ -25,7 +24,7 @@ class RecordConfig:
     force: bool = dataclasses.field(default=False, metadata={"help": "replace the trace if it exists"})
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("batch_size", 1), ("max_prompt_tokens", 1), ("lookahead", 0)):
+        for name, least in (("limit", 1), ("skip", 0), ("batch_size", 1), ("max_prompt_tokens", 1), ("lookahead", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')}: {value} is not at least {least}")

@@ -125,7 +125,7 @@ def left_behind(path: Path) -> int:
     try:
         about = _about(folder)
         return _committed(folder, TraceHeader.from_dict(about["header"]))["request"] if about else 0
-    except (KeyError, TypeError, OSError, TraceError):
+    except (OSError, TraceError):
         return 0
 
 
@@ -141,17 +141,19 @@ def _lock(folder: Path) -> int:
 
 
 def _about(folder: Path) -> dict[str, Any] | None:
-    """What a spool says about itself; `None` if it is new."""
+    """What a spool says about itself; `None` if there is nothing in it."""
     try:
         about: dict[str, Any] = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        return about if _committed(folder, TraceHeader.from_dict(about["header"]))["request"] else None
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise TraceError(f"{folder / _ABOUT}: is damaged; delete the folder") from error
-    return about
+    except (ValueError, KeyError, TypeError) as error:
+        raise TraceError(f"{folder / _ABOUT}: is damaged; delete the folder, or give --force") from error
 
 
 def _begin(folder: Path, header: TraceHeader, *, replaces: bool) -> dict[str, Any]:
+    for left in folder.iterdir():  # nothing that counts
+        left.unlink()
     about = {"stamp": uuid.uuid4().hex, "replaces": replaces, "header": header.as_dict()}
     fresh = folder / f"{_ABOUT}.new"
     fresh.write_text(json.dumps(about), encoding="utf-8")
@@ -162,7 +164,7 @@ def _begin(folder: Path, header: TraceHeader, *, replaces: bool) -> dict[str, An
 def _check(folder: Path, about: dict[str, Any], header: TraceHeader) -> None:
     if difference := TraceHeader.from_dict(about["header"]).difference(header):
         raise TraceError(
-            f"{folder}: holds requests of an interrupted recording, but {difference}; delete it, or give --force"
+            f"{folder}: holds requests of another interrupted recording ({difference}); delete it, or give --force"
         )
 
 

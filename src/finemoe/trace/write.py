@@ -127,7 +127,7 @@ class TraceWriter:
             return None
         head = read_head(self.path)
         if difference := head.header.difference(self.header):
-            raise TraceError(f"{self.path}: can't be appended to, {difference}")
+            raise TraceError(f"{self.path}: can't be appended to ({difference})")
         return head
 
     def _assemble(self) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from finemoe.errors import TraceError
 from finemoe.trace.header import TraceHeader
 from finemoe.trace.importing import arrays, fingerprint, simllm
-from finemoe.trace.importing.source import Source
-from finemoe.trace.write import TraceWriter
+from finemoe.trace.importing.source import Progress, Source
+from finemoe.trace.write import TraceWriter, refuse_existing
 
 FORMATS = (arrays, fingerprint, simllm)  # each reads one layout, told by its structure
 
@@ -26,9 +27,21 @@ class Told:
 
 
 def import_trace(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], told: Told | None = None, *, overwrite: bool = False
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    told: Told | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress = iter,
 ) -> Imported:
-    """Starts an import: what is known before the first request is read. Iterate over it to run it.
+    """Starts an import: what is known before the first request is written. Iterate over it to run it.
+
+    Args:
+        source: file or folder.
+        target: the trace to be.
+        told: what the user knows.
+        overwrite: replace the target if it exists.
+        progress: wraps the list of the source's files while they are looked through, to show how far that is.
 
     Raises:
         TraceError: the source is missing, of an unknown layout or damaged, or the target exists; one line.
@@ -37,9 +50,10 @@ def import_trace(
     path = Path(source)
     if not path.exists():
         raise TraceError(f"{path}: there is no such file or folder")
+    refuse_existing(Path(target), append=False, overwrite=overwrite)
     try:
         for kind in FORMATS:
-            opened = kind.open_source(path, told.model, told.experts)
+            opened = kind.open_source(path, told.model, told.experts, progress)
             if opened is not None:
                 return Imported(opened, Path(target), told.licence, overwrite=overwrite)
     except OSError as error:
@@ -64,7 +78,7 @@ class Imported:
 
     def __iter__(self) -> Iterator[int]:
         """Yields after each request the token rows that it had. An error or interrupt leaves no trace behind."""
-        writer = TraceWriter(self._target, self.header, overwrite=self._overwrite, commit_every_s=60)
+        writer = TraceWriter(self._target, self.header, overwrite=self._overwrite, commit_every_s=inf)
         done = False
         try:
             yield from _write(writer, self._source)

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from finemoe.errors import TraceError
 from finemoe.trace.header import TraceHeader
-from finemoe.trace.importing.source import Vocabulary, by_weight, derived_experts
+from finemoe.trace.importing.source import Progress, Vocabulary, by_weight, derived_experts
 from finemoe.trace.request import DECODE, RequestTrace
 
 LAYOUT = "a folder with routing.npz and prompts.jsonl"
 _ARRAYS, _PROMPTS = "routing.npz", "prompts.jsonl"
 
 
-def open_source(path: Path, model: str | None, experts: int | None) -> ArraySource | None:
+def open_source(path: Path, model: str | None, experts: int | None, _progress: Progress) -> ArraySource | None:
     """The source at `path` if it has this layout: the folder, or the npz itself."""
     file = path / _ARRAYS if path.is_dir() else path
     return ArraySource(file, model, experts) if file.suffix == ".npz" and file.is_file() else None
@@ -95,7 +95,7 @@ class ArraySource:
 
 def _load(file: Path) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(file) as archive:
+        with file.open("rb") as raw, np.load(raw) as archive:
             table = {name: archive[name] for name in archive.files if name in {"expert_ids", "probs", "offsets"}}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise TraceError(f"{file}: can't be read ({str(error).splitlines()[0]})") from error

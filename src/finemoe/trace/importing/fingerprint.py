@@ -9,7 +9,7 @@ all experts, is mostly left out. Only decoding was recorded.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +18,31 @@ from numpy.typing import NDArray
 
 from finemoe.errors import TraceError
 from finemoe.trace.header import TraceHeader
-from finemoe.trace.importing.source import Vocabulary, by_weight, derived_experts
+from finemoe.trace.importing.source import Progress, Vocabulary, by_weight, derived_experts
 from finemoe.trace.request import DECODE, RequestTrace
 
 LAYOUT = "a folder of *.json with router_data (expert fingerprints)"
 _MARK = b'"router_data"'
 
 
-def open_source(path: Path, model: str | None, experts: int | None) -> FingerprintSource | None:
+def open_source(path: Path, model: str | None, experts: int | None, progress: Progress) -> FingerprintSource | None:
     """The source at `path` if it has this layout: a folder, searched to its depth, or one file."""
     candidates = sorted(path.rglob("*.json")) if path.is_dir() else [path] * (path.suffix == ".json")
     files = [file for file in candidates if _MARK in file.read_bytes()]
-    return FingerprintSource(files, model or path.resolve().stem, experts) if files else None
+    return FingerprintSource(files, model or path.resolve().stem, experts, progress) if files else None
 
 
 class FingerprintSource:
     """Read twice: once for the sizes and the vocabulary, once for the requests. One file at a time is in memory."""
 
-    def __init__(self, files: list[Path], model: str, experts: int | None) -> None:
+    def __init__(self, files: list[Path], model: str, experts: int | None, progress: Progress) -> None:
         self.notices: list[str] = []
         self._files = files
         self._model = model
         self._vocabulary = Vocabulary()
         self._count = 0
         highest, self._full, shapes = 0, True, set()
-        for request in self._parsed():
+        for request in self._parsed(progress(files)):
             self._count += 1
             highest = max(highest, int(request.ids.max()))
             self._full &= request.probs is not None
@@ -70,7 +70,7 @@ class FingerprintSource:
         )
 
     def requests(self) -> Iterator[RequestTrace]:
-        for request in self._parsed():
+        for request in self._parsed(self._files):
             ids, weights = by_weight(request.ids, request.weights)
             decoded = np.arange(len(ids))
             yield RequestTrace(
@@ -82,8 +82,8 @@ class FingerprintSource:
                 probs=request.probs if self._full else None,
             )
 
-    def _parsed(self) -> Iterator[_Request]:
-        for file in self._files:
+    def _parsed(self, files: Iterable[Path]) -> Iterator[_Request]:
+        for file in files:
             try:
                 content = json.loads(file.read_bytes())
                 for number, table in enumerate(content if isinstance(content, list) else [content]):

@@ -16,7 +16,7 @@ import numpy as np
 
 from finemoe.errors import TraceError
 from finemoe.trace.header import TraceHeader
-from finemoe.trace.importing.source import by_weight
+from finemoe.trace.importing.source import Progress, by_weight
 from finemoe.trace.request import DECODE, PREFILL, RequestTrace
 
 LAYOUT = "*.jsonl under a simllm-preplay-trace schema"
@@ -25,11 +25,11 @@ _KNOWN = ("v1", "v2")
 _PHASES = {"prefill": PREFILL, "decode": DECODE}
 
 
-def open_source(path: Path, model: str | None, experts: int | None) -> SimllmSource | None:  # noqa: ARG001 - it says
+def open_source(path: Path, model: str | None, _experts: int | None, progress: Progress) -> SimllmSource | None:
     """The source at `path` if it has this layout: a file, or a folder of them about one model."""
     candidates = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] * (path.suffix == ".jsonl")
     files = [file for file in candidates if _is_ours(file)]
-    return SimllmSource(files, model) if files else None
+    return SimllmSource(files, model, progress) if files else None
 
 
 def _is_ours(file: Path) -> bool:
@@ -40,9 +40,9 @@ def _is_ours(file: Path) -> bool:
 class SimllmSource:
     """Read at once: these traces are small."""
 
-    def __init__(self, files: list[Path], model: str | None) -> None:
+    def __init__(self, files: list[Path], model: str | None, progress: Progress) -> None:
         self.notices: list[str] = []
-        parsed = [_File(file) for file in files]
+        parsed = [_File(file) for file in progress(files)]
         first = parsed[0]
         for other in parsed[1:]:
             if other.sizes != first.sizes:

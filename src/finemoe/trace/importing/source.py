@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 
 from finemoe.trace.header import TraceHeader
 from finemoe.trace.request import RequestTrace
+
+Progress = Callable[[list[Path]], Iterable[Path]]
 
 
 class Source(Protocol):
