@@ -24,6 +24,7 @@ from finemoe.engine import Engine
 from finemoe.errors import BudgetError, CheckpointError, UnsupportedModelError
 from finemoe.experts import HANDLE, IMPLEMENTATION, ExpertLayer, LazyParameter, choose_path
 from finemoe.model.find import find_experts, model_class, pool_slots, read_config, transformers_errors
+from finemoe.model.observe import Observer
 from finemoe.model.offload import Offload, OffloadedModel
 from finemoe.policy import make_controller
 from finemoe.store import DiskStore, Pool, available_bytes
@@ -184,31 +185,33 @@ class _Loading:
         """Swap the experts' weights for handles on the pool."""
         assert self._catalog is not None and self._store is not None and self._pool is not None
         # requires_grad stays as transformers set it: torch's matmul picks its kernel, and so its rounding, by it
-        controller = make_controller(
-            self._config.policy,
-            len(self._catalog.layouts),
-            max(layout.experts for layout in self._catalog.layouts),
-            self._pool.slots,
-        )
+        shape = len(self._catalog.layouts), max(layout.experts for layout in self._catalog.layouts)
         self._transfer = ReaderThreads(self._store, self._config.reader_threads)
         verify = self._verifier() if self._config.verify else None
-        engine = Engine(self._pool, controller, self._transfer, verify)
+        # experts are tried under another controller: what the policy learns is what the model does
+        trial = Engine(self._pool, make_controller("lru", *shape, self._pool.slots), self._transfer, verify)
         lock = threading.RLock()
         layouts = {layout.module: (layer, layout) for layer, layout in enumerate(self._catalog.layouts)}
-        layers = []
+        layers: dict[str, ExpertLayer] = {}
         for described, module in self._experts:
             dtypes = {name: parameter.dtype for name, parameter in described.parameters.items()}
             layer, layout = layouts[described.same_as or described.name]
-            handle = ExpertLayer(engine, lock, layer, layout, dtypes)
+            handle = ExpertLayer(trial, lock, layer, layout, dtypes)
             for name, parameter in described.parameters.items():
                 delattr(module, name)
                 module.__dict__[name] = LazyParameter(handle, name, parameter)
             module.__dict__[HANDLE] = handle
-            layers.append(handle)
-        self._choose_paths(layers, model.dtype)
-        engine.clear()
-        engine.counters.reset()
-        offload = Offload(self._checkpoint, self._catalog, self._store, engine, layers, lock, self._config.policy)
+            layers[described.name] = handle
+        handles = list(layers.values())
+        self._choose_paths(handles, model.dtype)
+        trial.clear()
+        controller = make_controller(self._config.policy, *shape, self._pool.slots)
+        engine = Engine(self._pool, controller, self._transfer, verify)
+        for handle in handles:
+            handle.engine = engine
+        if controller.policy.needs:
+            Observer(model, engine, layers, lookahead=int("lookahead" in controller.policy.needs)).attach()
+        offload = Offload(self._checkpoint, self._catalog, self._store, engine, handles, lock, self._config.policy)
         offload.reset_stats()
         kind = type(model)
         members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}

@@ -124,13 +124,13 @@ class RouterTap:
     def _on_router(self, layer: int, router: Router) -> Callable[..., None]:
         def collect(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
             if self._current is not None:
-                self._current.scored(layer, _scores(router, output))
+                self._current.scored(layer, scores_of(router, output))
                 for distance in range(1, min(self.lookahead, self.layers - 1 - layer) + 1):
                     later = self.routers[layer + distance]
                     assert later is not None
                     with torch.no_grad():
                         asked = later.module.forward(*arguments, **keywords)
-                    self._current.foreseen(layer, distance, _scores(later, asked))
+                    self._current.foreseen(layer, distance, scores_of(later, asked))
 
         return collect
 
@@ -291,7 +291,7 @@ def _shared(one: str, other: str) -> int:
     return next((count for count, (a, b) in enumerate(parts) if a != b), len(parts))
 
 
-def _scores(router: Router, output: Any) -> Tensor:
+def scores_of(router: Router, output: Any) -> Tensor:
     """`[T, E]` out of a gate's output."""
     scores: Tensor = output[router.place] if isinstance(output, tuple) else output
     return scores.detach().float().reshape(-1, scores.shape[-1])
