@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from finemoe.errors import ConfigError
+from finemoe.policy.activation import Activation
 from finemoe.policy.base import Policy
 from finemoe.policy.bounds import Belady, Future, Oracle, foresee
 from finemoe.policy.cache import LFRU, LFU, LRU
@@ -22,6 +23,7 @@ FACTORIES: dict[str, type[Policy]] = {
     "lfru": LFRU,
     "deepspeed": Layerwise,
     "mixtral-offloading": Speculative,
+    "moe-infinity": Activation,
     "expert-map": ExpertMaps,
 }
 POLICIES: tuple[str, ...] = tuple(FACTORIES)

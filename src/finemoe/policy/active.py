@@ -35,18 +35,10 @@ def likeliest(p: Distribution, count: int) -> npt.NDArray[np.float64]:
         count: how many to keep.
 
     Returns:
-        `[E]`: as `any_of`, over the requests that keep the expert.
+        `[E]`: `1 - prod(1 - p)` over the requests that keep the expert.
     """
-    rows = np.arange(len(p))[:, None]
-    top = np.argsort(-p, axis=1, kind="stable")[:, :count]
-    kept = np.zeros(p.shape)
-    kept[rows, top] = p[rows, top]
-    return any_of(kept)
-
-
-def any_of(p: Distribution) -> npt.NDArray[np.float64]:
-    """`[B, E]` chances, one row per request -> `[E]`: the chance that at least one request is right."""
     missed = np.ones(p.shape[1])
     for row in p:
-        missed *= 1.0 - row
+        top = np.argsort(-row, kind="stable")[:count]
+        missed[top] *= 1.0 - row[top]
     return 1.0 - missed

@@ -199,7 +199,8 @@ class ExpertMaps(Policy):
         if self._known == self.layers and self._steps:
             keys = [step.embedding for step in self._steps if step.embedding is not None]
             tokens = np.array([_key(step) for step in self._steps])
-            self.store.add(self._maps, tokens, np.stack(keys) if len(keys) == len(tokens) else None)
+            embeddings = np.stack(keys) if len(keys) == len(tokens) else None
+            self.store.add(self._maps, tokens, embeddings, self._search.dots)
 
     def _foresee(self, layer: int) -> None:
         self._predict(self.store.columns, layer, self._search, self.active.count, self.p, self._chosen)

@@ -1,0 +1,187 @@
+"""Activation-aware prefetching and caching: which experts a whole request used, and requests like it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from finemoe.policy.activation_collection import Collection, Floats
+from finemoe.policy.active import Active
+from finemoe.policy.base import Policy
+from finemoe.policy.book import Scores
+from finemoe.policy.kernel import Jit, interpreted, kernel
+from finemoe.types import DECODE, Recorded, Routed, Step
+
+_EPSILON = 1e-8  # the paper's: an expert that was never active still has an order by its layer
+
+
+class Running(NamedTuple):
+    """The activation matrices of the running requests, and their places in the collection."""
+
+    counts: Floats  # [B, L, E]
+    dots: Floats  # [B, L, P], each row of counts with the stored rows of its layer
+    alike: Scores  # [B, P], the sum of the cosines of the layers known so far
+    matches: npt.NDArray[np.int64]  # [B], the stored matrix that is most alike
+
+
+@kernel
+def observe(columns: Floats, size: int, layer: int, activity: Floats, running: Running) -> None:
+    """Adds `activity` `[B, E]` to a layer of the matrices, and finds the stored ones that are most like them."""
+    counts, dots, alike, matches = running
+    for b in range(len(activity)):
+        row, dot, total = counts[b, layer], dots[b, layer, :size], alike[b, :size]
+        length = np.sqrt((row * row).sum())
+        if length > 0:
+            total -= dot / length
+        for expert in range(len(row)):
+            times = activity[b, expert]
+            if times > 0:
+                row[expert] += times
+                dot += times * columns[layer, expert, :size]
+        length = np.sqrt((row * row).sum())
+        if length > 0:
+            total += dot / length
+        if size > 0:
+            matches[b] = total.argmax()
+
+
+@kernel
+def prioritise(
+    shares: Scores, size: int, layer: int, running: Running, current: Scores, worth: Scores, want: Scores
+) -> None:
+    """Priorities once `layer` is known; `current`, `worth` and `want` are `[L, E]`.
+
+    `current` is the running requests' own activation ratio, of which one row is brought up to date.
+    """
+    layers, experts = want.shape
+    missed = np.ones(experts)
+    for b in range(len(running.counts)):
+        row = running.counts[b, layer].astype(np.float64)
+        total = row.sum()
+        if total > 0:
+            missed *= 1.0 - row / total
+    current[layer] = 1.0 - missed
+    depth = np.arange(layers)
+    worth[:] = (current + _EPSILON) * (1.0 - depth / layers).reshape(-1, 1)
+    want[:] = 0.0
+    if size > 0 and len(running.matches) > 0 and layer + 1 < layers:
+        rest = np.ones((layers - layer - 1, experts))
+        for b in range(len(running.matches)):
+            rest *= 1.0 - shares[running.matches[b], layer + 1 :]
+        nearness = 1.0 - (depth[layer + 1 :] - layer) / layers
+        want[layer + 1 :] = (1.0 - rest) * nearness.reshape(-1, 1)
+        worth[layer + 1 :] = np.maximum(worth[layer + 1 :], want[layer + 1 :])
+
+
+class Activation(Policy):
+    """Requests resemble earlier requests: prefetch and keep what is active in them.
+
+    Source: MoE-Infinity (Xue et al., arXiv 2401.14361, versions 1 and 2): a request's expert activation matrix counts,
+    from its prompt on, how many tokens went to each expert of each layer. After every layer
+
+    - the most similar matrix of the collection is looked up (`Collection` has the distance), and the experts of all
+      later layers are prefetched by the priority `ratio * (1 - (l - l_now) / L)`, the ratio being the expert's share
+      of the activations of its layer in that matrix;
+    - of the cached experts the one with the lowest `(ratio + epsilon) * (1 - l / L)` goes first, the ratio being that
+      of the request itself: prefetching comes too late for the first layers, so they are kept.
+
+    Finished requests enter the collection. Deviations and readings, where the paper leaves room:
+
+    - The distance is over the layers that are known; the others of a new request have no row to compare.
+    - Both priorities are activation ratios weighted by depth, so they are compared: a prefetch must be worth more than
+      its victim, and is worth its prefetch priority until its layer has run. The paper lets it displace whatever goes
+      first, and also queues what was never active in the match, at epsilon, which would keep an idle link busy with
+      experts that nobody is expected to need.
+    - A prompt counts as one iteration, spread over the experts by gate weight: no recording has its tokens' counts.
+    - Several running requests: each has its own matrix and match; `1 - prod(1 - ratio)` over them. Who activated what
+      is read off each request's gates; without gates all that the batch needed counts for each.
+    - A request that is not in an iteration has ended.
+
+    Args:
+        layers: `L`.
+        experts: the largest `E` of any layer.
+        capacity: `P`; 1000 is the published code's default.
+        active: K; by default learned from what layers need.
+        jit: compiles the search.
+    """
+
+    prefetches = True
+    compiles = True
+    margin = 0.0
+
+    def __init__(
+        self, layers: int, experts: int, capacity: int = 1000, active: int | None = None, *, jit: Jit[Any] = interpreted
+    ) -> None:
+        super().__init__(layers, experts)
+        self.collection = Collection(layers, experts, capacity)
+        self.active = Active(active)
+        self._current: Scores = np.zeros((layers, experts))
+        self._observe, self._prioritise = jit(observe), jit(prioritise)
+        self._steps: tuple[Step, ...] = ()
+        self._running = self._locate(np.zeros((0, layers, experts), np.float32))
+
+    def learn(self, recorded: Recorded) -> None:
+        self.active.see(int(recorded.executed.sum(axis=2).min(initial=self.experts)))
+        decode = recorded.phases == DECODE
+        prompts = [self._spread(gates) for gates in recorded.gates[~decode]]
+        self.collection.add(recorded.executed[decode].sum(axis=0) + np.sum(prompts, axis=0))
+
+    def begin(self, steps: Sequence[Step]) -> None:
+        self.want[:] = 0.0
+        before = {step.request: b for b, step in enumerate(self._steps)}
+        self._steps = tuple(steps)
+        if [step.request for step in steps] == list(before):
+            return
+        counts = np.zeros((len(steps), self.layers, self.experts), np.float32)
+        for b, step in enumerate(steps):
+            if step.request in before:
+                counts[b] = self._running.counts[before.pop(step.request)]
+        for ended in before.values():
+            if self._running.counts[ended].any():
+                self.collection.add(self._running.counts[ended])
+        self._running = self._locate(counts)
+        totals = counts.sum(axis=2, keepdims=True, dtype=np.float64)
+        self._current[:] = 1.0 - np.prod(1.0 - counts / np.where(totals > 0, totals, 1.0), axis=0)
+
+    def routed(self, event: Routed) -> None:
+        self.active.see(len(event.experts))
+        collection = self.collection
+        self._observe(collection.columns, collection.size, event.layer, self._activity(event), self._running)
+        self._prioritise(
+            collection.shares, collection.size, event.layer, self._running, self._current, self.worth, self.want
+        )
+
+    def _activity(self, event: Routed) -> Floats:
+        """`[B, E]`: how often each request activated each expert."""
+        activity = np.zeros((len(self._steps), self.experts), np.float32)
+        needed = np.asarray(event.experts, np.int64)
+        gates = event.gates
+        if gates is None or len(gates) != len(activity):
+            activity[:, needed] = 1.0
+            return activity
+        for b, step in enumerate(self._steps):
+            if step.phase != DECODE:
+                activity[b, needed] = self._spread(gates[b])[needed]
+            elif len(activity) == 1:
+                activity[0, needed] = 1.0
+            else:
+                likeliest = needed[np.argsort(-gates[b, needed], kind="stable")[: self.active.count]]
+                activity[b, likeliest] = gates[b, likeliest] > 0
+        return activity
+
+    def _spread(self, gates: Floats) -> Floats:
+        """A prompt's gates `[.., E]`, scaled to a sum of K."""
+        totals = gates.sum(axis=-1, keepdims=True)
+        return np.asarray(self.active.count * gates / np.where(totals > 0, totals, 1), np.float32)
+
+    def _locate(self, counts: Floats) -> Running:
+        """The places of matrices `[B, L, E]` in the collection as it is now."""
+        columns = self.collection.columns
+        dots = np.stack([counts[:, layer] @ columns[layer] for layer in range(self.layers)], axis=1)
+        lengths = np.linalg.norm(counts, axis=2, keepdims=True)
+        cosines = dots / np.where(lengths > 0, lengths, np.float32(1))
+        alike = cosines.sum(axis=1, dtype=np.float64)
+        return Running(counts, np.ascontiguousarray(dots), alike, alike.argmax(axis=1))
