@@ -79,6 +79,10 @@ class Stats:
 
     def as_dict(self) -> dict[str, str | int | float | None]:
         """All fields and rates, ready for JSON."""
-        rates: dict[str, float | None] = {"hit_rate": self.hit_rate, "late_rate": self.late_rate, "miss_rate": self.miss_rate}
+        rates: dict[str, float | None] = {
+            "hit_rate": self.hit_rate,
+            "late_rate": self.late_rate,
+            "miss_rate": self.miss_rate,
+        }
         rates |= {"precision": self.precision}
         return asdict(self) | {"accesses": self.accesses} | rates
