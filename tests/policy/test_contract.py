@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finemoe.errors import ConfigError, InvariantError
-from finemoe.policy import POLICIES, Controller, make_controller
+from finemoe.policy import BOUNDS, FACTORIES, POLICIES, Controller, make_controller, make_policy
+from finemoe.policy.base import Policy
+from finemoe.policy.kernel import interpreted
 from finemoe.types import ExpertId, Routed
+from tests.policy.compile import compiled
 from tests.policy.drive import Drive
+from tests.policy.workload import Iteration, Shape, future, recorded, workload
 
 LAYERS, EXPERTS = 3, 6
 Trace = list[tuple[int, list[int]]]
@@ -18,10 +25,42 @@ needs = st.lists(st.integers(0, EXPERTS - 1), max_size=EXPERTS, unique=True).map
 traces = st.lists(st.tuples(st.integers(0, LAYERS - 1), needs), max_size=30)
 capacities = st.integers(1, LAYERS * EXPERTS)
 all_policies = pytest.mark.parametrize("policy", POLICIES)
+every_policy = pytest.mark.parametrize("policy", [*POLICIES, *BOUNDS])
+
+
+SHAPE = Shape(LAYERS, EXPERTS)
+PLAYED = workload(1, SHAPE, iterations=20)
 
 
 def controller(policy: str, capacity: int) -> Controller:
     return make_controller(policy, LAYERS, EXPERTS, capacity)
+
+
+def informed(policy: str, played: list[Iteration], shape: Shape = SHAPE) -> Policy:
+    """A policy that has everything it may ask for."""
+    if policy in BOUNDS:
+        return make_policy(policy, shape.layers, shape.experts, future=future(played, shape))
+    made = make_policy(policy, shape.layers, shape.experts, **options(policy, shape))
+    for seed in range(3):
+        made.learn(recorded(seed, shape))
+    return made
+
+
+def options(policy: str, shape: Shape) -> dict[str, Any]:
+    """What a policy can't do without."""
+    return {}
+
+
+def scores(policy: Policy, played: list[Iteration]) -> list[tuple[bytes, bytes]]:
+    """The scores after every event."""
+    after = []
+    for iteration in played:
+        policy.begin(iteration.steps)
+        for event in iteration.events:
+            policy.routed(event)
+            after.append((policy.worth.tobytes(), policy.want.tobytes()))
+        policy.end()
+    return after
 
 
 @all_policies
@@ -114,6 +153,117 @@ def test_layers_may_have_fewer_experts_than_the_largest(policy: str) -> None:
     for experts in ([0, 1], [1]):
         drive.layer(0, experts)
         drive.layer(1, [0, 7])
+
+
+@every_policy
+@given(st.integers(0, 99), capacities, st.randoms(use_true_random=False))
+@settings(max_examples=40)
+def test_prefetches_break_no_promise(policy: str, seed: int, capacity: int, random: object) -> None:
+    played = workload(seed, SHAPE, truncated=seed % 2 == 1, embeddings=seed % 3 > 0)
+    drive = Drive(
+        Controller(LAYERS, EXPERTS, capacity, informed(policy, played)),
+        random.randrange,  # type: ignore[attr-defined] # hypothesis' Random
+        prefetch=True,
+    )
+    for iteration in played:
+        drive.controller.begin(iteration.steps)
+        for event in iteration.events:
+            drive.event(event)
+        drive.controller.end()
+    if not drive.controller.policy.prefetches:
+        assert all(fetch.urgent for fetch in drive.log)
+
+
+@every_policy
+def test_a_policy_that_prefetches_says_so_and_does(policy: str) -> None:
+    made = informed(policy, PLAYED)
+    scores(made, PLAYED)
+    wanted = False
+    for iteration in workload(2, SHAPE) if policy not in BOUNDS else []:
+        made.begin(iteration.steps)
+        for event in iteration.events:
+            wanted = wanted or bool((made.want > 0).any())
+            made.routed(event)
+        made.end()
+    assert (wanted or policy == "oracle") == made.prefetches
+
+
+@every_policy
+def test_scores_stay_where_the_controller_looks_for_them(policy: str) -> None:
+    made = informed(policy, PLAYED)
+    worth, want = made.worth, made.want
+    scores(made, PLAYED)
+    assert made.worth is worth
+    assert made.want is want
+    assert worth.dtype == want.dtype == np.float64
+    assert worth.shape == want.shape == (LAYERS, EXPERTS)
+    assert worth.flags.c_contiguous
+    assert not np.isnan(worth).any()
+    assert not np.isnan(want).any()
+
+
+@all_policies
+def test_nothing_but_needs_is_enough_to_go_on_with(policy: str) -> None:
+    made = make_policy(policy, LAYERS, EXPERTS)
+    for iteration in PLAYED:
+        made.begin([step._replace(embedding=None) for step in iteration.steps])
+        for event in iteration.events:
+            made.routed(Routed(event.layer, event.experts))
+        made.end()
+    assert not np.isnan(made.worth).any()
+    assert not made.needs or not (made.want > 0).any()
+
+
+def with_another_future(played: list[Iteration], events: int) -> list[Iteration]:
+    """The same first iterations; later ones are those of other requests."""
+    past = events // LAYERS
+    return played[:past] + workload(7, SHAPE, iterations=len(played) - past)
+
+
+@all_policies
+@pytest.mark.parametrize("past", [LAYERS, 10 * LAYERS])
+def test_the_future_does_not_change_past_decisions(policy: str, past: int) -> None:
+    other = with_another_future(PLAYED, past)
+    assert scores(informed(policy, PLAYED), PLAYED)[:past] == scores(informed(policy, other), other)[:past]
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_a_bound_sees_the_future(bound: str) -> None:
+    other = with_another_future(PLAYED, 10 * LAYERS)
+    assert BOUNDS[bound].clairvoyant
+    assert scores(informed(bound, PLAYED), PLAYED)[:10] != scores(informed(bound, other), other)[:10]
+
+
+@all_policies
+def test_no_policy_on_offer_sees_the_future(policy: str) -> None:
+    assert not FACTORIES[policy].clairvoyant
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_bounds_are_not_on_offer(bound: str) -> None:
+    with pytest.raises(ConfigError, match=f"--policy: '{bound}' knows the future"):
+        make_controller(bound, 1, 1, 1)
+
+
+@all_policies
+def test_compiled_and_interpreted_policies_decide_alike(policy: str) -> None:
+    if not FACTORIES[policy].compiles:
+        pytest.skip("nothing in it is compiled")
+    truncated = workload(3, SHAPE, truncated=True, batch=3)
+    for played in (PLAYED, truncated):
+        plain, fast = (
+            make_policy(policy, LAYERS, EXPERTS, jit=jit, **options(policy, SHAPE)) for jit in (interpreted, compiled)
+        )
+        for iteration in [*played, *played]:
+            for made in (plain, fast):
+                made.begin(iteration.steps)
+            for event in iteration.events:
+                plain.routed(event)
+                fast.routed(event)
+                np.testing.assert_allclose(fast.worth, plain.worth, rtol=1e-5)
+                np.testing.assert_allclose(fast.want, plain.want, rtol=1e-5)
+            for made in (plain, fast):
+                made.end()
 
 
 def test_an_unknown_policy_is_refused_with_the_known_ones_named() -> None:

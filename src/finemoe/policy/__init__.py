@@ -3,35 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from finemoe.errors import ConfigError
 from finemoe.policy.base import Policy
+from finemoe.policy.bounds import Belady, Future, Oracle, foresee
 from finemoe.policy.cache import LFRU, LFU, LRU
 from finemoe.policy.controller import Controller
+from finemoe.policy.expert_map import ExpertMaps
+from finemoe.policy.kernel import Jit, interpreted
+from finemoe.policy.layerwise import Layerwise
+from finemoe.policy.speculative import Speculative
 
-# what the engine and the simulator offer; bounds that know the future are the simulator's alone
-FACTORIES: dict[str, Callable[[int, int], Policy]] = {"lru": LRU, "lfu": LFU, "lfru": LFRU}
+# what the engine and the simulator offer
+FACTORIES: dict[str, type[Policy]] = {
+    "lru": LRU,
+    "lfu": LFU,
+    "lfru": LFRU,
+    "deepspeed": Layerwise,
+    "mixtral-offloading": Speculative,
+    "expert-map": ExpertMaps,
+}
 POLICIES: tuple[str, ...] = tuple(FACTORIES)
+# what only the simulator can offer: the bounds need the option `future`
+BOUNDS: dict[str, type[Policy]] = {"belady": Belady, "oracle": Oracle}
 
 
-def make_policy(policy: str, layers: int, experts: int) -> Policy:
-    """The policy of a name.
+def make_policy(policy: str, layers: int, experts: int, *, jit: Jit[Any] = interpreted, **options: Any) -> Policy:
+    """The policy, or bound, of a name.
+
+    Args:
+        policy: a name of `FACTORIES` or `BOUNDS`.
+        layers: `L`.
+        experts: the largest `E` of any layer.
+        jit: compiles the hot loops of those policies that have any.
+        options: of the policy's own constructor.
 
     Raises:
         ConfigError: no policy of that name; the message lists those that are.
     """
-    if policy not in FACTORIES:
+    kind = FACTORIES.get(policy) or BOUNDS.get(policy)
+    if kind is None:
         raise ConfigError(f"--policy: unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
-    return FACTORIES[policy](layers, experts)
+    if kind.compiles:
+        options["jit"] = jit
+    make: Callable[..., Policy] = kind
+    return make(layers, experts, **options)
 
 
 def make_controller(policy: str, layers: int, experts: int, capacity: int) -> Controller:
-    """A cache of `capacity` slots under the policy of a name.
+    """A cache of `capacity` slots under the policy of a name; the bounds are not among them.
 
     Raises:
         ConfigError: no policy of that name; the message lists those that are.
     """
+    if policy in BOUNDS:
+        raise ConfigError(
+            f"--policy: {policy!r} knows the future, which only a replay does; choose one of {', '.join(POLICIES)}"
+        )
     return Controller(layers, experts, capacity, make_policy(policy, layers, experts))
 
 
-__all__ = ["POLICIES", "Controller", "Policy", "make_controller", "make_policy"]
+__all__ = [
+    "BOUNDS",
+    "FACTORIES",
+    "POLICIES",
+    "Controller",
+    "Future",
+    "Policy",
+    "foresee",
+    "make_controller",
+    "make_policy",
+]

@@ -6,7 +6,8 @@ sees slots, links or clocks, and can't break a rule of the cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
@@ -26,6 +27,11 @@ class Policy:
         margin: a prefetch must be wanted by more than this above its victim's worth. `-inf` where the two scores are
             not comparable: then it must be wanted more than its victim is.
         switch: a prefetch under way is dropped for one that is wanted this many times as much.
+        prefetches: whether `want` is ever above 0.
+        needs: what it predicts from, of `gates`, `lookahead` and `predictors`; without it, it only evicts.
+        substitutes: what stands in where an input of the published policy is missing, by that input's name.
+        clairvoyant: knows the future: a bound, for the simulator alone.
+        compiles: its constructor takes `jit`.
 
     Args:
         layers: `L`.
@@ -34,8 +40,11 @@ class Policy:
 
     margin: float = -np.inf
     switch: float = np.inf
-    prefetches: ClassVar[bool] = False  # whether `want` is ever above 0
-    needs: ClassVar[frozenset[str]] = frozenset()  # what it can't do without: of gates, embeddings, lookahead
+    prefetches: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
+    substitutes: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    clairvoyant: ClassVar[bool] = False
+    compiles: ClassVar[bool] = False
 
     def __init__(self, layers: int, experts: int) -> None:
         self.layers = layers

@@ -14,7 +14,7 @@ import numpy as np
 
 from finemoe.compiled import compiler
 from finemoe.errors import ConfigError
-from finemoe.policy import make_policy, policy_class
+from finemoe.policy import BOUNDS, FACTORIES, Policy, foresee, make_policy
 from finemoe.sim.config import SimulateConfig
 from finemoe.sim.evidence import Evidence
 from finemoe.sim.replay import Machine, Outcome, Replay
@@ -126,8 +126,9 @@ def run_cell(trace: str, config: SimulateConfig, cell: Cell, progress: Callable[
     jit = compiler()
     options = subject.options(cell.policy)
     policy = make_policy(cell.policy, header.layers, header.experts, jit=jit, **options)
-    for recorded in subject.store.recorded(subject.stored) if policy.learns else ():
-        policy.learn(recorded)
+    if type(policy).learn is not Policy.learn:
+        for recorded in subject.store.recorded(subject.stored):
+            policy.learn(recorded)
     machine = Machine(
         capacity=capacity, link_ratio=cell.link_ratio, devices=config.devices, chunks=config.chunks,
         ready_first=not config.no_ready_first, tokens_per_unit=config.tokens_per_unit,
@@ -156,6 +157,11 @@ def summarise(cell: Cell, capacity: int, outcome: Outcome, emulated: str | None)
     )  # fmt: skip
 
 
+def policy_class(name: str) -> type[Policy]:
+    """The class of a policy or bound."""
+    return (FACTORIES | BOUNDS)[name]
+
+
 @dataclass(frozen=True, eq=False)
 class _Subject:
     """What all cells of a configuration share."""
@@ -172,11 +178,8 @@ class _Subject:
         kind = policy_class(policy)
         options: dict[str, Any] = {}
         if kind.clairvoyant:
-            from finemoe.policy.bounds import look_ahead
-
-            options["future"] = look_ahead(
-                self.schedule.ptr, self.schedule.needs, self.schedule.layers, self.schedule.experts, jit=compiler()
-            )
+            schedule = self.schedule
+            options["future"] = foresee(schedule.layers, schedule.experts, schedule.ptr, schedule.needs, compiler())
         if "predictors" in kind.needs:
             from finemoe.predictors import load_predictors
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from finemoe.config import parse_budget
 from finemoe.errors import BudgetError, ConfigError
-from finemoe.policy import POLICIES
+from finemoe.policy import BOUNDS, POLICIES
 from finemoe.sim.presets import HARDWARE, SHAPES
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ class SimulateConfig:
     @property
     def policies(self) -> tuple[str, ...]:
         """Names of the policies, those that know the future included."""
-        known = POLICIES
+        known = (*POLICIES, *BOUNDS)
         if self.policy == "all":
             return known
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ class Evidence:
         seed: of the emulation.
     """
 
-    def __init__(self, trace: Trace, recall: float | None = None, seed: int = 0, jit: Jit = interpreted) -> None:
+    def __init__(self, trace: Trace, recall: float | None = None, seed: int = 0, jit: Jit[Any] = interpreted) -> None:
         self.trace = trace
         self.recall = recall
         self._seed = seed
@@ -107,7 +108,8 @@ class Evidence:
                 return request.probs.astype(np.float32)
             counts = np.diff(request.rows)[:, None, None]
             sums: Floats = np.add.reduceat(request.probs.astype(np.float32), request.rows[:-1], axis=0)
-            return sums / counts.astype(np.float32)
+            means: Floats = np.divide(sums, counts, dtype=np.float32)
+            return means
         if request.weights is None:
             return None
         gates, weights = np.zeros(shape, np.float32), request.weights.astype(np.float32)

@@ -95,7 +95,7 @@ def route(world: World, needs: Ints) -> int:
         if stuck > 0 or not wanted:
             withdraw(book, wire, rules, device)
             stuck = fill(book, wire, worth, rules, needs, world.waiting)
-        elif wire.count[device] > 0:
+        elif wire.queued[device] > 0:
             preempt(wire, rules, device, world.clock[NOW])
     return stuck
 
@@ -169,7 +169,7 @@ def check_laws(world: World, capacity: int) -> None:
 
 
 @kernel
-def replay_ranked(
+def replay_ranked(  # noqa: PLR0917 - called in one place, with all that compiled code can't look up for itself
     world: World, ranking: Ranking, kind: int, decay: float, ptr: Ints, needs: Ints, next_use: Ints, scales: Scores,
     times: Scores, span: Ints,
 ) -> None:  # fmt: skip

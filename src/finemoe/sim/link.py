@@ -41,7 +41,7 @@ class Wire(NamedTuple):
     left: Scores  # [X], time that an expert in flight still takes
     queue: Ints  # [devices, X], urgent experts, a ring
     head: Ints  # [devices]
-    count: Ints  # [devices]
+    queued: Ints  # [devices]
     prefetch: Ints  # [devices], the one under way or pre-empted, or NONE
     ready: Ints  # [X], needed experts in the order in which they became ready
     readied: Ints  # [1]
@@ -58,7 +58,7 @@ def make_wire(size: int, devices: int, log: int = 0) -> Wire:
 
     return Wire(
         time=np.zeros(devices), busy=np.zeros(devices), left=np.zeros(size), queue=zeros(devices, size),
-        head=zeros(devices), count=zeros(devices), prefetch=np.full(devices, NONE), ready=zeros(size),
+        head=zeros(devices), queued=zeros(devices), prefetch=np.full(devices, NONE), ready=zeros(size),
         readied=zeros(1), sums=np.zeros(3), log=zeros(log, 3), logged=zeros(1),
     )  # fmt: skip
 
@@ -89,8 +89,8 @@ def note(wire: Wire, what: int, expert: int, victim: int) -> None:
 def enqueue(wire: Wire, device: int, expert: int) -> None:
     """Puts an expert at the end of a link's urgent queue."""
     room = wire.queue.shape[1]
-    wire.queue[device, (wire.head[device] + wire.count[device]) % room] = expert
-    wire.count[device] += 1
+    wire.queue[device, (wire.head[device] + wire.queued[device]) % room] = expert
+    wire.queued[device] += 1
 
 
 @kernel
@@ -129,7 +129,7 @@ def preempt(wire: Wire, rules: Scores, device: int, now: float) -> None:
         room = wire.queue.shape[1]
         wire.head[device] = (wire.head[device] - 1) % room
         wire.queue[device, wire.head[device]] = expert
-        wire.count[device] += 1
+        wire.queued[device] += 1
         return
     wire.left[expert] -= rest
     wire.sums[MOVED] += rest
@@ -154,7 +154,7 @@ def advance(book: Book, wire: Wire, worth: Scores, want: Scores, rules: Scores, 
     now = wire.time[device]
     while True:
         start = max(now, wire.busy[device])
-        urgent = wire.count[device] > 0
+        urgent = wire.queued[device] > 0
         if urgent:
             expert = wire.queue[device, wire.head[device]]
         else:
@@ -177,7 +177,7 @@ def advance(book: Book, wire: Wire, worth: Scores, want: Scores, rules: Scores, 
             break
         if urgent:
             wire.head[device] = (wire.head[device] + 1) % wire.queue.shape[1]
-            wire.count[device] -= 1
+            wire.queued[device] -= 1
         else:
             wire.prefetch[device] = NONE
         land(book, wire, expert)
@@ -189,7 +189,7 @@ def advance(book: Book, wire: Wire, worth: Scores, want: Scores, rules: Scores, 
 def advance_all(book: Book, wire: Wire, worth: Scores, want: Scores, rules: Scores, until: float) -> None:
     """Simulates every link up to a time."""
     for device in range(len(wire.time)):
-        if wire.count[device] == 0 and len(want) == 0:  # on demand, and nothing is
+        if wire.queued[device] == 0 and len(want) == 0:  # on demand, and nothing is
             wire.time[device] = until
         else:
             advance(book, wire, worth, want, rules, device, until)
@@ -200,7 +200,7 @@ def next_landing(wire: Wire) -> float:
     """When the next urgent expert will have come; infinity if none is under way."""
     soonest = np.inf
     for device in range(len(wire.time)):
-        if wire.count[device] > 0:
+        if wire.queued[device] > 0:
             expert = wire.queue[device, wire.head[device]]
             soonest = min(soonest, max(wire.time[device], wire.busy[device]) + wire.left[expert])
     return soonest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -82,7 +83,7 @@ class Replay:
         evidence: Evidence,
         policy: Policy,
         machine: Machine,
-        jit: Jit = interpreted,
+        jit: Jit[Any] = interpreted,
         log: int = 0,
         *,
         fast: bool = True,

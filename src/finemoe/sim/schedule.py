@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +54,7 @@ class Schedule:
         return sums
 
 
-def make_schedule(trace: Trace, requests: Sequence[int], interleave: int = 1, jit: Jit = interpreted) -> Schedule:
+def make_schedule(trace: Trace, requests: Sequence[int], interleave: int = 1, jit: Jit[Any] = interpreted) -> Schedule:
     """Replays `requests` in this order, `interleave` at a time; the next one begins when one has ended."""
     iterations = _column(trace, "iterations")
     first_iteration = np.concatenate([[0], np.cumsum(iterations)])
@@ -96,7 +97,9 @@ def _column(trace: Trace, name: str) -> Ints:
 
 
 @kernel
-def unions(steps: Ints, rows: Ints, expert_ids: npt.NDArray[np.uint8], experts: int) -> tuple[Ints, Ints]:
+def unions(  # noqa: C901 - loops within loops
+    steps: Ints, rows: Ints, expert_ids: npt.NDArray[np.uint8], experts: int
+) -> tuple[Ints, Ints]:
     """Distinct experts of every layer of every iteration.
 
     Args:
