@@ -19,6 +19,7 @@ from finemoe.trace import write as writing
 from finemoe.trace.spool import left_behind, spool_folder
 from tests.trace.make import equal, make_header, make_request, make_trace
 
+ROOT = Path(__file__).parents[2]
 ENDLESS = """
 import sys
 import numpy as np
@@ -39,7 +40,7 @@ def requests_of(path: Path) -> int:
 
 def killed_while_adding(path: Path, after: int) -> None:
     """A process that appends without end is killed once it has added `after` requests."""
-    process = subprocess.Popen([sys.executable, "-c", ENDLESS, str(path)], stdout=subprocess.PIPE, cwd=Path.cwd())
+    process = subprocess.Popen([sys.executable, "-c", ENDLESS, str(path)], stdout=subprocess.PIPE, cwd=ROOT)
     assert process.stdout is not None
     for _ in range(after):
         assert process.stdout.readline()
@@ -133,6 +134,23 @@ def test_killed_between_the_new_trace_and_the_end_nothing_counts_twice(
     with TraceWriter(path, make_header(), append=True) as writer:
         writer.add(make_request(make_header(), np.random.default_rng(1)))
     assert requests_of(path) == 5
+
+
+def test_counts_whose_rows_were_lost_are_forgotten(tmp_path: Path) -> None:
+    path, rng = tmp_path / "it.trace", np.random.default_rng(0)
+    made = [make_request(make_header(), rng) for _ in range(4)]
+    killed = TraceWriter(path, make_header(), commit_every_s=0)
+    for request in made[:3]:
+        killed.add(request)
+    killed._spool.close()  # the process ends here, and the disk loses the last two requests' rows
+    rows = spool_folder(path) / "rows"
+    rows.write_bytes(rows.read_bytes()[: 4 * len(made[0])])
+    with TraceWriter(path, make_header(), append=True, commit_every_s=0) as writer:
+        writer.add(made[3])
+    with open_trace(path) as trace:
+        assert len(trace) == 2
+        assert equal(trace.request(0), made[0])
+        assert equal(trace.request(1), made[3])
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

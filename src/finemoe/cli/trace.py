@@ -88,6 +88,8 @@ def _head(arguments: argparse.Namespace) -> int:
 
 
 def _stats(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     from finemoe.trace.stats import measure
 
     if arguments.plot:
@@ -95,7 +97,9 @@ def _stats(arguments: argparse.Namespace) -> int:
 
         check(Path(arguments.plot))
     with open_trace(arguments.trace) as trace:
-        stats = measure(trace)
+        stats = measure(
+            trace, lambda requests: tqdm(requests, desc="Measuring", unit=" requests", leave=False, delay=1)
+        )
         if arguments.plot:
             from finemoe.trace.plot import draw
 

@@ -40,6 +40,7 @@ class Row:
 def rows(trace: Trace, index: int, count: int) -> list[Row]:
     """The first `count` token rows of a request."""
     request, header = trace.request(index), trace.header
+    vocabulary = dict(enumerate(header.vocabulary or ()))
     iterations = np.repeat(np.arange(len(request)), np.diff(request.rows))
     shown = []
     for row in range(min(count, len(request.token_ids))):
@@ -50,7 +51,7 @@ def rows(trace: Trace, index: int, count: int) -> list[Row]:
                 iteration=int(iterations[row]),
                 phase="prefill" if request.phases[iterations[row]] == PREFILL else "decode",
                 token_id=token,
-                token=None if header.vocabulary is None else header.vocabulary[token],
+                token=vocabulary.get(token),
                 expert_ids=[ids[ran].tolist() for ids, ran in zip(request.expert_ids[row], executed, strict=True)],
                 weights=None
                 if weights is None

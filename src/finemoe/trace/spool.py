@@ -66,6 +66,7 @@ class Spool:
             self.close()
             raise
         self._base = self.counts["request"]
+        os.ftruncate(self._files[_LAST], self._base * _COUNT_BYTES)  # counts whose rows a power cut has lost
         self._iterations = bytearray()  # of the requests since
         self._commit_every_s = commit_every_s
         self._committed_s = 0.0

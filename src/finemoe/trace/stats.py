@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,15 +90,20 @@ class TraceStats:
         return "\n".join(lines)
 
 
-def measure(trace: Trace) -> TraceStats:
-    """Reads all of a trace once, a stretch of tokens at a time."""
+def measure(trace: Trace, progress: Callable[[Trace], Iterable[RequestTrace]] = iter) -> TraceStats:
+    """Reads all of a trace once, a stretch of tokens at a time.
+
+    Args:
+        trace: any.
+        progress: wraps the trace while its requests are gone through, to show how far that is.
+    """
     header = trace.header
     layers, experts = header.layers, header.experts
     usage = np.zeros((layers, experts), np.int64)
     curve, counted = np.zeros(layers * experts + 1), 0
     reuse = {phase: (np.zeros(layers), np.zeros(layers)) for phase in _PHASES}
     entropy, found = np.zeros(layers), np.zeros((2, header.lookahead))
-    for request in trace:
+    for request in progress(trace):
         own = _usage(request, header)
         usage += own
         if own.sum():
