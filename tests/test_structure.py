@@ -21,8 +21,8 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 
 # A module imports only what stands before it. Packages stand for all of their modules.
 ORDER = (
-    "errors", "types", "process", "config", "metrics", "checkpoint", "store", "policy", "transfer", "engine",
-    "experts", "reference", "model", "session", "forecast", "trace", "sim", "serving",
+    "errors", "types", "process", "config", "metrics", "checkpoint", "store", "policy", "predictors", "transfer",
+    "engine", "experts", "reference", "model", "session", "forecast", "trace", "sim", "serving",
     "bench", "cli",
 )  # fmt: skip
 ALONE = {"errors", "types"}  # the vocabulary rests on nothing

@@ -15,6 +15,7 @@ from finemoe.policy.expert_map import ExpertMaps
 from finemoe.policy.kernel import Jit, interpreted
 from finemoe.policy.layerwise import Layerwise
 from finemoe.policy.speculative import Speculative
+from finemoe.policy.stride import Stride
 
 # what the engine and the simulator offer
 FACTORIES: dict[str, type[Policy]] = {
@@ -24,6 +25,7 @@ FACTORIES: dict[str, type[Policy]] = {
     "deepspeed": Layerwise,
     "mixtral-offloading": Speculative,
     "moe-infinity": Activation,
+    "promoe": Stride,
     "expert-map": ExpertMaps,
 }
 POLICIES: tuple[str, ...] = tuple(FACTORIES)
