@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy as np
 
@@ -24,7 +23,7 @@ class Ahead(Policy):
     """
 
     prefetches = True
-    stride: ClassVar[int] = 1  # how many layers ahead are wanted at most, counted over the end of the iteration
+    stride: int = 1  # how many layers ahead are wanted at most, counted over the end of the iteration
 
     def __init__(self, layers: int, experts: int) -> None:
         super().__init__(layers, experts)
