@@ -148,10 +148,10 @@ def _train(arguments: argparse.Namespace) -> int:
                 arguments.interrupts.check()
 
             predictors = train(
-                evidence.recorded(stored[kept:]), header.layers, header.experts, seed=arguments.seed,
+                evidence.recorded(stored[kept:].tolist()), header.layers, header.experts, seed=arguments.seed,
                 epochs=arguments.epochs, progress=progress,
             )  # fmt: skip
-        recalls = recall(predictors, evidence.recorded(stored[:kept]))
+        recalls = recall(predictors, evidence.recorded(stored[:kept].tolist()))
     try:
         save(predictors, out, header.fingerprint or header.model)
     except OSError as error:
