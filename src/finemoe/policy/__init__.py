@@ -12,6 +12,7 @@ from finemoe.policy.bounds import Belady, Future, Oracle, foresee
 from finemoe.policy.cache import LFRU, LFU, LRU
 from finemoe.policy.controller import Controller
 from finemoe.policy.expert_map import ExpertMaps
+from finemoe.policy.finemoe import Finemoe
 from finemoe.policy.kernel import Jit, interpreted
 from finemoe.policy.layerwise import Layerwise
 from finemoe.policy.speculative import Speculative
@@ -27,6 +28,7 @@ FACTORIES: dict[str, type[Policy]] = {
     "moe-infinity": Activation,
     "promoe": Stride,
     "expert-map": ExpertMaps,
+    "finemoe": Finemoe,
 }
 POLICIES: tuple[str, ...] = tuple(FACTORIES)
 # what only the simulator can offer: the bounds need the option `future`

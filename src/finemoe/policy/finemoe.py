@@ -1,0 +1,245 @@
+"""Our own policy: what followed iterations like this one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from finemoe.policy.active import Active
+from finemoe.policy.base import Policy
+from finemoe.policy.book import Scores
+from finemoe.policy.kernel import Jit, interpreted
+from finemoe.policy.neighbours import Constants, Search, begin_search, extend_search
+from finemoe.policy.outlook import Lookahead, appraise
+from finemoe.policy.trail import NOBODY, Floats, Trail, append, imprint_all, make_trail
+from finemoe.types import DECODE, Recorded, Routed, Step
+
+Flags = npt.NDArray[np.bool_]
+
+_STORE_BYTES = 128 << 20  # of a store's columns, unless told otherwise
+_MOST_ROWS = 1 << 17  # a search takes time in proportion
+
+
+class _Running:
+    """A running request.
+
+    Attributes:
+        search: its place among the rows of the store.
+        chances: `[horizon + 1, L, E]`, of each expert in this iteration and those after it.
+        frequency: `[L, E]`, how often it used each expert lately.
+        gates, executed: `[L, E]`, of this iteration, as far as it is known.
+        known: layers of this iteration of which we know what the request used, none left out.
+        last: the number of its last iteration in the store.
+        kept_back: iterations that enter the store when it ends: token, gates, executed.
+    """
+
+    def __init__(self, layers: int, experts: int, capacity: int, constants: Constants, usual: Scores) -> None:
+        count = constants.neighbours
+        self.search = Search(np.zeros(capacity, np.float32), np.zeros(count, np.int64), np.zeros(count, np.float32))
+        self.chances: Scores = np.zeros((constants.horizon + 1, layers, experts))
+        self.frequency: Scores = usual.copy()
+        self.gates: Floats = np.zeros((layers, experts), np.float32)
+        self.executed: Flags = np.zeros((layers, experts), np.bool_)
+        self.known = 0
+        self.last = NOBODY
+        self.kept_back: list[tuple[int, Floats, Flags]] = []
+        self.named: Flags | None = None  # [E], what the last layer's lookahead says of the next one
+        self._uses: Scores = np.zeros((layers, experts))  # faded
+        self._seen: Scores = np.zeros(layers)  # tokens, faded
+
+    def use(self, layer: int, share: Scores, tokens: int, fade: float, usual: Scores) -> None:
+        """So many tokens went to each expert in these shares `[E]`. `usual` `[E]` counts for one token more."""
+        kept = fade**tokens
+        weight = (1.0 - kept) / (1.0 - fade)
+        self._uses[layer] = kept * self._uses[layer] + weight * share
+        self._seen[layer] = kept * self._seen[layer] + weight
+        self.frequency[layer] = (self._uses[layer] + usual) / (self._seen[layer] + 1.0)
+
+    def expect_by_frequency(self, now: int, tokens: int) -> None:
+        """Nothing else is known: this iteration's layers after `now` run `tokens` tokens, later iterations one."""
+        self.chances[0, now + 1 :] = 1.0 - (1.0 - self.frequency[now + 1 :]) ** tokens
+        self.chances[1:] = self.frequency
+
+
+class Finemoe(Policy):
+    """What followed iterations like this one will follow it."""
+
+    uses = frozenset({"gates", "lookahead"})
+    prefetches = True
+    compiles = True
+    margin = 0.1
+    switch = 1.25
+
+    def __init__(
+        self,
+        layers: int,
+        experts: int,
+        capacity: int | None = None,
+        active: int | None = None,
+        *,
+        constants: Constants = Constants(),
+        own: bool = True,
+        jit: Jit[Any] = interpreted,
+    ) -> None:
+        super().__init__(layers, experts)
+        self.want = self.worth  # one scale
+        self.capacity = capacity or max(1, min(_MOST_ROWS, _STORE_BYTES // (layers * experts)))
+        self.active = Active(active)
+        self.constants = constants
+        self.own = own
+        self.number = 0  # iterations that were ever taken in
+        self.trail: Trail | None = None  # made when K is known
+        self.lookahead = Lookahead(experts)
+        self._usual: Scores = np.zeros((layers, experts))  # how often an iteration uses each expert
+        self._iterations = np.zeros(layers)  # of which that is the mean
+        self._running: dict[int, _Running] = {}
+        self._steps: tuple[Step, ...] = ()
+        self._begin_search, self._extend_search, self._appraise = jit(begin_search), jit(extend_search), jit(appraise)
+        self._append, self._imprint_all = jit(append), jit(imprint_all)
+
+    @property
+    def size(self) -> int:
+        """How many rows there are."""
+        return min(self.number, self.capacity)
+
+    def learn(self, recorded: Recorded) -> None:
+        decode = recorded.phases == DECODE
+        executed = recorded.executed[decode]
+        self.active.see(int(executed.sum(axis=2).min(initial=self.experts)))
+        self._iterations += len(executed)
+        self._usual += (executed.sum(axis=0) - len(executed) * self._usual) / np.maximum(1, self._iterations)[:, None]
+        self._remember(recorded.token_ids[decode], recorded.gates[decode], executed, NOBODY)
+
+    def begin(self, steps: Sequence[Step]) -> None:
+        before = self._running
+        self._steps, self._running = tuple(steps), {}
+        for step in steps:
+            running = before.pop(step.request, None)
+            if running is None:
+                running = _Running(self.layers, self.experts, self.capacity, self.constants, self._usual)
+            self._running[step.request] = running
+            running.known = 0
+            running.named = None
+        for ended in before.values():
+            if ended.kept_back:
+                tokens, gates, executed = zip(*ended.kept_back, strict=True)
+                self._remember(np.array(tokens, np.int32), np.stack(gates), np.stack(executed), NOBODY)
+        for step, running in self._each():
+            if _decodes(step) and self.trail is not None:
+                self._begin_search(
+                    self.trail, self.size, int(step.token_ids[0]), self.constants, running.search, running.frequency,
+                    running.chances,
+                )  # fmt: skip
+            else:
+                running.expect_by_frequency(-1, len(step.token_ids))
+        self._value(-1)
+
+    def routed(self, event: Routed) -> None:
+        layer, running = event.layer, list(self._running.values())
+        self.active.see(len(event.experts))
+        gates = event.gates if event.gates is not None and len(event.gates) == len(running) else None
+        needed = np.zeros(self.experts, np.bool_)
+        needed[np.asarray(event.experts, np.int64)] = True
+        for b, (step, request) in enumerate(self._each()):
+            own = None if gates is None else gates[b]
+            executed = self._executed(needed, own, step)
+            self._use(layer, request, step, needed, own, executed)
+            if executed is not None and _decodes(step) and request.known == layer:
+                request.known += 1
+                request.executed[layer] = executed
+                request.gates[layer] = 0.0 if own is None else own
+            if request.known == layer + 1 and self.trail is not None:
+                self._extend_search(
+                    self.trail, self.size, layer, request.gates[layer], request.executed[layer], self.constants,
+                    request.search, request.frequency, request.chances,
+                )  # fmt: skip
+            else:
+                request.expect_by_frequency(layer, len(step.token_ids))
+            if event.lookahead is not None and len(event.lookahead) == len(running):
+                self._look_ahead(layer, request, step, executed, event.lookahead[b])
+        self._value(layer)
+
+    def end(self) -> None:
+        for step, running in self._each():
+            if running.known < self.layers:
+                continue
+            token = int(step.token_ids[0])
+            if self.own:
+                token_ids = np.array([token], np.int32)
+                self._remember(token_ids, running.gates[None], running.executed[None], running.last)
+                running.last = self.number - 1
+            else:
+                running.kept_back.append((token, running.gates.copy(), running.executed.copy()))
+
+    def _each(self) -> list[tuple[Step, _Running]]:
+        return list(zip(self._steps, self._running.values(), strict=True))
+
+    def _executed(self, needed: Flags, gates: Floats | None, step: Step) -> Flags | None:
+        """`[E]`: what one request used of what all of them needed; `None` if that can't be told."""
+        if len(self._running) == 1:
+            return needed
+        if gates is None or not _decodes(step):
+            return None
+        order = np.argsort(np.where(needed, -gates, np.inf), kind="stable")[: self.active.count]
+        executed = np.zeros(self.experts, np.bool_)
+        executed[order] = True
+        return executed & needed & (gates > 0)
+
+    def _use(
+        self, layer: int, running: _Running, step: Step, needed: Flags, gates: Floats | None, executed: Flags | None
+    ) -> None:
+        """Brings frequencies up to date: a request's own, and the usual ones."""
+        if executed is not None and _decodes(step):
+            share = executed.astype(np.float64)
+            self._iterations[layer] += 1
+            self._usual[layer] += (share - self._usual[layer]) / self._iterations[layer]
+        elif gates is not None and gates.any():
+            share = np.minimum(1.0, self.active.count * gates.astype(np.float64) / gates.sum())
+        else:
+            share = needed.astype(np.float64)
+        running.use(layer, share, len(step.token_ids), self.constants.fade, self._usual[layer])
+
+    def _look_ahead(
+        self, layer: int, running: _Running, step: Step, executed: Flags | None, ahead: Floats
+    ) -> None:
+        """Fuses what the next layer's gate says of this layer's hidden states, `[n, E]`, into its chances."""
+        if not _decodes(step):
+            return
+        if running.named is not None and executed is not None:
+            self.lookahead.judge(running.named, executed)
+        running.named = None
+        if layer + 1 < self.layers and len(ahead) and ahead[0].any():
+            running.named = self.lookahead.name(ahead[0], self.active.count)
+            self.lookahead.fuse(running.named, running.chances[0, layer + 1])
+
+    def _value(self, now: int) -> None:
+        """Brings the scores up to date. Of several requests, any may need an expert."""
+        running = list(self._running.values())
+        if len(running) == 1:
+            chances, frequency = running[0].chances, running[0].frequency
+        else:
+            chances = 1.0 - np.prod([1.0 - request.chances for request in running], axis=0)
+            frequency = 1.0 - np.prod([1.0 - request.frequency for request in running], axis=0)
+        if running:
+            self._appraise(now, self.constants.discount, chances, frequency, self.worth)
+
+    def _remember(self, tokens: npt.NDArray[np.int32], gates: Floats, executed: Flags, previous: int) -> None:
+        """Takes in successive iterations `[n]` of a request; `previous` is the number of the one before them."""
+        if self.trail is None:
+            active = int(executed.sum(axis=2).max(initial=1))
+            self.trail = make_trail(self.layers, self.experts, active, self.capacity)
+        shape = (len(tokens), *self.trail.ids.shape[1:])
+        ids, weights = np.empty(shape, self.trail.ids.dtype), np.empty(shape, np.uint8)
+        self._imprint_all(gates, executed, ids, weights)
+        self._append(self.trail, self.number, tokens, ids, weights, previous)
+        rows = np.arange(self.number, self.number + len(tokens)) % self.capacity
+        for running in self._running.values():
+            running.search.scores[rows] = 0.0
+        self.number += len(tokens)
+
+
+def _decodes(step: Step) -> bool:
+    return step.phase == DECODE and len(step.token_ids) == 1
