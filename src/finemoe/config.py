@@ -88,7 +88,7 @@ class LoadConfig:
         default="lfru",
         metadata={
             "help": "what to keep and fetch: lru, lfu, lfru; published systems: deepspeed, mixtral-offloading, "
-            "moe-infinity, promoe, expert-map"
+            "moe-infinity, promoe, expert-map; our own: finemoe"
         },
     )
     predictors: str | None = field(default=None, metadata={"help": "what finemoe trace train wrote, for promoe"})

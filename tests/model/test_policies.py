@@ -62,7 +62,7 @@ def test_output_is_that_of_eager_under_every_policy(
             assert stats.prefetched == stats.late == 0
 
 
-@pytest.mark.parametrize("policy", ["deepspeed", "mixtral-offloading", "expert-map"])
+@pytest.mark.parametrize("policy", ["deepspeed", "mixtral-offloading", "expert-map", "finemoe"])
 def test_what_a_policy_predicts_is_prefetched_and_used(
     folder: Path, prompts: tuple[torch.Tensor, torch.Tensor], policy: str
 ) -> None:

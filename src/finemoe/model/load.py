@@ -240,8 +240,9 @@ class _Loading:
         engine = Engine(self._pool, controller, self._transfer, verify)
         for handle in handles:
             handle.engine = engine
-        if controller.policy.needs | controller.policy.uses:
-            Observer(model, engine, layers, lookahead=int("lookahead" in controller.policy.needs)).attach()
+        seen = controller.policy.needs | controller.policy.uses
+        if seen:
+            Observer(model, engine, layers, lookahead=int("lookahead" in seen)).attach()
         offload = Offload(self._checkpoint, self._catalog, self._store, engine, handles, lock, self._config.policy)
         offload.reset_stats()
         kind = type(model)

@@ -12,7 +12,7 @@ from finemoe.policy.active import Active
 from finemoe.policy.base import Policy
 from finemoe.policy.book import Scores
 from finemoe.policy.kernel import Jit, interpreted
-from finemoe.policy.neighbours import Constants, Search, begin_search, extend_search
+from finemoe.policy.neighbours import CONSTANTS, Constants, Search, begin_search, extend_search
 from finemoe.policy.outlook import Lookahead, appraise
 from finemoe.policy.trail import NOBODY, Floats, Trail, append, imprint_all, make_trail
 from finemoe.types import DECODE, Recorded, Routed, Step
@@ -27,26 +27,26 @@ class _Running:
     """A running request.
 
     Attributes:
-        search: its place among the rows of the store.
-        chances: `[horizon + 1, L, E]`, of each expert in this iteration and those after it.
-        frequency: `[L, E]`, how often it used each expert lately.
+        search: its place among the rows of the store, its frequencies and the chances of each expert.
         gates, executed: `[L, E]`, of this iteration, as far as it is known.
         known: layers of this iteration of which we know what the request used, none left out.
         last: the number of its last iteration in the store.
         kept_back: iterations that enter the store when it ends: token, gates, executed.
+        named: `[E]`, what the last layer's lookahead says of the next one.
     """
 
-    def __init__(self, layers: int, experts: int, capacity: int, constants: Constants, usual: Scores) -> None:
-        count = constants.neighbours
-        self.search = Search(np.zeros(capacity, np.float32), np.zeros(count, np.int64), np.zeros(count, np.float32))
-        self.chances: Scores = np.zeros((constants.horizon + 1, layers, experts))
-        self.frequency: Scores = usual.copy()
+    def __init__(self, capacity: int, constants: Constants, usual: Scores) -> None:
+        count, (layers, experts) = constants.neighbours, usual.shape
+        self.search = Search(
+            np.zeros(capacity, np.float32), np.zeros(count, np.int64), np.zeros(count, np.float32), usual.copy(),
+            np.zeros((constants.horizon + 1, layers, experts)),
+        )  # fmt: skip
         self.gates: Floats = np.zeros((layers, experts), np.float32)
         self.executed: Flags = np.zeros((layers, experts), np.bool_)
         self.known = 0
         self.last = NOBODY
         self.kept_back: list[tuple[int, Floats, Flags]] = []
-        self.named: Flags | None = None  # [E], what the last layer's lookahead says of the next one
+        self.named: Flags | None = None
         self._uses: Scores = np.zeros((layers, experts))  # faded
         self._seen: Scores = np.zeros(layers)  # tokens, faded
 
@@ -56,12 +56,13 @@ class _Running:
         weight = (1.0 - kept) / (1.0 - fade)
         self._uses[layer] = kept * self._uses[layer] + weight * share
         self._seen[layer] = kept * self._seen[layer] + weight
-        self.frequency[layer] = (self._uses[layer] + usual) / (self._seen[layer] + 1.0)
+        self.search.frequency[layer] = (self._uses[layer] + usual) / (self._seen[layer] + 1.0)
 
     def expect_by_frequency(self, now: int, tokens: int) -> None:
         """Nothing else is known: this iteration's layers after `now` run `tokens` tokens, later iterations one."""
-        self.chances[0, now + 1 :] = 1.0 - (1.0 - self.frequency[now + 1 :]) ** tokens
-        self.chances[1:] = self.frequency
+        chances, frequency = self.search.chances, self.search.frequency
+        chances[0, now + 1 :] = 1.0 - (1.0 - frequency[now + 1 :]) ** tokens
+        chances[1:] = frequency
 
 
 class Finemoe(Policy):
@@ -80,7 +81,7 @@ class Finemoe(Policy):
         capacity: int | None = None,
         active: int | None = None,
         *,
-        constants: Constants = Constants(),
+        constants: Constants = CONSTANTS,
         own: bool = True,
         jit: Jit[Any] = interpreted,
     ) -> None:
@@ -119,7 +120,7 @@ class Finemoe(Policy):
         for step in steps:
             running = before.pop(step.request, None)
             if running is None:
-                running = _Running(self.layers, self.experts, self.capacity, self.constants, self._usual)
+                running = _Running(self.capacity, self.constants, self._usual)
             self._running[step.request] = running
             running.known = 0
             running.named = None
@@ -129,10 +130,8 @@ class Finemoe(Policy):
                 self._remember(np.array(tokens, np.int32), np.stack(gates), np.stack(executed), NOBODY)
         for step, running in self._each():
             if _decodes(step) and self.trail is not None:
-                self._begin_search(
-                    self.trail, self.size, int(step.token_ids[0]), self.constants, running.search, running.frequency,
-                    running.chances,
-                )  # fmt: skip
+                token = int(step.token_ids[0])
+                self._begin_search(self.trail, self.size, token, self.constants, running.search)
             else:
                 running.expect_by_frequency(-1, len(step.token_ids))
         self._value(-1)
@@ -154,7 +153,7 @@ class Finemoe(Policy):
             if request.known == layer + 1 and self.trail is not None:
                 self._extend_search(
                     self.trail, self.size, layer, request.gates[layer], request.executed[layer], self.constants,
-                    request.search, request.frequency, request.chances,
+                    request.search,
                 )  # fmt: skip
             else:
                 request.expect_by_frequency(layer, len(step.token_ids))
@@ -202,9 +201,7 @@ class Finemoe(Policy):
             share = needed.astype(np.float64)
         running.use(layer, share, len(step.token_ids), self.constants.fade, self._usual[layer])
 
-    def _look_ahead(
-        self, layer: int, running: _Running, step: Step, executed: Flags | None, ahead: Floats
-    ) -> None:
+    def _look_ahead(self, layer: int, running: _Running, step: Step, executed: Flags | None, ahead: Floats) -> None:
         """Fuses what the next layer's gate says of this layer's hidden states, `[n, E]`, into its chances."""
         if not _decodes(step):
             return
@@ -213,18 +210,18 @@ class Finemoe(Policy):
         running.named = None
         if layer + 1 < self.layers and len(ahead) and ahead[0].any():
             running.named = self.lookahead.name(ahead[0], self.active.count)
-            self.lookahead.fuse(running.named, running.chances[0, layer + 1])
+            self.lookahead.fuse(running.named, running.search.chances[0, layer + 1])
 
     def _value(self, now: int) -> None:
         """Brings the scores up to date. Of several requests, any may need an expert."""
-        running = list(self._running.values())
-        if len(running) == 1:
-            chances, frequency = running[0].chances, running[0].frequency
-        else:
-            chances = 1.0 - np.prod([1.0 - request.chances for request in running], axis=0)
-            frequency = 1.0 - np.prod([1.0 - request.frequency for request in running], axis=0)
-        if running:
-            self._appraise(now, self.constants.discount, chances, frequency, self.worth)
+        running = [request.search for request in self._running.values()]
+        if not running:
+            return
+        chances, frequency = running[0].chances, running[0].frequency
+        if len(running) > 1:
+            chances = 1.0 - np.prod([1.0 - search.chances for search in running], axis=0)
+            frequency = 1.0 - np.prod([1.0 - search.frequency for search in running], axis=0)
+        self._appraise(now, self.constants.discount, chances, frequency, self.worth)
 
     def _remember(self, tokens: npt.NDArray[np.int32], gates: Floats, executed: Flags, previous: int) -> None:
         """Takes in successive iterations `[n]` of a request; `previous` is the number of the one before them."""

@@ -11,7 +11,8 @@ from finemoe.policy.book import Scores
 from finemoe.policy.kernel import compiled_as, kernel
 from finemoe.policy.trail import LEVELS, NOBODY, Floats, Ids, Ints, Trail, imprint
 
-_BLOCK = 64  # rows that are passed over together if none of them is near
+_BLOCK = 128  # rows that are passed over together if none of them is near
+_TILE = 4096  # rows whose scores stay in the first-level cache while a layer's columns are added
 
 
 class Constants(NamedTuple):
@@ -27,12 +28,17 @@ class Constants(NamedTuple):
     discount: float = 0.4  # what a use is worth one iteration later
 
 
+CONSTANTS = Constants()
+
+
 class Search(NamedTuple):
-    """A running request's place among the rows."""
+    """A running request among the rows, and what follows for it."""
 
     scores: Floats  # [S], how much each row resembles the iteration under way
     rows: Ints  # [neighbours], the nearest, best first
     top: Floats  # [neighbours], their scores
+    frequency: Scores  # [L, E], how often the request used each expert lately
+    chances: Scores  # [horizon + 1, L, E], of each expert in this iteration and those after it
 
 
 @kernel
@@ -52,12 +58,15 @@ def carry(trail: Trail, size: int, token: int, constants: Constants, previous: F
 
 def _overlap_loop(trail: Trail, size: int, layer: int, ids: Ids, weights: Ids, scores: Floats) -> None:
     experts = trail.columns.shape[1]
-    for k in range(len(ids)):
-        if ids[k] >= experts:
-            continue
-        weight, column = np.float32(weights[k]) / np.float32(LEVELS * LEVELS), trail.columns[layer, ids[k]]
-        for row in range(size):
-            scores[row] += weight * np.float32(column[row])
+    for start in range(0, size, _TILE):
+        tile = scores[start : min(size, start + _TILE)]
+        for k in range(len(ids)):
+            if ids[k] >= experts:
+                continue
+            weight = np.float32(weights[k]) / np.float32(LEVELS * LEVELS)
+            column = trail.columns[layer, ids[k], start : start + len(tile)]
+            for i in range(len(tile)):
+                tile[i] += weight * np.float32(column[i])
 
 
 @compiled_as(_overlap_loop)
@@ -74,29 +83,30 @@ def overlap(trail: Trail, size: int, layer: int, ids: Ids, weights: Ids, scores:
 
 
 def _nearest_loop(size: int, search: Search) -> int:
-    scores, rows, top = search
-    most, count = len(rows), 0
+    scores, rows, top, _, _ = search
+    most, count, floor = len(rows), 0, np.float32(-np.inf)
     for start in range(0, size, _BLOCK):
-        end = min(size, start + _BLOCK)
-        if count == most:
-            near = 0
-            for row in range(start, end):
-                near += scores[row] > top[most - 1]
-            if near == 0:
+        block = scores[start : min(size, start + _BLOCK)]
+        near = np.int32(0)
+        for i in range(len(block)):  # without a branch, so that it becomes a few wide instructions
+            near += np.int32(block[i] > floor)
+        if near == 0:
+            continue
+        for i in range(len(block)):
+            score = block[i]
+            if not score > floor:
                 continue
-        for row in range(start, end):
-            score = scores[row]
             if count < most:
                 place = count
                 count += 1
-            elif score > top[most - 1]:
-                place = most - 1
             else:
-                continue
+                place = most - 1
             while place > 0 and top[place - 1] < score:
                 top[place], rows[place] = top[place - 1], rows[place - 1]
                 place -= 1
-            top[place], rows[place] = score, row
+            top[place], rows[place] = score, start + i
+            if count == most:
+                floor = top[most - 1]
     return count
 
 
@@ -110,23 +120,31 @@ def nearest(size: int, search: Search) -> int:
 
 
 @kernel
-def expect(
-    trail: Trail, constants: Constants, count: int, now: int, search: Search, frequency: Scores, chances: Scores
-) -> None:
+def add_row(trail: Trail, row: int, weight: float, first: int, told: Scores) -> None:
+    """Adds `weight` to what the row used, in `told` `[L, E]`, from layer `first` on."""
+    layers, experts = told.shape
+    for layer in range(first, layers):
+        for k in range(trail.ids.shape[2]):
+            expert = trail.ids[row, layer, k]
+            if expert < experts:
+                told[layer, expert] += weight
+
+
+@kernel
+def expect(trail: Trail, constants: Constants, count: int, now: int, search: Search) -> None:
     """What `count` neighbours say of this iteration and the next ones, shrunk towards the request's own frequencies.
 
-    With `u = softmax(score / temperature)` over the rows whose j-th successor is known, `m = 1 / sum(u^2)` of them
-    in effect: `p_j = (m * sum(u_s * [e in (s + j)(l)]) + c * frequency) / (m + c)`, c = 1, from j = 2 on 2.
+    With `u_s = exp(S(s) / temperature)` over the rows s whose j-th successor is known, scaled to a sum of 1, and
+    `m = 1 / sum(u^2)` of them in effect:
+    `p_j = (m * sum(u_s * [e in the successor]) + c * frequency) / (m + c)`, c = 1, and 2 from j = 2 on.
 
     Args:
-        now: the last layer that is known, or -1.
-        frequency: `[L, E]`.
-        chances: `[horizon + 1, L, E]`, filled in; of this iteration, [0], only the layers after `now`.
+        now: the last layer that is known, or -1. Of this iteration only the chances of the layers after it are told.
     """
-    horizon, layers, experts = chances.shape
-    active = trail.ids.shape[2]
+    frequency, chances = search.frequency, search.chances
+    layers, experts = frequency.shape
     at = search.rows[:count].copy()
-    for j in range(horizon):
+    for j in range(len(chances)):
         first = now + 1 if j == 0 else 0
         temperature = constants.sharpness if j == 0 else constants.later
         prior = 1.0 if j <= 1 else 2.0
@@ -136,46 +154,43 @@ def expect(
         for i in range(count):
             if j > 0 and at[i] != NOBODY:
                 at[i] = trail.after[at[i]]
-            row = at[i]
-            if row == NOBODY:
+            if at[i] == NOBODY:
                 continue
             if total == 0.0:
-                best = search.top[i]  # of those that know; far from it all would be 0
+                best = search.top[i]  # so that the best of those that know weighs 1, and not next to nothing
             u = np.exp((search.top[i] - best) / temperature)
             total += u
             squares += u * u
-            for layer in range(first, layers):
-                for k in range(active):
-                    expert = trail.ids[row, layer, k]
-                    if expert < experts:
-                        told[layer, expert] += u
+            add_row(trail, at[i], u, first, told)
         effective = total * total / squares if total > 0.0 else 0.0
         share = effective / total if total > 0.0 else 0.0
         for layer in range(first, layers):
             for expert in range(experts):
-                told[layer, expert] = (share * told[layer, expert] + prior * frequency[layer, expert]) / (
-                    effective + prior
-                )
+                known = share * told[layer, expert] + prior * frequency[layer, expert]
+                told[layer, expert] = known / (effective + prior)
 
 
 @kernel
-def begin_search(
-    trail: Trail, size: int, token: int, constants: Constants, search: Search, frequency: Scores, chances: Scores
-) -> None:
-    """An iteration begins: `carry`, and what is expected of it."""
+def begin_search(trail: Trail, size: int, token: int, constants: Constants, search: Search) -> None:
+    """An iteration begins with this input token: `carry`, and what is expected of it."""
     previous = search.scores[:size].copy()
     carry(trail, size, token, constants, previous, search.scores)
-    expect(trail, constants, nearest(size, search), -1, search, frequency, chances)
+    expect(trail, constants, nearest(size, search), -1, search)
 
 
 @kernel
 def extend_search(
-    trail: Trail, size: int, layer: int, gates: Floats, executed: npt.NDArray[np.bool_], constants: Constants,
-    search: Search, frequency: Scores, chances: Scores,
-) -> None:  # fmt: skip
+    trail: Trail,
+    size: int,
+    layer: int,
+    gates: Floats,
+    executed: npt.NDArray[np.bool_],
+    constants: Constants,
+    search: Search,
+) -> None:
     """One more layer is known, `gates` and `executed` `[E]`: `overlap`, and what is expected now."""
     active = trail.ids.shape[2]
     ids, weights = np.empty(active, trail.ids.dtype), np.empty(active, np.uint8)
     imprint(gates, executed, ids, weights)
     overlap(trail, size, layer, ids, weights, search.scores)
-    expect(trail, constants, nearest(size, search), layer, search, frequency, chances)
+    expect(trail, constants, nearest(size, search), layer, search)

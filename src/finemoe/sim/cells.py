@@ -135,7 +135,8 @@ def run_cell(trace: str, config: SimulateConfig, cell: Cell, progress: Callable[
         ready_first=not config.no_ready_first, tokens_per_unit=config.tokens_per_unit,
     )  # fmt: skip
     outcome = Replay(schedule, subject.evidence, policy, machine, jit).run(progress)
-    emulated = f"lookahead, recall {config.gate_recall}" if "lookahead" in policy.needs and config.gate_recall else None
+    emulates = config.gate_recall is not None and "lookahead" in policy.needs | policy.uses
+    emulated = f"lookahead, recall {config.gate_recall}" if emulates else None
     return summarise(cell, capacity, outcome, emulated)
 
 

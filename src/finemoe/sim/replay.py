@@ -127,14 +127,15 @@ class Replay:
 
     def _run(self, progress: Progress) -> None:
         schedule, policy, world = self.schedule, self.policy, self.world
+        seen = policy.needs | policy.uses
         pass_time_, serve_, check_laws_ = self._jit(pass_time), self._jit(serve), self._jit(check_laws)
         layers = schedule.layers
         bounds = schedule.ptr.tolist()
         offsets = [layer * schedule.experts for layer in range(layers)]
         for iteration in range(len(schedule)):
             begin, half = float(world.clock[NOW]), 0.5 * float(self.scales[iteration])
-            gates = self.evidence.gates(schedule, iteration) if "gates" in policy.needs | policy.uses else None
-            lookahead = self.evidence.lookahead(schedule, iteration) if "lookahead" in policy.needs else None
+            gates = self.evidence.gates(schedule, iteration) if "gates" in seen else None
+            lookahead = self.evidence.lookahead(schedule, iteration) if "lookahead" in seen else None
             policy.begin(self.evidence.steps(schedule, iteration))
             pass_time_(world, half)
             for layer in range(layers):
