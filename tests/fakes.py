@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import pairwise
 
 from finemoe.types import ExpertId, ExpertSource, Landed, Run, Withdrawn
@@ -100,7 +100,9 @@ class ManualTransfer:
         if self.when_idle is not None and not self.in_flight:
             self.when_idle()
 
-    def poll(self) -> list[Landed]:
+    def poll(self, which: Container[ExpertId] | None = None) -> list[Landed]:
+        if which is not None:
+            return []
         if self._outcomes:
             outcomes, self._outcomes = self._outcomes, []
             return outcomes

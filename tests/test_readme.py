@@ -33,6 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     make_chat_model(folder / "my-model")
     (folder / "questions.txt").write_text("Hello\n/stats\n")
+    (folder / "prompts.jsonl").write_text('{"question": "Why?"}\n{"question": "Who?"}\n')
     return folder
 
 

@@ -84,7 +84,14 @@ class LoadConfig:
     expert_memory: str = field(
         default="25%", metadata={"help": "hard limit for resident experts: bytes (2GiB), a share (25%) or all"}
     )
-    policy: str = field(default="lfru", metadata={"help": "what to keep and what to fetch: lru, lfu or lfru"})
+    policy: str = field(
+        default="lfru",
+        metadata={
+            "help": "what to keep and fetch: lru, lfu, lfru; published systems: deepspeed, mixtral-offloading, "
+            "moe-infinity, promoe, expert-map"
+        },
+    )
+    predictors: str | None = field(default=None, metadata={"help": "what finemoe trace train wrote, for promoe"})
     io: Literal["auto", "direct", "buffered"] = field(
         default="auto", metadata={"help": "how experts are read; direct bypasses the page cache, auto does if it can"}
     )

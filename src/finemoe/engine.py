@@ -130,11 +130,10 @@ class Engine:
                     self.transfer.hasten(needed)
                 else:
                     self.counters.misses += 1
-            plan = self.controller.routed(event)
+            self._execute(self.controller.routed(event))
             for expert in self._prefetching:
                 if not self.controller.still_wanted(expert) or self.controller.short_of_slots:
                     self.transfer.withdraw(expert)
-            self._execute(plan)
             ready.extend(self._settle(self.transfer.poll(), pending))
         self.transfer.nudge()
         return ready
@@ -142,6 +141,7 @@ class Engine:
     def _prefetch(self) -> None:
         """The link is idle. Called by the transfer, from a thread of its own."""
         with self._lock:
+            self._settle(self.transfer.poll(self._prefetching), {})
             fetch = self.controller.prefetch()
             if fetch is not None:
                 self._prefetching[fetch.expert] = None

@@ -29,3 +29,7 @@ class ExpertReadError(FinemoeError, OSError):
 
 class InvariantError(FinemoeError, RuntimeError):
     """An internal rule of the expert pool was broken. Raised instead of ever computing with a wrong weight."""
+
+
+class TraceError(FinemoeError):
+    """A recorded trace is missing, damaged, of another version, or does not hold what was asked of it."""

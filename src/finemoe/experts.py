@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that torch users know
@@ -26,6 +28,8 @@ from finemoe.types import Routed
 IMPLEMENTATION = "finemoe"
 HANDLE = "finemoe_layer"  # the attribute of an experts module that holds its ExpertLayer
 Accumulator = Literal["hidden", "weights", "float32"]
+Floats = npt.NDArray[np.float32]
+Listen = Callable[[Tensor, Tensor], tuple[Floats | None, Floats | None]]  # ids, weights -> gates, lookahead
 ACCUMULATORS: tuple[Accumulator, ...] = ("hidden", "weights", "float32")
 
 
@@ -47,6 +51,8 @@ class ExpertLayer:
         self.layer = layer
         self.layout = layout
         self.accumulator: Accumulator | None = None  # None: the twin
+        self.listen: Listen | None = None  # set where the policy wants to know what the gate said
+        self._said: tuple[Floats | None, Floats | None] = None, None
         self._lock = lock
         self._dtypes = dtypes
         self._views: dict[int, dict[str, Tensor]] = {}
@@ -60,6 +66,8 @@ class ExpertLayer:
             if self.engine is None:
                 raise FinemoeError("this model was closed: its experts are gone; load it again")
             self.engine.counters.layer_calls += 1
+            if self.listen is not None:
+                self._said = self.listen(index, weights)
             if self.accumulator is None:
                 return run_twin(self, module, hidden, index, weights)
             return run_ready_first(self, module, hidden, index, weights, self.accumulator)
@@ -67,7 +75,7 @@ class ExpertLayer:
     def serve(self, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
         """`Engine.serve` for this layer."""
         assert self.engine is not None
-        return self.engine.serve(Routed(self.layer, experts))
+        return self.engine.serve(Routed(self.layer, experts, *self._said))
 
     def parameters(self, slot: int) -> dict[str, Tensor]:
         """One expert's parameters by name, out of its slot; without a copy wherever the checkpoint's layout allows."""

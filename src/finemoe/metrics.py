@@ -48,6 +48,9 @@ class Stats:
     late: int
     misses: int
     evictions: int
+    prefetched: int  # fetches begun before they were needed
+    prefetched_used: int  # of these, needed later, complete or not
+    wasted: int  # of these, evicted or withdrawn without having been needed
     bytes_read: int
     stall_s: float
     stalled_bytes: int
@@ -69,7 +72,17 @@ class Stats:
     def miss_rate(self) -> float:
         return _share(self.misses, self.accesses)
 
-    def as_dict(self) -> dict[str, str | int | float]:
+    @property
+    def precision(self) -> float | None:
+        """Prefetched and used / prefetched; `None` without a prefetch."""
+        return self.prefetched_used / self.prefetched if self.prefetched else None
+
+    def as_dict(self) -> dict[str, str | int | float | None]:
         """All fields and rates, ready for JSON."""
-        rates = {"hit_rate": self.hit_rate, "late_rate": self.late_rate, "miss_rate": self.miss_rate}
+        rates: dict[str, float | None] = {
+            "hit_rate": self.hit_rate,
+            "late_rate": self.late_rate,
+            "miss_rate": self.miss_rate,
+        }
+        rates |= {"precision": self.precision}
         return asdict(self) | {"accesses": self.accesses} | rates

@@ -80,6 +80,13 @@ class _Stream(TextStreamer):
             self._on_text(text)
 
 
+def sampling_options(config: GenerateConfig) -> dict[str, Any]:
+    """What `generate` is to be told: greedy unless there is a temperature, whatever the model's own defaults are."""
+    if config.temperature > 0:
+        return {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
 class Session:
     """A model and its tokenizer.
 
@@ -129,10 +136,8 @@ class Session:
         ids = self.prompt_ids(prompt, raw=config.raw)
         if not ids.shape[1]:
             raise ConfigError("PROMPT: is empty; there is nothing to continue")
-        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if config.temperature > 0:
             torch.manual_seed(config.seed)
-            sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
         self.model.finemoe.reset_stats()
         with ExitStack() as prefill:
             if progress:
@@ -144,8 +149,8 @@ class Session:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=config.max_new_tokens,
                 streamer=stream,
-                pad_token_id=self._pad_token_id(),
-                **sampling,
+                pad_token_id=self.pad_token_id(),
+                **sampling_options(config),
             )
             total_s = time.perf_counter() - start_s
         new = output[0, ids.shape[1] :].tolist()
@@ -161,7 +166,7 @@ class Session:
             stats=self.model.finemoe.stats(),
         )
 
-    def _pad_token_id(self) -> int | None:
+    def pad_token_id(self) -> int | None:
         """Any id will do for one prompt; naming one keeps transformers from warning that it chose."""
         end = self.model.generation_config.eos_token_id
         own = self.tokenizer.pad_token_id

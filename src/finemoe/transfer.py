@@ -10,7 +10,7 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 from finemoe.store.disk import CHUNK_BYTES
@@ -36,7 +36,7 @@ class _Chunk:
 
 
 class ReaderThreads:
-    """A `Transfer` that reads with `threads` threads. `submit`, `poll` and `wait` belong to one consumer thread."""
+    """A `Transfer` that reads with `threads` threads. `wait` belongs to one consumer thread."""
 
     def __init__(self, source: ExpertSource, threads: int = 4, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._source = source
@@ -124,12 +124,12 @@ class ReaderThreads:
                 self._ask = True
                 self._work.notify()
 
-    def poll(self) -> list[Landed]:
-        """What has landed since the last call. Never blocks."""
+    def poll(self, which: Container[ExpertId] | None = None) -> list[Landed]:
+        """What has landed and was not reported yet, of `which` alone if given. Never blocks."""
         if not self._landed and self._fault is None:
             return []
         with self._lock:
-            return self._take()
+            return self._take(which)
 
     def wait(self) -> list[Landed]:
         """What has landed since the last call; blocks until that is at least one.
@@ -175,11 +175,12 @@ class ReaderThreads:
         for thread in self._threads:
             thread.join()
 
-    def _take(self) -> list[Landed]:
-        if self._fault is not None:
+    def _take(self, which: Container[ExpertId] | None = None) -> list[Landed]:
+        if self._fault is not None and which is None:
             fault, self._fault = self._fault, None
             raise fault
-        landed, self._landed = self._landed, []
+        landed = [each for each in self._landed if which is None or each.expert in which]
+        self._landed = [each for each in self._landed if which is not None and each.expert not in which]
         self._under_way -= len(landed)
         return landed
 

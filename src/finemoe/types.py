@@ -7,7 +7,7 @@ Units live in names: `_bytes`, `_s`, `_ms`, `_tok_s`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -139,8 +139,8 @@ class Transfer(Protocol):
     def nudge(self) -> None:
         """What is worth prefetching may have changed: ask `when_idle` again."""
 
-    def poll(self) -> list[Landed]:
-        """What has landed since the last call. Never blocks."""
+    def poll(self, which: Container[ExpertId] | None = None) -> list[Landed]:
+        """What has landed and was not reported yet, of `which` alone if given. Never blocks."""
 
     def wait(self) -> list[Landed]:
         """Like `poll`, but blocks until there is at least one. Must not be called with nothing in flight."""

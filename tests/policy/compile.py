@@ -1,24 +1,13 @@
-"""Compiles kernels the way the simulator does, without the simulator."""
+"""Compiles kernels the way the simulator does."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
-import numba
-
-from finemoe.policy.kernel import KERNELS
+from finemoe.compiled import compiler
 
 
-@cache
-def _let_kernels_call_kernels() -> None:
-    for function in KERNELS:
-        numba.extending.register_jitable(function)
-
-
-@cache
 def compiled(function: Callable[..., Any]) -> Any:
     """A `Jit`."""
-    _let_kernels_call_kernels()
-    return numba.njit(function)
+    return compiler()(function)

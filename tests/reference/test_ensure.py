@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from finemoe.reference import ReferenceModelError, default_cache_dir, wheel
+from finemoe.folders import user_cache
+from finemoe.reference import ReferenceModelError, wheel
 from finemoe.reference import cache as cache_module
 from finemoe.reference.bundle import Bundle
 from finemoe.reference.cache import ensure_from, folder_name
@@ -146,11 +147,11 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("FINEMOE_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert default_cache_dir() == tmp_path / ".cache" / "finemoe"
+    assert user_cache() == tmp_path / ".cache" / "finemoe"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert default_cache_dir() == tmp_path / "x" / "finemoe"
+    assert user_cache() == tmp_path / "x" / "finemoe"
     monkeypatch.setenv("FINEMOE_CACHE", str(tmp_path / "own"))
-    assert default_cache_dir() == tmp_path / "own"
+    assert user_cache() == tmp_path / "own"
 
 
 def test_the_hub_is_not_asked_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

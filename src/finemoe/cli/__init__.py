@@ -17,6 +17,9 @@ COMMANDS = {
     "chat": "talk to a model in the terminal",
     "inspect": "show a model's layers, experts and bytes, from headers only",
     "plan": "say which budgets fit this machine, and how fast they would be",
+    "record": "run prompts and record what the routers choose",
+    "trace": "import, describe, show and measure recorded routing",
+    "simulate": "replay recorded routing under a modelled link, policy by policy",
     "bench": "measure against transformers, resident and with its own disk offload",
 }
 INTERRUPTED = 130

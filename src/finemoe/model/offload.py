@@ -13,6 +13,7 @@ from finemoe.engine import Engine
 from finemoe.errors import FinemoeError
 from finemoe.experts import ExpertLayer
 from finemoe.metrics import Stats
+from finemoe.policy.book import PREFETCHED, PREFETCHED_USED, WASTED
 from finemoe.store import DiskStore, peak_rss_bytes
 
 
@@ -41,7 +42,7 @@ class Offload:
 
     def stats(self) -> Stats:
         """What happened since loading, or since `reset_stats`."""
-        counters, pool = self._engine.counters, self._engine.pool
+        counters, pool, tally = self._engine.counters, self._engine.pool, self._engine.controller.book.tally
         return Stats(
             model=self.checkpoint.name,
             policy=self.policy,
@@ -57,6 +58,9 @@ class Offload:
             late=counters.late,
             misses=counters.misses,
             evictions=counters.evictions,
+            prefetched=int(tally[PREFETCHED]),
+            prefetched_used=int(tally[PREFETCHED_USED]),
+            wasted=int(tally[WASTED]),
             bytes_read=self._engine.transfer.moved_bytes - self._read_before,
             stall_s=counters.stall_s,
             stalled_bytes=counters.stalled_bytes,
@@ -66,6 +70,7 @@ class Offload:
     def reset_stats(self) -> None:
         """Start counting anew; what is resident stays."""
         self._engine.counters.reset()
+        self._engine.controller.book.tally[:] = 0
         self._read_before = self._engine.transfer.moved_bytes
 
     def evict_all(self) -> None:

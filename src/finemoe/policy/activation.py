@@ -108,6 +108,7 @@ class Activation(Policy):
         jit: compiles the search.
     """
 
+    uses = frozenset({"gates"})
     prefetches = True
     compiles = True
     margin = 0.0

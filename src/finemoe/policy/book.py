@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from finemoe.policy.kernel import kernel
+from finemoe.policy.kernel import compiled_as, kernel
 
 Scores = npt.NDArray[np.float64]
 
@@ -44,7 +44,17 @@ def make_book(layers: int, experts: int, capacity: int, devices: int = 1) -> Boo
     )
 
 
-@kernel
+def _least_worthy_loop(book: Book, worth: Scores, device: int) -> int:
+    victim = NONE
+    for expert in range(len(worth)):
+        if book.status[expert] != RESIDENT or book.pinned[expert] or book.device[expert] != device:
+            continue
+        if victim == NONE or worth[expert] < worth[victim]:
+            victim = expert
+    return victim
+
+
+@compiled_as(_least_worthy_loop)
 def least_worthy(book: Book, worth: Scores, device: int) -> int:
     """The resident of lowest worth that nothing needs now (ties: the lowest index), or `NONE`."""
     may_go = (book.status == RESIDENT) & ~book.pinned & (book.device == device)
@@ -101,16 +111,33 @@ def give_up(book: Book, expert: int) -> None:
         book.tally[WASTED] += 1
 
 
+def _most_wanted_loop(book: Book, want: Scores, device: int) -> int:
+    best = NONE
+    for expert in range(len(want)):
+        if not want[expert] > 0 or book.status[expert] != ABSENT or book.device[expert] != device:
+            continue
+        if best == NONE or want[expert] > want[best]:
+            best = expert
+    return best
+
+
+@compiled_as(_most_wanted_loop)
+def most_wanted(book: Book, want: Scores, device: int) -> int:
+    """The absent expert that is wanted most (ties: the lowest index), or `NONE` if none is wanted."""
+    candidates = (book.status == ABSENT) & (want > 0) & (book.device == device)
+    best = int(np.where(candidates, want, -np.inf).argmax())
+    return best if candidates[best] else NONE
+
+
 @kernel
 def choose_prefetch(book: Book, worth: Scores, want: Scores, margin: float, device: int) -> int:
-    """The absent expert that is wanted most (`want` above 0), or `NONE`. Changes nothing.
+    """The absent expert that is wanted most (`want` above 0; it may be empty), or `NONE`. Changes nothing.
 
     It must be worth its victim: wanted by more than `margin` above the victim's worth. With a margin of `-inf` the two
     scores are not comparable; then it must only be wanted more than its victim is.
     """
-    candidates = (book.status == ABSENT) & (want > 0) & (book.device == device)
-    best = int(np.where(candidates, want, -np.inf).argmax())
-    if not candidates[best]:
+    best = most_wanted(book, want, device) if len(want) else NONE
+    if best == NONE:
         return NONE
     if book.room[device] > 0:
         return best

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from finemoe.policy.base import Policy
-from finemoe.policy.cache import NEXT_USE, make_ranking, visit
-from finemoe.policy.kernel import kernel
+from finemoe.policy.cache import NEXT_USE, OnDemand, visit
+from finemoe.policy.kernel import Jit, interpreted, kernel
 from finemoe.types import Routed
 
 NEVER = 1 << 40  # instead of an event's index: not needed again. A float64 tells events below it apart
@@ -45,15 +45,21 @@ def uses(
             first_use[expert] = event
 
 
-def foresee(layers: int, experts: int, ptr: npt.NDArray[np.int64], accesses: npt.NDArray[np.int64]) -> Future:
-    """The future of a trace, for `accesses` as in `uses`. The simulator may compile `uses` and call it instead."""
+def foresee(
+    layers: int,
+    experts: int,
+    ptr: npt.NDArray[np.int64],
+    accesses: npt.NDArray[np.int64],
+    jit: Jit[Any] = interpreted,
+) -> Future:
+    """The future of a trace, for `accesses` as in `uses`."""
     next_use = np.empty(len(accesses), np.int64)
     first_use = np.full(layers * experts, NEVER, np.int64)
-    uses(ptr, accesses, next_use, first_use)
+    jit(uses)(ptr, accesses, next_use, first_use)
     return Future(ptr, next_use, first_use.reshape(layers, experts))
 
 
-class Belady(Policy):
+class Belady(OnDemand):
     """MIN: on demand only, and what is needed latest goes first. No cache without prefetch misses less often.
 
     Source: L. A. Belady, IBM Systems Journal 5(2), 1966. Event-atomic: all experts that a layer needs in an iteration
@@ -67,13 +73,13 @@ class Belady(Policy):
     """
 
     clairvoyant = True
+    kind = NEXT_USE
 
     def __init__(self, layers: int, experts: int, future: Future) -> None:
         super().__init__(layers, experts)
         self.future = future
+        self.next_use = future.next_use
         self.event = 0
-        self.ranking = make_ranking(layers, experts)
-        self.worth = self.ranking.worth
 
     def routed(self, event: Routed) -> None:
         ptr, next_use, _ = self.future

@@ -79,6 +79,7 @@ class OnDemand(Policy):
 
     kind = RECENCY
     decay = 1.0
+    next_use = _NO_FUTURE  # only of a ranking that knows it
 
     def __init__(self, layers: int, experts: int) -> None:
         super().__init__(layers, experts)

@@ -121,10 +121,11 @@ class Controller:
 
     def clear(self) -> None:
         """The pool was emptied (after an error or Ctrl-C): nothing is resident, in flight or needed any more."""
-        devices = len(self.book.room)
-        for held, empty in zip(self.book, make_book(1, len(self.book.status), self.capacity, devices), strict=True):
-            if held is not self.book.tally:
-                held[:] = empty
+        book = self.book
+        book.status[:] = ABSENT
+        book.pinned[:] = False
+        book.fresh[:] = False
+        book.room[:] = make_book(1, 1, self.capacity, len(book.room)).room
         self._waiting.clear()
 
     def is_resident(self, expert: ExpertId) -> bool:

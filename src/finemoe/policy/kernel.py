@@ -12,13 +12,27 @@ from typing import Any, TypeVar
 F = TypeVar("F", bound=Callable[..., Any])
 Jit = Callable[[F], F]
 
-KERNELS: list[Callable[..., Any]] = []
+KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {}  # what is called -> what is compiled in its place
 
 
 def kernel(function: F) -> F:
     """Marks a function that compiled code may call. It stays what it is."""
-    KERNELS.append(function)
+    KERNELS[function] = function
     return function
+
+
+def compiled_as(loop: F) -> Callable[[F], F]:
+    """Like `kernel`, for one that numpy does best while interpreted, and a loop once compiled.
+
+    Args:
+        loop: does the same; it is compiled wherever the marked function is called from compiled code.
+    """
+
+    def mark(function: F) -> F:
+        KERNELS[function] = loop
+        return function
+
+    return mark
 
 
 def interpreted(function: F) -> F:

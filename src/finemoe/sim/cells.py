@@ -1,0 +1,225 @@
+"""Runs the cells of a table, several at a time, each in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finemoe.compiled import compiler
+from finemoe.errors import ConfigError
+from finemoe.policy import BOUNDS, FACTORIES, Policy, foresee, make_policy
+from finemoe.sim.config import SimulateConfig
+from finemoe.sim.evidence import Evidence
+from finemoe.sim.replay import Machine, Outcome, Replay
+from finemoe.sim.schedule import Schedule, make_schedule
+from finemoe.trace import Trace, TraceHeader, open_trace, split
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One policy under one budget and one link."""
+
+    policy: str
+    expert_memory: float  # share of all routed experts
+    link_ratio: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell's result. An access is one distinct expert needed by one layer of one iteration.
+
+    Times are per layer and in units of one layer's compute for one token, half of it before the gate and half after;
+    `link_ratio` is the time to move one expert in the same unit. Rates are of all accesses; `precision` is prefetched
+    and used / prefetched, `None` without a prefetch. `wasted` counts what was prefetched and evicted, or given up,
+    unused. `emulated` names what was made up from the truth, and how. Percentiles are of whole iterations, per layer.
+    """
+
+    policy: str
+    expert_memory: float
+    link_ratio: float
+    capacity: int
+    iterations: int
+    hit_rate: float
+    late_rate: float
+    miss_rate: float
+    stall_per_layer: float
+    time_per_layer: float
+    time_per_layer_p50: float
+    time_per_layer_p95: float
+    time_per_layer_p99: float
+    transfers_per_layer: float
+    wasted_per_layer: float
+    precision: float | None
+    link_busy: float
+    emulated: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+def runnable(config: SimulateConfig, header: TraceHeader) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The policies that this trace has enough for, and why the others are left out."""
+    recorded = set(header.fields) | ({"gates"} if {"probs", "weights"} & set(header.fields) else set())
+    if config.gate_recall is not None:
+        recorded.add("lookahead")
+    if config.predictors is not None:
+        recorded.add("predictors")
+    ways = {
+        "lookahead": "--gate-recall emulates it",
+        "predictors": "train them with finemoe trace train, and give --predictors",
+    }
+    left_out = {}
+    for name in config.policies:
+        missing = sorted((FACTORIES | BOUNDS)[name].needs - recorded)
+        if missing:
+            hints = "; ".join(ways[field] for field in missing if field in ways)
+            left_out[name] = f"this trace has no {' and no '.join(missing)}{f' ({hints})' if hints else ''}"
+    return tuple(name for name in config.policies if name not in left_out), left_out
+
+
+def run_cells(
+    trace: str, config: SimulateConfig, cells: Sequence[Cell], progress: Callable[[int], None]
+) -> Iterator[Row]:
+    """Runs all cells; yields rows as they are done.
+
+    Args:
+        progress: told of iterations replayed.
+    """
+    workers = min(config.workers or _cores(), len(cells))
+    if workers == 1:
+        for cell in cells:
+            yield run_cell(trace, config, cell, progress)
+        return
+    compiler()  # imports numba here once, so that a missing one is one error and not one per process
+    context = multiprocessing.get_context("spawn")
+    told = context.SimpleQueue()
+    with ProcessPoolExecutor(workers, context, initializer=_tell, initargs=(told,)) as pool:
+        pending: set[Future[Row]] = {pool.submit(_run, trace, config, cell) for cell in cells}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                while not told.empty():
+                    progress(told.get())
+                for future in done:
+                    yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def run_cell(trace: str, config: SimulateConfig, cell: Cell, progress: Callable[[int], None] = lambda _: None) -> Row:
+    """Runs one cell in this process."""
+    subject = _subject(trace, config)
+    header, schedule = subject.trace.header, subject.schedule
+    total = header.layers * header.experts
+    capacity = int(cell.expert_memory * total + 1e-9)
+    if capacity < config.devices:
+        raise ConfigError(f"--expert-memory: {cell.expert_memory:.1%} of {total} experts are no slot for each device")
+    jit = compiler()
+    options = subject.options(cell.policy)
+    policy = make_policy(cell.policy, header.layers, header.experts, jit=jit, **options)
+    if type(policy).learn is not Policy.learn:
+        for recorded in subject.store.recorded(subject.stored):
+            policy.learn(recorded)
+    machine = Machine(
+        capacity=capacity, link_ratio=cell.link_ratio, devices=config.devices, chunks=config.chunks,
+        ready_first=not config.no_ready_first, tokens_per_unit=config.tokens_per_unit,
+    )  # fmt: skip
+    outcome = Replay(schedule, subject.evidence, policy, machine, jit).run(progress)
+    emulated = f"lookahead, recall {config.gate_recall}" if "lookahead" in policy.needs and config.gate_recall else None
+    return summarise(cell, capacity, outcome, emulated)
+
+
+def summarise(cell: Cell, capacity: int, outcome: Outcome, emulated: str | None) -> Row:
+    """From counts to rates."""
+    accesses = max(1, outcome.hits + outcome.late + outcome.misses)
+    layers = max(1, outcome.iterations * outcome.layers)
+    p50, p95, p99 = np.percentile(outcome.iteration_times, (50, 95, 99)) / outcome.layers
+    return Row(
+        policy=cell.policy, expert_memory=cell.expert_memory, link_ratio=cell.link_ratio, capacity=capacity,
+        iterations=outcome.iterations, hit_rate=outcome.hits / accesses, late_rate=outcome.late / accesses,
+        miss_rate=outcome.misses / accesses, stall_per_layer=outcome.stall / layers,
+        time_per_layer=outcome.total / layers, time_per_layer_p50=float(p50), time_per_layer_p95=float(p95),
+        time_per_layer_p99=float(p99),
+        transfers_per_layer=(outcome.misses + outcome.prefetched) / layers,
+        wasted_per_layer=outcome.wasted / layers,
+        precision=outcome.prefetched_used / outcome.prefetched if outcome.prefetched else None,
+        link_busy=outcome.moved / outcome.total if outcome.total else 0.0,
+        emulated=emulated,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Subject:
+    """What all cells of a configuration share."""
+
+    trace: Trace
+    evidence: Evidence
+    schedule: Schedule
+    store: Evidence
+    stored: Sequence[int]
+    config: SimulateConfig
+
+    def options(self, policy: str) -> dict[str, Any]:
+        """What a policy is made with beyond the shape."""
+        kind = (FACTORIES | BOUNDS)[policy]
+        options: dict[str, Any] = {}
+        if kind.clairvoyant:
+            schedule = self.schedule
+            options["future"] = foresee(schedule.layers, schedule.experts, schedule.ptr, schedule.needs, compiler())
+        if "predictors" in kind.needs:
+            from finemoe.predictors import load
+
+            assert self.config.predictors is not None
+            header = self.trace.header
+            options["predictors"] = load(Path(self.config.predictors), header.fingerprint or header.model)
+        return options
+
+
+@cache
+def _subject(path: str, config: SimulateConfig) -> _Subject:
+    jit = compiler()
+    trace = open_trace(path)
+    evidence = Evidence(trace, config.gate_recall, config.seed, jit)
+    if config.store is not None:
+        store_trace = open_trace(config.store)
+        _, replayed = split(len(trace), 0.0, config.seed)
+        store, stored = Evidence(store_trace, jit=jit), list(range(len(store_trace)))
+        if (store_trace.header.layers, store_trace.header.experts) != (trace.header.layers, trace.header.experts):
+            raise ConfigError(f"--store: {config.store} has another shape than {path}")
+    else:
+        kept, replayed = split(len(trace), config.store_split, config.seed)
+        store, stored = evidence, kept.tolist()
+    chosen = replayed.tolist()[: config.requests]
+    schedule = make_schedule(trace, chosen, config.interleave, jit)
+    return _Subject(trace, evidence, schedule, store, stored, config)
+
+
+def count_iterations(trace: str, config: SimulateConfig) -> int:
+    """Of one cell; each cell of a configuration has as many."""
+    return len(_subject(trace, config).schedule)
+
+
+_told: Any = None
+
+
+def _tell(queue: Any) -> None:
+    global _told  # noqa: PLW0603 - a worker process has one parent
+    _told = queue
+
+
+def _run(trace: str, config: SimulateConfig, cell: Cell) -> Row:
+    return run_cell(trace, config, cell, _told.put)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

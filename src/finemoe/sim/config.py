@@ -1,0 +1,124 @@
+"""Settings of a simulation. The CLI's flags are generated from these fields, so names and defaults stand once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from finemoe.config import parse_budget
+from finemoe.errors import BudgetError, ConfigError
+from finemoe.policy import BOUNDS, POLICIES
+from finemoe.sim.presets import HARDWARE, SHAPES
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SimulateConfig:
+    """Which cells to replay, and on what modelled machine."""
+
+    policy: str = field(default="lru,lfu,lfru", metadata={"help": "policies, separated by commas, or all"})
+    expert_memory: str = field(
+        default="25%", metadata={"help": "expert memory, as shares of all routed experts, separated by commas"}
+    )
+    link_ratio: str | None = field(
+        default=None,
+        metadata={"help": "time to move one expert / time of one layer's compute, separated by commas (default: 1)"},
+    )
+    hardware: str | None = field(
+        default=None, metadata={"help": f"instead of --link-ratio, with --shape: {', '.join(HARDWARE)}, or this disk"}
+    )
+    shape: str | None = field(default=None, metadata={"help": f"the model's shape: {', '.join(SHAPES)}"})
+    store_split: float = field(
+        default=0.7, metadata={"help": "share of the requests, shuffled by the seed, that policies learn from"}
+    )
+    store: str | None = field(
+        default=None, metadata={"help": "a trace to learn from instead; then all of TRACE is replayed"}
+    )
+    requests: int | None = field(default=None, metadata={"help": "replay only so many requests"})
+    interleave: int = field(default=1, metadata={"help": "requests that run at the same time"})
+    seed: int = field(default=0, metadata={"help": "of the split, of the order of requests and of emulations"})
+    devices: int = field(default=1, metadata={"help": "devices, each with a link of its own and a part of the memory"})
+    chunks: int = field(default=16, metadata={"help": "pieces of a transfer; a prefetch gives way between two"})
+    no_ready_first: bool = field(
+        default=False, metadata={"help": "a layer waits for all of its experts before it computes any"}
+    )
+    tokens_per_unit: int = field(
+        default=64, metadata={"help": "a layer computes so many tokens in the time of one; more take longer"}
+    )
+    gate_recall: float | None = field(
+        default=None,
+        metadata={"help": "emulate gate lookahead from the truth, this share of it right; marked in the output"},
+    )
+    predictors: str | None = field(default=None, metadata={"help": "what finemoe trace train wrote, for promoe"})
+    workers: int | None = field(default=None, metadata={"help": "processes (default: one per core)"})
+
+    def __post_init__(self) -> None:
+        _ = self.policies, self.shares, self.link_ratios
+        if not 0 <= self.store_split < 1:
+            raise ConfigError(f"--store-split: {self.store_split} is not a share from 0 to below 1")
+        if self.gate_recall is not None and not 0 <= self.gate_recall <= 1:
+            raise ConfigError(f"--gate-recall: {self.gate_recall} is not a share from 0 to 1")
+        for name in ("requests", "interleave", "devices", "tokens_per_unit", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')}: {value} is not at least 1")
+        if self.chunks < 0:
+            raise ConfigError(f"--chunks: {self.chunks} is negative; 0 lets a prefetch give way at any time")
+        if (self.hardware is None) != (self.shape is None):
+            raise ConfigError("--hardware and --shape go together: their sizes and rates give the link ratio")
+        if self.hardware is not None and self.link_ratio is not None:
+            raise ConfigError("--link-ratio: contradicts --hardware, which gives the link ratio")
+        if self.hardware is not None and self.hardware not in {*HARDWARE, "disk"}:
+            raise ConfigError(f"--hardware: {self.hardware!r} is not one of {', '.join((*HARDWARE, 'disk'))}")
+        if self.shape is not None and self.shape not in SHAPES:
+            raise ConfigError(f"--shape: {self.shape!r} is not one of {', '.join(SHAPES)}")
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Names of the policies, those that know the future included."""
+        known = (*POLICIES, *BOUNDS)
+        if self.policy == "all":
+            return known
+
+        def name(word: str) -> str:
+            if word not in known:
+                raise ConfigError(f"--policy: unknown policy {word!r}; choose of {', '.join(known)}, or all")
+            return word
+
+        return _list("policy", self.policy, name)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Budgets as shares of all routed experts."""
+
+        def share(word: str) -> float:
+            budget = parse_budget(word)
+            if budget.share is None:
+                raise BudgetError(f"--expert-memory: {word!r}: a trace has no bytes; give shares, such as 25%")
+            return budget.share
+
+        return _list("expert-memory", self.expert_memory, share)
+
+    @property
+    def link_ratios(self) -> tuple[float, ...]:
+        """As given; 1 if neither that nor hardware is."""
+
+        def ratio(word: str) -> float:
+            try:
+                value = float(word)
+            except ValueError:
+                value = -1.0
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"--link-ratio: {word!r} is not a number of at least 0")
+            return value
+
+        return _list("link-ratio", self.link_ratio or "1", ratio)
+
+
+def _list(flag: str, text: str, read: Callable[[str], T]) -> tuple[T, ...]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise ConfigError(f"--{flag}: nothing given")
+    return tuple(dict.fromkeys(map(read, words)))

@@ -1,0 +1,158 @@
+"""What a trace lets a policy see: gate distributions, embeddings, lookahead; and what it may learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from finemoe.policy.kernel import Jit, interpreted
+from finemoe.sim.schedule import Floats, Schedule, mean_gates
+from finemoe.trace import RequestTrace, Trace
+from finemoe.types import Recorded, Step
+
+_KEPT = 64  # requests
+
+
+class Evidence:
+    """A trace as policies see it.
+
+    Args:
+        recall: with a share here, lookahead is emulated from the truth: that share of the next layer's experts is
+            named, the others are replaced by wrong ones. `None` shows what was recorded.
+        seed: of the emulation.
+    """
+
+    def __init__(self, trace: Trace, recall: float | None = None, seed: int = 0, jit: Jit[Any] = interpreted) -> None:
+        self.trace = trace
+        self.recall = recall
+        self._seed = seed
+        self._mean_gates = jit(mean_gates)
+        self._kept: dict[int, npt.NDArray[np.intp]] = {}  # emulated lookahead by request
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """What is there beyond ids: of `gates`, `probs`, `embeddings`, `lookahead`."""
+        recorded = set(self.trace.header.fields)
+        if recorded & {"probs", "weights"}:
+            recorded.add("gates")
+        if self.recall is not None:
+            recorded.add("lookahead")
+        return frozenset(recorded & {"gates", "probs", "embeddings", "lookahead"})
+
+    def gates(self, schedule: Schedule, iteration: int) -> Floats | None:
+        """`[B, L, E]`: the distributions of an iteration's steps; `None` if neither they nor weights were recorded."""
+        begin, end = schedule.steps[iteration], schedule.steps[iteration + 1]
+        return self._gates([(int(a), int(b)) for a, b in schedule.rows[begin:end]])
+
+    def lookahead(self, schedule: Schedule, iteration: int) -> Floats | None:
+        """`[B, L, n, E]`: what layer l's hidden states say of layers l + 1 to l + n; zeros past the last layer."""
+        begin, end = schedule.steps[iteration], schedule.steps[iteration + 1]
+        if self.recall is not None:
+            steps = zip(schedule.request[begin:end], schedule.rows[begin:end], strict=True)
+            return np.stack([self._emulated(int(request), int(a), int(b)) for request, (a, b) in steps])
+        column = self.trace.column("lookahead")
+        if column is None:
+            return None
+        means = [column[a:b].mean(axis=0, dtype=np.float32) for a, b in schedule.rows[begin:end]]
+        return np.ascontiguousarray(np.stack(means).swapaxes(1, 2))
+
+    def steps(self, schedule: Schedule, iteration: int) -> list[Step]:
+        """The steps of an iteration, as a policy is told of them."""
+        begin, end = schedule.steps[iteration], schedule.steps[iteration + 1]
+        token_ids, embeddings = self.trace.column("token_ids"), self.trace.column("embeddings")
+        assert token_ids is not None
+        found = []
+        for step in range(begin, end):
+            request, (first, last) = int(schedule.request[step]), schedule.rows[step]
+            embedding = None
+            if embeddings is not None:
+                place = int(self.trace.iteration_offsets[request] + schedule.iteration[step])
+                embedding = embeddings[place].astype(np.float32)
+            found.append(Step(request, int(schedule.phases[step]), token_ids[first:last], embedding))
+        return found
+
+    def recorded(self, requests: Sequence[int]) -> Iterator[Recorded]:
+        """Whole requests, to learn from. Those of a trace without any gate are not worth learning: none come."""
+        for index in requests:
+            request = self.trace.request(int(index))
+            gates = self._gates_of(request)
+            if gates is not None:
+                yield Recorded(
+                    phases=request.phases,
+                    token_ids=request.token_ids[request.rows[1:] - 1],
+                    gates=gates,
+                    executed=self._executed(request),
+                    embeddings=None if request.embeddings is None else request.embeddings.astype(np.float32),
+                )
+
+    def _gates(self, stretches: Sequence[tuple[int, int]]) -> Floats | None:
+        header = self.trace.header
+        probs, weights = self.trace.column("probs"), self.trace.column("weights")
+        expert_ids = self.trace.column("expert_ids")
+        assert expert_ids is not None
+        if probs is None and weights is None:
+            return None
+        gates = np.zeros((len(stretches), header.layers, header.experts), np.float32)
+        for i, (a, b) in enumerate(stretches):
+            if probs is not None:
+                gates[i] = probs[a:b].mean(axis=0, dtype=np.float32)
+            else:
+                assert weights is not None
+                self._mean_gates(expert_ids[a:b], weights[a:b].astype(np.float32), gates[i])
+        return gates
+
+    def _gates_of(self, request: RequestTrace) -> Floats | None:
+        header = self.trace.header
+        shape = (len(request), header.layers, header.experts)
+        if request.probs is not None:
+            if len(request.token_ids) == len(request):
+                return request.probs.astype(np.float32)
+            counts = np.diff(request.rows)[:, None, None]
+            sums: Floats = np.add.reduceat(request.probs.astype(np.float32), request.rows[:-1], axis=0)
+            means: Floats = np.divide(sums, counts, dtype=np.float32)
+            return means
+        if request.weights is None:
+            return None
+        gates, weights = np.zeros(shape, np.float32), request.weights.astype(np.float32)
+        for i, (a, b) in enumerate(zip(request.rows[:-1], request.rows[1:], strict=True)):
+            self._mean_gates(request.expert_ids[a:b], weights[a:b], gates[i])
+        return gates
+
+    def _executed(self, request: RequestTrace) -> npt.NDArray[np.bool_]:
+        header = self.trace.header
+        executed = np.zeros((len(request), header.layers, header.experts + 1), np.bool_)
+        iteration = np.repeat(np.arange(len(request)), np.diff(request.rows))
+        ids = np.minimum(request.expert_ids, header.experts)  # sentinels go to the column that is cut off
+        executed[iteration[:, None, None], np.arange(header.layers)[None, :, None], ids] = True
+        return executed[:, :, : header.experts]
+
+    def _emulated(self, request: int, first: int, last: int) -> Floats:
+        """`[L, 1, E]`, one layer ahead, the mean over tokens."""
+        header = self.trace.header
+        begin = int(self.trace.row_offsets[request])
+        named = self._named(request)[first - begin : last - begin]  # [T, L - 1, K]
+        ahead = np.zeros((header.layers, 1, header.experts), np.float32)
+        layers = np.arange(header.layers - 1)[None, :, None]
+        np.add.at(ahead[:, 0], (np.broadcast_to(layers, named.shape), named), 1.0 / (named.shape[0] * named.shape[2]))
+        return ahead
+
+    def _named(self, request: int) -> npt.NDArray[np.intp]:
+        """`[n, L - 1, K]`: what a gate of this recall says of layers 1 on. The same for every policy and budget."""
+        if request in self._kept:
+            return self._kept[request]
+        assert self.recall is not None
+        experts = self.trace.header.experts
+        chance = np.random.default_rng((self._seed, request))
+        truth = self.trace.request(request).expert_ids[:, 1:]
+        valid = truth < experts
+        rank = chance.random((*truth.shape[:2], experts), dtype=np.float32)  # of those that take the place of errors
+        np.put_along_axis(rank, np.where(valid, truth, 0).astype(np.intp), -1.0, axis=2)
+        substitutes = np.argpartition(-rank, truth.shape[2], axis=2)[:, :, : truth.shape[2]]
+        right = valid & (chance.random(truth.shape) < self.recall)
+        if len(self._kept) == _KEPT:
+            self._kept.clear()
+        self._kept[request] = np.where(right, truth, substitutes).astype(np.intp)
+        return self._kept[request]

@@ -1,0 +1,204 @@
+"""One layer under the virtual clock: book what it needs, move, compute ready first. Kernels.
+
+The plain twin of this is the engine itself, driven by a link that a test controls (tests/sim/test_agreement.py).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from finemoe.policy.book import ABSENT, LOADING, NONE, RESIDENT, Book, Scores, need, still_wanted
+from finemoe.policy.cache import Ranking, visit
+from finemoe.policy.kernel import kernel
+from finemoe.sim.link import (
+    ACCESSES,
+    DROPPED,
+    HITS,
+    LANDED,
+    LATE,
+    MARGIN,
+    MISSES,
+    MOVED,
+    NOW,
+    READY_FIRST,
+    STALL,
+    SWITCH,
+    TRANSFER,
+    Ints,
+    Wire,
+    World,
+    advance_all,
+    enqueue,
+    fetch,
+    next_landing,
+    preempt,
+    withdraw,
+)
+
+Flags = npt.NDArray[np.bool_]
+
+
+@kernel
+def fill(book: Book, wire: Wire, worth: Scores, rules: Scores, needs: Ints, waiting: Flags) -> int:
+    """Begins the fetches that wait for a slot, in order. Returns how many go on waiting."""
+    stuck = 0
+    for i in range(len(needs)):
+        if waiting[i]:
+            if fetch(book, wire, worth, rules, needs[i]):
+                waiting[i] = False
+            else:
+                stuck += 1
+    return stuck
+
+
+@kernel
+def book_needs(book: Book, wire: Wire, counts: Ints, needs: Ints, waiting: Flags) -> None:
+    """Pins what a layer needs, and tells hits, late hits and misses apart. A prefetch that is needed becomes urgent."""
+    wire.readied[0] = 0
+    for i in range(len(needs)):
+        expert = needs[i]
+        waiting[i] = False
+        status = need(book, expert)
+        if status == RESIDENT:
+            counts[HITS] += 1
+            wire.ready[wire.readied[0]] = expert
+            wire.readied[0] += 1
+        elif status == LOADING:
+            counts[LATE] += 1
+            wire.prefetch[book.device[expert]] = NONE
+            enqueue(wire, book.device[expert], expert)
+        else:
+            counts[MISSES] += 1
+            waiting[i] = True
+    counts[ACCESSES] += len(needs)
+
+
+@kernel
+def route(world: World, needs: Ints) -> int:
+    """The gate has spoken: books the needs and sends for what is missing.
+
+    A prefetch that is not wanted any more, or whose slot is needed, is withdrawn; any other waits until nothing urgent
+    is left.
+
+    Returns:
+        How many needed experts wait for a slot.
+    """
+    book, wire, worth, want, rules = world.book, world.wire, world.worth, world.want, world.rules
+    book_needs(book, wire, world.counts, needs, world.waiting)
+    stuck = fill(book, wire, worth, rules, needs, world.waiting)
+    for device in range(len(wire.time)):
+        expert = wire.prefetch[device]
+        if expert == NONE:
+            continue
+        wanted = still_wanted(book, worth, want, rules[MARGIN], rules[SWITCH], device, expert)
+        if stuck > 0 or not wanted:
+            withdraw(book, wire, rules, device)
+            stuck = fill(book, wire, worth, rules, needs, world.waiting)
+        elif wire.queued[device] > 0:
+            preempt(wire, rules, device, world.clock[NOW])
+    return stuck
+
+
+@kernel
+def serve(world: World, needs: Ints, compute: float, ahead: float) -> None:
+    """Runs a layer from its gate to its end, then `ahead` more: the next layer up to its gate.
+
+    Experts compute as they become ready, or, by the rules, all after the last has come (where they fit).
+
+    Args:
+        needs: flat indices of the distinct experts needed, ascending.
+        compute: time that all of them take together, shared equally.
+    """
+    book, wire, worth, want, rules, clock, _, waiting = world
+    now = clock[NOW]
+    stuck = route(world, needs)
+    undone, taken = len(needs), 0
+    if undone == 0:
+        now += compute
+    while undone > 0:
+        landing = next_landing(wire)
+        if wire.readied[0] > taken and (rules[READY_FIRST] > 0 or landing == np.inf):
+            expert = wire.ready[taken]
+            taken += 1
+            undone -= 1
+            now += compute / len(needs)
+            advance_all(book, wire, worth, want, rules, now)
+            book.pinned[expert] = False
+            if stuck > 0:
+                stuck = fill(book, wire, worth, rules, needs, waiting)
+        else:
+            if landing == np.inf:
+                raise RuntimeError("a needed expert will never come")
+            clock[STALL] += landing - now
+            now = landing
+            advance_all(book, wire, worth, want, rules, now)
+    now += ahead
+    advance_all(book, wire, worth, want, rules, now)
+    clock[NOW] = now
+
+
+@kernel
+def pass_time(world: World, duration: float) -> None:
+    """Computes what needs no expert: a layer up to its gate."""
+    book, wire, worth, want, rules, clock, _, _ = world
+    clock[NOW] += duration
+    advance_all(book, wire, worth, want, rules, clock[NOW])
+
+
+@kernel
+def check_laws(world: World, capacity: int) -> None:
+    """Raises if an expert, a slot, an access or a byte was lost or made up."""
+    book, wire, counts, rules = world.book, world.wire, world.counts, world.rules
+    occupied = 0
+    partial = 0.0
+    for expert in range(len(book.status)):
+        if book.status[expert] != ABSENT:
+            occupied += 1
+        if book.status[expert] == LOADING:
+            partial += rules[TRANSFER] - wire.left[expert]
+        if book.pinned[expert]:
+            raise RuntimeError("an expert is in use although no layer runs")
+    if occupied + book.room.sum() != capacity or book.room.min() < 0:
+        raise RuntimeError("slots were lost or made up")
+    if counts[HITS] + counts[LATE] + counts[MISSES] != counts[ACCESSES]:
+        raise RuntimeError("hits, late hits and misses are not all accesses")
+    accounted = wire.sums[LANDED] * rules[TRANSFER] + wire.sums[DROPPED] + partial
+    if abs(wire.sums[MOVED] - accounted) > 1e-6 * max(1.0, accounted):
+        raise RuntimeError("bytes moved are not bytes that came")
+
+
+@kernel
+def replay_ranked(  # noqa: PLR0917 - called in one place, with all that compiled code can't look up for itself
+    world: World, ranking: Ranking, kind: int, decay: float, ptr: Ints, needs: Ints, next_use: Ints, scales: Scores,
+    times: Scores, span: Ints,
+) -> None:  # fmt: skip
+    """Replays iterations under an on-demand policy, without leaving compiled code.
+
+    Args:
+        ptr: `[S * L + 1]`; event `i * L + l` needs `needs[ptr[..]:ptr[.. + 1]]`, flat indices.
+        next_use: aligned with `needs` where the ranking looks ahead, else empty.
+        scales: `[S]`, compute of a layer in units of one token's.
+        times: `[S]`, filled with how long each iteration took.
+        span: first iteration, the one after the last, `C`.
+    """
+    layers, experts = ranking.worth.shape
+    nothing = np.empty(0, np.int64)
+    for step in range(span[0], span[1]):
+        begin = world.clock[NOW]
+        half = 0.5 * scales[step]
+        pass_time(world, half)
+        for layer in range(layers):
+            first, last = ptr[step * layers + layer], ptr[step * layers + layer + 1]
+            needed = needs[first:last]
+            visit(
+                kind,
+                decay,
+                ranking,
+                layer,
+                needed - layer * experts,
+                next_use[first:last] if len(next_use) else nothing,
+            )
+            serve(world, needed, half, half if layer < layers - 1 else 0.0)
+        times[step] = world.clock[NOW] - begin
+        check_laws(world, span[2])

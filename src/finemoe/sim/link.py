@@ -1,0 +1,206 @@
+"""The modelled link: one transfer at a time per device, urgent ones first, prefetches in between. Kernels.
+
+Times are in units of one layer's compute. A prefetch that is pre-empted finishes the chunk that is on the wire, keeps
+its slot, and goes on when nothing urgent is left.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from finemoe.policy.book import (
+    LOADING,
+    NONE,
+    RESIDENT,
+    Book,
+    Scores,
+    begin_prefetch,
+    choose_prefetch,
+    give_up,
+    take_slot,
+)
+from finemoe.policy.kernel import kernel
+
+Ints = npt.NDArray[np.int64]
+
+MARGIN, SWITCH, TRANSFER, CHUNK, READY_FIRST = range(5)  # of the rules
+NOW, STALL = range(2)  # of the clock
+HITS, LATE, MISSES, ACCESSES = range(4)  # of the counts
+MOVED, LANDED, DROPPED = range(3)  # of Wire.sums
+FETCHED, PREFETCHED, WITHDRAWN = range(3)  # of what the log tells
+
+
+class Wire(NamedTuple):
+    """State of the links. `X` is `L * E`."""
+
+    time: Scores  # [devices], up to which a link was simulated
+    busy: Scores  # [devices], until then a pre-empted chunk is on the wire
+    left: Scores  # [X], time that an expert in flight still takes
+    queue: Ints  # [devices, X], urgent experts, a ring
+    head: Ints  # [devices]
+    queued: Ints  # [devices]
+    prefetch: Ints  # [devices], the one under way or pre-empted, or NONE
+    ready: Ints  # [X], needed experts in the order in which they became ready
+    readied: Ints  # [1]
+    sums: Scores  # [3]
+    log: Ints  # [n, 3]: what was done, to which expert, whose slot it took; n is 0 if nobody wants to know
+    logged: Ints  # [1]
+
+
+def make_wire(size: int, devices: int, log: int = 0) -> Wire:
+    """Idle links at time 0. `log` is how many actions there is room for."""
+
+    def zeros(*shape: int) -> Ints:
+        return np.zeros(shape, np.int64)
+
+    return Wire(
+        time=np.zeros(devices), busy=np.zeros(devices), left=np.zeros(size), queue=zeros(devices, size),
+        head=zeros(devices), queued=zeros(devices), prefetch=np.full(devices, NONE), ready=zeros(size),
+        readied=zeros(1), sums=np.zeros(3), log=zeros(log, 3), logged=zeros(1),
+    )  # fmt: skip
+
+
+class World(NamedTuple):
+    """All that a replay changes."""
+
+    book: Book
+    wire: Wire
+    worth: Scores  # [X], the policy's
+    want: Scores  # [X], the policy's; empty if it never prefetches
+    rules: Scores  # [5]
+    clock: Scores  # [2]
+    counts: Ints  # [4]
+    waiting: npt.NDArray[np.bool_]  # [E], scratch: which needs of a layer wait for a slot
+
+
+@kernel
+def note(wire: Wire, what: int, expert: int, victim: int) -> None:
+    """Writes an action into the log, as long as there is room."""
+    row = wire.logged[0]
+    if row < len(wire.log):
+        wire.log[row, 0], wire.log[row, 1], wire.log[row, 2] = what, expert, victim
+        wire.logged[0] += 1
+
+
+@kernel
+def enqueue(wire: Wire, device: int, expert: int) -> None:
+    """Puts an expert at the end of a link's urgent queue."""
+    room = wire.queue.shape[1]
+    wire.queue[device, (wire.head[device] + wire.queued[device]) % room] = expert
+    wire.queued[device] += 1
+
+
+@kernel
+def fetch(book: Book, wire: Wire, worth: Scores, rules: Scores, expert: int) -> bool:
+    """Begins an urgent fetch; false if no slot can be had."""
+    device = book.device[expert]
+    victim = take_slot(book, worth, device)
+    if victim == NONE:
+        return False
+    book.status[expert] = LOADING
+    wire.left[expert] = rules[TRANSFER]
+    enqueue(wire, device, expert)
+    note(wire, FETCHED, expert, victim)
+    return True
+
+
+@kernel
+def withdraw(book: Book, wire: Wire, rules: Scores, device: int) -> None:
+    """Drops a link's prefetch; what came of it is lost."""
+    expert = wire.prefetch[device]
+    wire.sums[DROPPED] += rules[TRANSFER] - wire.left[expert]
+    wire.prefetch[device] = NONE
+    give_up(book, expert)
+    note(wire, WITHDRAWN, expert, NONE)
+
+
+@kernel
+def preempt(wire: Wire, rules: Scores, device: int, now: float) -> None:
+    """Makes a link's prefetch wait for what is urgent, once the chunk on the wire is complete."""
+    expert, chunk = wire.prefetch[device], rules[CHUNK]
+    if chunk <= 0:
+        return
+    rest = wire.left[expert] % chunk
+    if wire.left[expert] - rest <= 1e-12:  # its last chunk: it lands before anything else
+        wire.prefetch[device] = NONE
+        room = wire.queue.shape[1]
+        wire.head[device] = (wire.head[device] - 1) % room
+        wire.queue[device, wire.head[device]] = expert
+        wire.queued[device] += 1
+        return
+    wire.left[expert] -= rest
+    wire.sums[MOVED] += rest
+    wire.busy[device] = now + rest
+
+
+@kernel
+def land(book: Book, wire: Wire, expert: int) -> None:
+    """An expert's last byte has come."""
+    wire.sums[MOVED] += wire.left[expert]
+    wire.sums[LANDED] += 1
+    wire.left[expert] = 0.0
+    book.status[expert] = RESIDENT
+    if book.pinned[expert]:
+        wire.ready[wire.readied[0]] = expert
+        wire.readied[0] += 1
+
+
+@kernel
+def advance(book: Book, wire: Wire, worth: Scores, want: Scores, rules: Scores, device: int, until: float) -> None:
+    """Simulates one link up to a time. Idle, it prefetches what is wanted most."""
+    now = wire.time[device]
+    while True:
+        start = max(now, wire.busy[device])
+        urgent = wire.queued[device] > 0
+        if urgent:
+            expert = wire.queue[device, wire.head[device]]
+        else:
+            if start >= until:
+                break
+            expert = wire.prefetch[device]
+            if expert == NONE:
+                expert = choose_prefetch(book, worth, want, rules[MARGIN], device)
+                if expert == NONE:
+                    break
+                victim = begin_prefetch(book, worth, expert)
+                wire.left[expert] = rules[TRANSFER]
+                wire.prefetch[device] = expert
+                note(wire, PREFETCHED, expert, victim)
+        done = start + wire.left[expert]
+        if done > until:
+            if until > start:
+                wire.left[expert] -= until - start
+                wire.sums[MOVED] += until - start
+            break
+        if urgent:
+            wire.head[device] = (wire.head[device] + 1) % wire.queue.shape[1]
+            wire.queued[device] -= 1
+        else:
+            wire.prefetch[device] = NONE
+        land(book, wire, expert)
+        now = done
+    wire.time[device] = until
+
+
+@kernel
+def advance_all(book: Book, wire: Wire, worth: Scores, want: Scores, rules: Scores, until: float) -> None:
+    """Simulates every link up to a time."""
+    for device in range(len(wire.time)):
+        if wire.queued[device] == 0 and len(want) == 0:  # on demand, and nothing is
+            wire.time[device] = until
+        else:
+            advance(book, wire, worth, want, rules, device, until)
+
+
+@kernel
+def next_landing(wire: Wire) -> float:
+    """When the next urgent expert will have come; infinity if none is under way."""
+    soonest = np.inf
+    for device in range(len(wire.time)):
+        if wire.queued[device] > 0:
+            expert = wire.queue[device, wire.head[device]]
+            soonest = min(soonest, max(wire.time[device], wire.busy[device]) + wire.left[expert])
+    return soonest

@@ -1,0 +1,167 @@
+"""Replays a schedule under one policy, one budget and one link: a cell of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from finemoe.errors import InvariantError
+from finemoe.policy import Policy
+from finemoe.policy.book import EVICTED, PREFETCHED, PREFETCHED_USED, WASTED, Scores, make_book
+from finemoe.policy.cache import OnDemand
+from finemoe.policy.kernel import Jit, interpreted
+from finemoe.sim.evidence import Evidence
+from finemoe.sim.layer import check_laws, pass_time, replay_ranked, serve
+from finemoe.sim.link import HITS, LATE, MISSES, MOVED, NOW, STALL, Ints, World, make_wire
+from finemoe.sim.schedule import Schedule
+from finemoe.types import Routed
+
+Progress = Callable[[int], None]  # told of so many more iterations
+_STRIDE = 256  # iterations between two reports
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The modelled machine. Times are in units of one layer's compute for one token.
+
+    Attributes:
+        capacity: `C`, expert slots of all devices together.
+        link_ratio: time to move one expert, latency included.
+        devices: each has a link of its own and an equal part of the slots; experts live on them round-robin.
+        chunks: an expert moves in so many pieces; a prefetch is pre-empted between two. 0: at any time.
+        ready_first: experts compute as they arrive; otherwise all together once the last is there.
+        tokens_per_unit: a layer computes so many tokens in the time of one; more take proportionally longer.
+    """
+
+    capacity: int
+    link_ratio: float
+    devices: int = 1
+    chunks: int = 16
+    ready_first: bool = True
+    tokens_per_unit: int = 64
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a replay counted. Times in units of one layer's compute."""
+
+    iterations: int
+    layers: int
+    hits: int
+    late: int
+    misses: int
+    evictions: int
+    prefetched: int
+    prefetched_used: int
+    wasted: int  # prefetched, and evicted or withdrawn without having been needed
+    moved: float  # link time used
+    total: float
+    stall: float
+    iteration_times: Scores  # [S]
+    log: Ints  # actions in order, where asked for
+
+
+class Replay:
+    """A cell under way.
+
+    Args:
+        schedule: what runs when.
+        evidence: what a policy may see of it.
+        policy: fresh, or with a filled store; it is changed.
+        machine: the modelled machine.
+        jit: compiles the kernels, or not.
+        log: how many actions to keep.
+        fast: replay on-demand policies without leaving compiled code; the same, sooner.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        evidence: Evidence,
+        policy: Policy,
+        machine: Machine,
+        jit: Jit[Any] = interpreted,
+        log: int = 0,
+        *,
+        fast: bool = True,
+    ) -> None:
+        size = schedule.layers * schedule.experts
+        if machine.capacity < machine.devices:
+            raise InvariantError(f"{machine.capacity} slots for {machine.devices} devices")
+        self.schedule, self.evidence, self.policy, self.machine = schedule, evidence, policy, machine
+        chunk = machine.link_ratio / machine.chunks if machine.chunks else 0.0
+        rules = [policy.margin, policy.switch, machine.link_ratio, chunk, float(machine.ready_first)]
+        self.world = World(
+            book=make_book(schedule.layers, schedule.experts, machine.capacity, machine.devices),
+            wire=make_wire(size, machine.devices, log),
+            worth=policy.worth.reshape(-1),
+            want=policy.want.reshape(-1) if policy.prefetches else np.empty(0),
+            rules=np.array(rules),
+            clock=np.zeros(2),
+            counts=np.zeros(4, np.int64),
+            waiting=np.zeros(schedule.experts, np.bool_),
+        )
+        self.scales = np.maximum(1.0, schedule.tokens / machine.tokens_per_unit)
+        self.iteration_times = np.zeros(len(schedule))
+        self._jit = jit
+        self._fast = fast
+
+    def run(self, progress: Progress = lambda _: None) -> Outcome:
+        """Replays everything."""
+        policy = self.policy
+        if self._fast and isinstance(policy, OnDemand) and not policy.prefetches:
+            self._run_ranked(policy, progress)
+        else:
+            self._run(progress)
+        book, wire, clock, counts = self.world.book, self.world.wire, self.world.clock, self.world.counts
+        return Outcome(
+            iterations=len(self.schedule), layers=self.schedule.layers, hits=int(counts[HITS]),
+            late=int(counts[LATE]), misses=int(counts[MISSES]), evictions=int(book.tally[EVICTED]),
+            prefetched=int(book.tally[PREFETCHED]), prefetched_used=int(book.tally[PREFETCHED_USED]),
+            wasted=int(book.tally[WASTED]), moved=float(wire.sums[MOVED]), total=float(clock[NOW]),
+            stall=float(clock[STALL]), iteration_times=self.iteration_times, log=wire.log[: wire.logged[0]],
+        )  # fmt: skip
+
+    def _run(self, progress: Progress) -> None:
+        schedule, policy, world = self.schedule, self.policy, self.world
+        pass_time_, serve_, check_laws_ = self._jit(pass_time), self._jit(serve), self._jit(check_laws)
+        layers = schedule.layers
+        bounds = schedule.ptr.tolist()
+        offsets = [layer * schedule.experts for layer in range(layers)]
+        for iteration in range(len(schedule)):
+            begin, half = float(world.clock[NOW]), 0.5 * float(self.scales[iteration])
+            gates = self.evidence.gates(schedule, iteration) if "gates" in policy.needs | policy.uses else None
+            lookahead = self.evidence.lookahead(schedule, iteration) if "lookahead" in policy.needs else None
+            policy.begin(self.evidence.steps(schedule, iteration))
+            pass_time_(world, half)
+            for layer in range(layers):
+                event = iteration * layers + layer
+                needed = schedule.needs[bounds[event] : bounds[event + 1]]
+                policy.routed(
+                    Routed(
+                        layer,
+                        needed - offsets[layer],  # type: ignore[arg-type] # an array is a sequence of ints
+                        None if gates is None else gates[:, layer],
+                        None if lookahead is None else lookahead[:, layer],
+                    )
+                )
+                serve_(world, needed, half, half if layer < layers - 1 else 0.0)
+            policy.end()
+            check_laws_(world, self.machine.capacity)
+            self.iteration_times[iteration] = world.clock[NOW] - begin
+            if (iteration + 1) % _STRIDE == 0:
+                progress(_STRIDE)
+        progress(len(schedule) % _STRIDE)
+
+    def _run_ranked(self, policy: OnDemand, progress: Progress) -> None:
+        schedule, replay = self.schedule, self._jit(replay_ranked)
+        for first in range(0, len(schedule), 8 * _STRIDE):
+            last = min(len(schedule), first + 8 * _STRIDE)
+            replay(
+                self.world, policy.ranking, policy.kind, policy.decay, schedule.ptr, schedule.needs, policy.next_use,
+                self.scales, self.iteration_times, np.array([first, last, self.machine.capacity]),
+            )  # fmt: skip
+            progress(last - first)

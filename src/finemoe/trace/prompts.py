@@ -1,0 +1,114 @@
+"""Reads prompts in the layouts that prompt sets come in: JSON lines, one JSON list, plain text; gzipped or not."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from finemoe.errors import ConfigError
+
+# the fields that hold a prompt, in order of preference
+FIELDS = ("prompt", "question", "instruction", "text", "turns", "messages", "conversations", "conversation")
+_PEOPLE = {"human", "user", "prompter"}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What to ask, and how many entries held nothing to ask."""
+
+    texts: tuple[str, ...]
+    skipped: int
+
+
+def read_prompts(path: Path, field: str | None = None, limit: int | None = None, skip: int = 0) -> Prompts:
+    """The prompts of a file: of a conversation, what the person said first.
+
+    Args:
+        path: JSON lines or a JSON list of objects or strings; anything else is text with a prompt on each line.
+        field: which field of an object to take; by default the first of `FIELDS` that it has.
+        limit: stop after this many prompts.
+        skip: pass over this many first.
+
+    Raises:
+        ConfigError: the file is missing, damaged or holds no prompt; the message names line and fields.
+    """
+    skipped = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal skipped
+        for place, entry in _entries(path):
+            text = _text(entry, field, place)
+            if text.strip():
+                yield text
+            else:
+                skipped += 1
+
+    try:
+        found = tuple(islice(texts(), skip, None if limit is None else skip + limit))
+    except (OSError, EOFError) as error:
+        raise ConfigError(f"--prompts: {path} can't be read ({getattr(error, 'strerror', None) or error})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts: {path} is neither JSON nor text ({error.reason})") from error
+    if not found:
+        raise ConfigError(f"--prompts: {path} holds no prompt{f' beyond the {skip} to skip' if skip else ''}")
+    return Prompts(found, skipped)
+
+
+def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Place and content of each entry."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        start = file.read(1)
+        while start.isspace():
+            start = file.read(1)
+        file.seek(0)
+        if start == "[":
+            try:
+                entries = json.load(file)
+            except ValueError as error:
+                raise ConfigError(f"--prompts: {path} is damaged JSON ({error})") from error
+            yield from ((f"{path}: entry {number}", entry) for number, entry in enumerate(entries))
+            return
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            if start != "{":
+                yield f"{path}:{number}", line.strip()
+                continue
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except ValueError as error:
+                raise ConfigError(f"--prompts: {path}:{number} is damaged JSON ({error})") from error
+
+
+def _text(entry: Any, field: str | None, place: str) -> str:
+    """The prompt of an entry; empty if it has a conversation in which no person speaks."""
+    if isinstance(entry, str):
+        return entry
+    if not isinstance(entry, dict):
+        raise ConfigError(f"--prompts: {place} is neither an object nor a string")
+    name = field if field is not None else next((name for name in FIELDS if name in entry), None)
+    if name not in entry:
+        wanted = f"no field {field!r}" if field else f"none of the fields {', '.join(FIELDS)}"
+        raise ConfigError(f"--prompts: {place} has {wanted}, but {', '.join(map(repr, entry))}; give --field")
+    value = entry[name]
+    if isinstance(value, list):
+        return next((text for turn in value if (text := _said(turn)) is not None), "")
+    if not isinstance(value, str):
+        raise ConfigError(f"--prompts: {place}: its {name} is neither text nor a conversation")
+    return value
+
+
+def _said(turn: Any) -> str | None:
+    """What a person says in a turn; `None` if it is not a person's."""
+    if isinstance(turn, str):
+        return turn
+    if isinstance(turn, dict) and turn.get("from", turn.get("role")) in _PEOPLE:
+        said = turn.get("value", turn.get("content"))
+        return said if isinstance(said, str) else None
+    return None

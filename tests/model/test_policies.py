@@ -1,0 +1,71 @@
+"""Every policy in a running model: what it prefetches and evicts must not show in the output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import finemoe
+from finemoe.policy import FACTORIES
+from tests.chat_model import make_chat_model
+
+RUNNING = [name for name, kind in FACTORIES.items() if "predictors" not in kind.needs]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_chat_model(tmp_path_factory.mktemp("policies") / "model")
+
+
+@pytest.fixture(scope="module")
+def prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    return ids, mask
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, prompts: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
+    return generate(model, prompts)
+
+
+def generate(model: torch.nn.Module, prompts: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+    ids, mask = prompts
+    outputs = []
+    for _ in range(2):  # the second time with what was learned in the first
+        output = model.generate(  # type: ignore[operator] # transformers' own
+            ids, attention_mask=mask, max_new_tokens=24, min_new_tokens=24, do_sample=False,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        outputs += [output.sequences, torch.stack(output.logits)]
+    return outputs
+
+
+@pytest.mark.parametrize("policy", RUNNING)
+@pytest.mark.parametrize("budget", ["20%", "50%"])
+def test_output_is_that_of_eager_under_every_policy(
+    folder: Path, prompts: tuple[torch.Tensor, torch.Tensor], expected: list[torch.Tensor], policy: str, budget: str
+) -> None:
+    with finemoe.load(folder, expert_memory=budget, policy=policy, verify=True) as model:
+        for found, wanted in zip(generate(model, prompts), expected, strict=True):
+            assert torch.equal(found, wanted)
+        model.finemoe.check_integrity()
+        stats = model.finemoe.stats()
+        assert stats.hits + stats.late + stats.misses == stats.accesses > 0
+        assert stats.prefetched >= stats.prefetched_used + stats.wasted
+        if not FACTORIES[policy].prefetches:
+            assert stats.prefetched == stats.late == 0
+
+
+@pytest.mark.parametrize("policy", ["deepspeed", "mixtral-offloading", "expert-map"])
+def test_what_a_policy_predicts_is_prefetched_and_used(
+    folder: Path, prompts: tuple[torch.Tensor, torch.Tensor], policy: str
+) -> None:
+    with finemoe.load(folder, expert_memory="50%", policy=policy) as model:
+        generate(model, prompts)
+        assert model.finemoe.stats().prefetched_used > 0

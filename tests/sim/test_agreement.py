@@ -1,0 +1,49 @@
+"""The simulator against the engine itself, on a link that the test controls: the same plans, counts and times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from finemoe.policy import FACTORIES, make_policy
+from finemoe.sim.evidence import Evidence
+from finemoe.sim.replay import Machine, Replay
+from finemoe.sim.schedule import make_schedule
+from finemoe.trace import open_trace
+from tests.sim.traces import EXPERTS, LAYERS, make_trace
+from tests.sim.virtual_link import EngineReplay, VirtualLink
+
+COMPARED = [name for name, kind in FACTORIES.items() if "predictors" not in kind.needs]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("traces")
+
+
+@pytest.mark.parametrize("policy", COMPARED)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    st.integers(0, 5), st.integers(3, LAYERS * EXPERTS), st.sampled_from([0.07, 0.3, 1.0, 4.1]),
+    st.sampled_from([0, 1, 5]), st.integers(1, 3), st.sampled_from([0, 3, 70]),
+)  # fmt: skip
+def test_engine_and_simulator_agree(
+    folder: Path, policy: str, seed: int, capacity: int, link_ratio: float, chunks: int, interleave: int, prompt: int
+) -> None:
+    path = folder / f"walk-{seed}-4-12-{prompt}.safetensors"
+    with make_trace(folder, seed, prompt=prompt) if not path.exists() else open_trace(path) as trace:
+        schedule, evidence = make_schedule(trace, range(4), interleave), Evidence(trace)
+        machine = Machine(capacity, link_ratio, chunks=chunks)
+        simulated = Replay(schedule, evidence, make_policy(policy, LAYERS, EXPERTS), machine, log=100_000, fast=False)
+        outcome = simulated.run()
+        link = VirtualLink(link_ratio, link_ratio / chunks if chunks else 0.0)
+        driven = EngineReplay.make(schedule, make_policy(policy, LAYERS, EXPERTS), capacity, link)
+        times = driven.run(schedule, evidence)
+    counters = driven.engine.counters
+    assert driven.actions(EXPERTS) == [tuple(row) for row in outcome.log.tolist()]
+    assert (counters.hits, counters.late, counters.misses) == (outcome.hits, outcome.late, outcome.misses)
+    assert times == pytest.approx(outcome.iteration_times.tolist(), rel=1e-9)
+    assert counters.stall_s == pytest.approx(outcome.stall, rel=1e-9)

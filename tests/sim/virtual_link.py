@@ -1,0 +1,200 @@
+"""A link whose time a test controls, and the engine on it: the plain twin of the simulator's compiled clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, field
+
+from finemoe.engine import Engine
+from finemoe.policy import Controller, Policy
+from finemoe.sim.evidence import Evidence
+from finemoe.sim.link import FETCHED, PREFETCHED, WITHDRAWN
+from finemoe.sim.schedule import Schedule
+from finemoe.store import Pool
+from finemoe.types import ExpertId, Fetch, Landed, Plan, Routed, Withdrawn
+
+
+@dataclass
+class VirtualLink:
+    """A `Transfer` of one expert at a time, each taking `transfer`, in chunks of `chunk`."""
+
+    transfer: float
+    chunk: float
+    now: float = 0.0
+    busy: float = 0.0
+    when_idle: Callable[[], None] | None = None
+    fill: Callable[[ExpertId, memoryview], None] = lambda _, slot: None
+    queue: list[ExpertId] = field(default_factory=list)
+    prefetch: ExpertId | None = None
+    under_way: bool = False  # the prefetch is on the wire: it was not pre-empted
+    left: dict[ExpertId, float] = field(default_factory=dict)
+    landed: list[Landed] = field(default_factory=list)
+    log: list[tuple[int, ExpertId]] = field(default_factory=list)
+    moved_bytes: int = 0
+    waited_bytes: float = 0.0
+
+    def submit(self, expert: ExpertId, slot: memoryview, *, urgent: bool = True) -> None:
+        self.left[expert] = self.transfer
+        self.fill(expert, slot)
+        self.log.append((FETCHED if urgent else PREFETCHED, expert))
+        if urgent:
+            self.queue.append(expert)
+        else:
+            assert self.prefetch is None, "one prefetch at a time"
+            self.prefetch, self.under_way = expert, True
+
+    def hasten(self, expert: ExpertId) -> None:
+        assert expert == self.prefetch
+        self.prefetch = None
+        self.queue.append(expert)
+
+    def withdraw(self, expert: ExpertId) -> None:
+        assert expert == self.prefetch
+        self.prefetch = None
+        self.log.append((WITHDRAWN, expert))
+        self.landed.append(Landed(expert, Withdrawn()))
+
+    def nudge(self) -> None:
+        """Asks in `advance`, when it is idle and time passes."""
+
+    def poll(self, which: Container[ExpertId] | None = None) -> list[Landed]:
+        taken = [each for each in self.landed if which is None or each.expert in which]
+        self.landed = [each for each in self.landed if each not in taken]
+        return taken
+
+    def wait(self) -> list[Landed]:
+        self._preempt()
+        assert self.landed or self.queue, "waits for ever"
+        while not self.landed:
+            self.advance(max(self.now, self.busy) + self.left[self.queue[0]])
+        return self.poll()
+
+    def cancel(self) -> None:
+        self.queue.clear()
+        self.prefetch = None
+
+    def close(self) -> None:
+        self.cancel()
+
+    def advance(self, until: float) -> None:
+        self._preempt()
+        while True:
+            start = max(self.now, self.busy)
+            if self.queue:
+                expert = self.queue[0]
+            elif start >= until:
+                break
+            else:
+                if self.prefetch is None and self.when_idle is not None:
+                    self.when_idle()
+                if self.prefetch is None:
+                    break
+                expert, self.under_way = self.prefetch, True
+            done = start + self.left[expert]
+            if done > until:
+                if until > start:
+                    self.left[expert] -= until - start
+                break
+            if self.queue:
+                self.queue.pop(0)
+            else:
+                self.prefetch = None
+            self.landed.append(Landed(expert))
+            self.now = done
+        self.now = until
+
+    def _preempt(self) -> None:
+        if not self.queue or self.prefetch is None or not self.under_way or self.chunk <= 0:
+            return
+        self.under_way = False
+        rest = self.left[self.prefetch] % self.chunk
+        if self.left[self.prefetch] - rest <= 1e-12:
+            self.queue.insert(0, self.prefetch)
+            self.prefetch = None
+        else:
+            self.left[self.prefetch] -= rest
+            self.busy = self.now + rest
+
+
+class LoggedController(Controller):
+    """Notes whose slot each fetch takes."""
+
+    victims: list[Fetch]
+
+    def __init__(self, layers: int, experts: int, capacity: int, policy: Policy) -> None:
+        super().__init__(layers, experts, capacity, policy)
+        self.victims = []
+
+    def _fill(self) -> Plan:
+        plan = super()._fill()
+        self.victims += plan.fetches
+        return plan
+
+    def prefetch(self, device: int = 0) -> Fetch | None:
+        fetch = super().prefetch(device)
+        if fetch is not None:
+            self.victims.append(fetch)
+        return fetch
+
+
+@dataclass
+class EngineReplay:
+    """The engine driven over a schedule. `times` of the iterations, in the units of the simulator."""
+
+    engine: Engine
+    link: VirtualLink
+
+    @classmethod
+    def make(cls, schedule: Schedule, policy: Policy, capacity: int, link: VirtualLink) -> EngineReplay:
+        controller = LoggedController(schedule.layers, schedule.experts, capacity, policy)
+        return cls.make_with(Pool(capacity, 64), controller, link)
+
+    @classmethod
+    def make_with(cls, pool: Pool, controller: LoggedController, link: VirtualLink) -> EngineReplay:
+        return cls(Engine(pool, controller, link, clock=lambda: link.now), link)
+
+    def run(self, schedule: Schedule, evidence: Evidence, tokens_per_unit: int = 64) -> list[float]:
+        times = []
+        for iteration in range(len(schedule)):
+            begin, half = self.link.now, 0.5 * max(1.0, float(schedule.tokens[iteration]) / tokens_per_unit)
+            gates, lookahead = evidence.gates(schedule, iteration), evidence.lookahead(schedule, iteration)
+            self.engine.begin(evidence.steps(schedule, iteration))
+            self.link.advance(self.link.now + half)
+            for layer in range(schedule.layers):
+                event = iteration * schedule.layers + layer
+                needs = schedule.needs[schedule.ptr[event] : schedule.ptr[event + 1]] - layer * schedule.experts
+                routed = Routed(
+                    layer,
+                    needs.tolist(),
+                    None if gates is None else gates[:, layer],
+                    None if lookahead is None else lookahead[:, layer],
+                )
+                for _ in self.timed(self.engine.serve(routed), half / max(1, len(needs))):
+                    pass
+                if layer < schedule.layers - 1:
+                    self.link.advance(self.link.now + half)
+            self.engine.end()
+            self.engine.check_integrity()
+            times.append(self.link.now - begin)
+        return times
+
+    def timed(self, serving: Iterator[tuple[int, int]], share: float) -> Iterator[tuple[int, int]]:
+        """Each expert computes for `share` before the engine hears that it was used."""
+        for item in serving:
+            yield item
+            self.link.advance(self.link.now + share)
+
+    def actions(self, experts: int) -> list[tuple[int, int, int]]:
+        """In the form of the simulator's log."""
+        controller = self.engine.controller
+        assert isinstance(controller, LoggedController)
+        victims = iter(controller.victims)
+        found = []
+        for kind, expert in self.link.log:
+            victim = -2
+            if kind != WITHDRAWN:
+                fetch = next(victims)
+                assert fetch.expert == expert
+                victim = -1 if fetch.victim is None else fetch.victim.layer * experts + fetch.victim.expert
+            found.append((kind, expert.layer * experts + expert.expert, victim))
+        return found

@@ -1,0 +1,251 @@
+"""A trace is only ever replaced by a complete one: appending, failing, being killed or interrupted damages nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finemoe.errors import TraceError
+from finemoe.trace import TraceWriter, open_trace
+from finemoe.trace import write as writing
+from finemoe.trace.spool import left_behind, spool_folder
+from tests.trace.make import equal, make_header, make_request, make_trace
+
+ROOT = Path(__file__).parents[2]
+ENDLESS = """
+import sys
+import numpy as np
+from finemoe.trace import TraceWriter
+from tests.trace.make import make_header, make_request
+writer = TraceWriter(sys.argv[1], make_header(), append=True, commit_every_s=0)
+rng = np.random.default_rng(1)
+while True:
+    writer.add(make_request(make_header(), rng))
+    print(flush=True)
+"""
+
+
+def requests_of(path: Path) -> int:
+    with open_trace(path) as trace:
+        return len(trace)
+
+
+def killed_while_adding(path: Path, after: int) -> None:
+    """A process that appends without end is killed once it has added `after` requests."""
+    process = subprocess.Popen([sys.executable, "-c", ENDLESS, str(path)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout is not None
+    for _ in range(after):
+        assert process.stdout.readline()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+
+
+def test_appending_keeps_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "it.trace"
+    first = make_trace(path)
+    more = make_request(make_header(), np.random.default_rng(9))
+    held = open_trace(path)
+    with TraceWriter(path, make_header(), append=True) as writer:
+        writer.add(more)
+        assert len(writer) == 4
+        assert requests_of(path) == 3  # not before it is complete
+    with open_trace(path) as trace:
+        assert all(equal(one, other) for one, other in zip(trace, [*first, more], strict=True))
+    assert all(equal(one, other) for one, other in zip(held, first, strict=True))
+    assert [each.name for each in tmp_path.iterdir()] == ["it.trace"]
+
+
+def test_being_killed_keeps_the_trace_and_the_finished_requests(tmp_path: Path) -> None:
+    path = tmp_path / "it.trace"
+    make_trace(path)
+    before = path.read_bytes()
+    killed_while_adding(path, after=5)
+    assert path.read_bytes() == before
+    assert left_behind(path) >= 5
+    with TraceWriter(path, make_header(), append=True) as writer:
+        waiting = len(writer) - 3
+    assert waiting >= 5
+    rng = np.random.default_rng(1)
+    with open_trace(path) as trace:
+        assert len(trace) == 3 + waiting
+        assert all(equal(trace.request(3 + n), make_request(make_header(), rng)) for n in range(waiting))
+    assert not spool_folder(path).exists()
+
+
+def test_a_new_trace_survives_being_killed_too(tmp_path: Path) -> None:
+    path = tmp_path / "it.trace"
+    killed_while_adding(path, after=2)
+    assert not path.exists()
+    with pytest.raises(TraceError, match=r"interrupted recording.*--append.*--force"):
+        TraceWriter(path, make_header())
+    with TraceWriter(path, make_header(), overwrite=True) as writer:
+        writer.add(make_request(make_header(), np.random.default_rng(0)))
+    assert requests_of(path) == 1
+
+
+def test_a_request_torn_by_an_interrupt_leaves_no_trace_of_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rng = tmp_path / "it.trace", np.random.default_rng(0)
+    made = [make_request(make_header(), rng) for _ in range(3)]
+    write, calls = os.pwrite, [0]
+
+    def interrupted(file: int, data: Any, offset: int) -> int:
+        calls[0] += 1
+        if calls[0] == 4:  # between two columns of the second request
+            raise KeyboardInterrupt
+        return write(file, data, offset)
+
+    with TraceWriter(path, make_header(), commit_every_s=60) as writer:
+        writer.add(made[0])
+        calls[0] = 0
+        monkeypatch.setattr(os, "pwrite", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writer.add(made[1])
+    with TraceWriter(path, make_header(), append=True) as writer:
+        writer.add(made[2])
+    with open_trace(path) as trace:
+        assert len(trace) == 2
+        assert equal(trace.request(0), made[0])
+        assert equal(trace.request(1), made[2])
+
+
+def test_killed_between_the_new_trace_and_the_end_nothing_counts_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "it.trace"
+    make_trace(path)
+    writer = TraceWriter(path, make_header(), append=True)
+    writer.add(make_request(make_header(), np.random.default_rng(0)))
+    with monkeypatch.context() as patch:
+        patch.setattr("finemoe.trace.spool.shutil.rmtree", lambda *_, **__: None)  # the process ends here
+        writer.close()
+    assert spool_folder(path).exists()
+    assert requests_of(path) == 4
+    with TraceWriter(path, make_header(), append=True) as writer:
+        writer.add(make_request(make_header(), np.random.default_rng(1)))
+    assert requests_of(path) == 5
+
+
+def test_counts_whose_rows_were_lost_are_forgotten(tmp_path: Path) -> None:
+    path, rng = tmp_path / "it.trace", np.random.default_rng(0)
+    made = [make_request(make_header(), rng) for _ in range(4)]
+    killed = TraceWriter(path, make_header(), commit_every_s=0)
+    for request in made[:3]:
+        killed.add(request)
+    killed._spool.close()  # the process ends here, and the disk loses the last two requests' rows
+    rows = spool_folder(path) / "rows"
+    rows.write_bytes(rows.read_bytes()[: 4 * len(made[0])])
+    with TraceWriter(path, make_header(), append=True, commit_every_s=0) as writer:
+        writer.add(made[3])
+    with open_trace(path) as trace:
+        assert len(trace) == 2
+        assert equal(trace.request(0), made[0])
+        assert equal(trace.request(1), made[3])
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "it.trace"
+    make_trace(path)
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = TraceWriter(path, make_header(), append=True)
+    writer.add(make_request(make_header(), np.random.default_rng(0)))
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "_copy", full)
+        with pytest.raises(TraceError, match=r"No space left.*--append"):
+            writer.close()
+    assert path.read_bytes() == before
+    TraceWriter(path, make_header(), append=True).close()
+    assert requests_of(path) == 4
+
+
+def test_what_exists_is_not_replaced_by_accident(tmp_path: Path) -> None:
+    path = tmp_path / "it.trace"
+    make_trace(path)
+    with pytest.raises(TraceError, match=r"exists.*--append.*--force"):
+        TraceWriter(path, make_header())
+    with TraceWriter(path, make_header(experts=9), overwrite=True) as writer:
+        assert requests_of(path) == 3
+        writer.add(make_request(make_header(experts=9), np.random.default_rng(0)))
+    assert requests_of(path) == 1
+
+
+def test_replacing_drops_what_an_interrupted_writer_of_another_kind_left(tmp_path: Path) -> None:
+    path = tmp_path / "it.trace"
+    killed_while_adding(path, after=1)
+    other = make_header(("weights", "probs"))
+    with pytest.raises(TraceError, match=r"another interrupted recording \(fields"):
+        TraceWriter(path, other, append=True)
+    assert left_behind(path)
+    with TraceWriter(path, other, overwrite=True) as writer:
+        writer.add(make_request(other, np.random.default_rng(0)))
+    assert requests_of(path) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"experts": 9}, "experts"), ({"fingerprint": "other"}, "fingerprint"), ({"model": "b"}, "model")],
+)
+def test_another_models_requests_are_not_appended(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+    path = tmp_path / "it.trace"
+    own = make_header(fingerprint=None) if named == "model" else make_header()
+    make_trace(path, header=own)
+    before = path.read_bytes()
+    with pytest.raises(TraceError, match=rf"can't be appended to \({named}: "):
+        TraceWriter(path, make_header(**({"fingerprint": own.fingerprint} | change)), append=True)
+    assert path.read_bytes() == before
+    assert not spool_folder(path).exists()
+
+
+def test_the_same_model_at_another_place_is_the_same_model(tmp_path: Path) -> None:
+    path = tmp_path / "it.trace"
+    make_trace(path)
+    with TraceWriter(path, make_header(model="elsewhere"), append=True) as writer:
+        writer.add(make_request(make_header(), np.random.default_rng(0)))
+    assert requests_of(path) == 4
+
+
+def test_two_writers_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "it.trace"
+    with TraceWriter(path, make_header()) as writer:
+        for flags in ({"append": True}, {"overwrite": True}):
+            with pytest.raises(TraceError, match="another process"):
+                TraceWriter(path, make_header(), **flags)
+        writer.add(make_request(make_header(), np.random.default_rng(0)))
+    assert requests_of(path) == 1
+
+
+def test_a_writer_killed_before_its_first_request_is_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "it.trace"
+    abandoned = TraceWriter(path, make_header(experts=9), overwrite=True)
+    abandoned._spool.close()  # the process ends here
+    assert spool_folder(path).exists()
+    with TraceWriter(path, make_header()) as writer:
+        writer.add(make_request(make_header(), np.random.default_rng(0)))
+    assert requests_of(path) == 1
+
+
+def test_without_a_request_there_is_no_trace(tmp_path: Path) -> None:
+    TraceWriter(tmp_path / "it.trace", make_header()).close()
+    writer = TraceWriter(tmp_path / "it.trace", make_header())
+    writer.add(make_request(make_header(), np.random.default_rng(0)))
+    writer.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="no folder"):
+        TraceWriter(tmp_path / "none" / "it.trace", make_header())

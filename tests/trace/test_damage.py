@@ -1,0 +1,114 @@
+"""Whatever is wrong with a file is said in one line that names it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from finemoe.errors import TraceError
+from finemoe.trace import open_trace
+from tests.trace.make import make_trace
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("whole") / "it.trace"
+    make_trace(path)
+    return path.read_bytes()
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(TraceError) as error:
+        open_trace(path)
+    message = str(error.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    return message
+
+
+def edited(whole: bytes, path: Path, **metadata: str) -> Path:
+    """A copy with other metadata."""
+    length = int.from_bytes(whole[:8], "little")
+    table: dict[str, Any] = json.loads(whole[8 : 8 + length])
+    table["__metadata__"] |= metadata
+    text = json.dumps(table).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+    return path
+
+
+@given(share=st.floats(0, 1, exclude_max=True))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_file_cut_off_anywhere_is_refused(whole: bytes, tmp_path: Path, share: float) -> None:
+    path = tmp_path / "cut.trace"
+    path.write_bytes(whole[: int(share * len(whole))])
+    refused(path)
+
+
+@given(place=st.integers(0, 10_000), value=st.integers(0, 255))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+def test_a_damaged_header_is_refused_or_harmless(whole: bytes, tmp_path: Path, place: int, value: int) -> None:
+    path = tmp_path / "damaged.trace"
+    end = 8 + int.from_bytes(whole[:8], "little")
+    place %= end
+    path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+    try:
+        with open_trace(path) as trace:
+            assert len(trace) == 3  # a letter of the model's name
+    except TraceError as error:
+        assert "\n" not in str(error)  # noqa: PT017 - either way is right
+
+
+def test_a_file_that_has_grown_is_refused(whole: bytes, tmp_path: Path) -> None:
+    (tmp_path / "it.trace").write_bytes(whole + b"\0")
+    assert "damaged" in refused(tmp_path / "it.trace")
+
+
+def test_a_file_cut_off_in_its_data_is_called_cut_off(whole: bytes, tmp_path: Path) -> None:
+    (tmp_path / "it.trace").write_bytes(whole[:-1])
+    assert "cut off" in refused(tmp_path / "it.trace")
+
+
+def test_a_newer_version_says_to_update(whole: bytes, tmp_path: Path) -> None:
+    assert "version 2" in refused(edited(whole, tmp_path / "it.trace", version="2"))
+
+
+@pytest.mark.parametrize("version", ["", "one", "-1"])
+def test_a_version_that_is_none_is_refused(whole: bytes, tmp_path: Path, version: str) -> None:
+    assert "damaged" in refused(edited(whole, tmp_path / "it.trace", version=version))
+
+
+def test_a_later_addition_to_the_header_is_passed_over(whole: bytes, tmp_path: Path) -> None:
+    with open_trace(edited(whole, tmp_path / "it.trace")) as trace:
+        header = trace.header.as_dict() | {"invented_later": 1}
+    with open_trace(edited(whole, tmp_path / "it.trace", header=json.dumps(header))) as trace:
+        assert len(trace) == 3
+
+
+def test_counts_that_contradict_each_other_are_refused(whole: bytes, tmp_path: Path) -> None:
+    start = 8 + int.from_bytes(whole[:8], "little")
+    path = tmp_path / "it.trace"
+    path.write_bytes(whole[:start] + np.int64(99).tobytes() + whole[start + 8 :])
+    assert "contradict" in refused(path)
+
+
+def test_another_safetensors_file_is_told_from_a_trace(tmp_path: Path) -> None:
+    save_file({"x": np.zeros(3)}, tmp_path / "model.safetensors")
+    assert "not a finemoe trace" in refused(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04" * 40, b'{"prompt": "hi"}\n' * 9, b"\2\0\0\0\0\0\0\0[]"])
+def test_any_other_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "it").write_bytes(content)
+    assert "not a finemoe trace" in refused(tmp_path / "it")
+
+
+def test_no_file_and_no_permission_are_told_apart(tmp_path: Path) -> None:
+    assert "no such trace" in refused(tmp_path / "none")
+    assert "can't be read" in refused(tmp_path)
