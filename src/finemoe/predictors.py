@@ -200,8 +200,9 @@ def _gather(
 
 def _inputs(states: npt.NDArray[np.float16], batch: npt.NDArray[np.int64], stride: int, history: int) -> Floats:
     """`[L, n, F]`."""
-    before, now = states[batch - 1].astype(np.float32), states[batch].astype(np.float32)
-    return np.stack([inputs(before, now, layer, stride, history) for layer in range(states.shape[2])])
+    pairs = np.stack([states[batch - 1], states[batch]], axis=1, dtype=np.float32).reshape(len(batch), -1)
+    places = inputs(states.shape[2], states.shape[3], stride, history)
+    return np.stack([pairs.take(row, axis=1) for row in places])
 
 
 def _targets(executed: npt.NDArray[np.bool_], batch: npt.NDArray[np.int64], stride: int) -> Floats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from finemoe.errors import ConfigError
 from finemoe.policy.active import Active, likeliest
 from finemoe.policy.ahead import Ahead
 from finemoe.policy.book import Scores
+from finemoe.policy.kernel import Jit, interpreted
 from finemoe.types import Routed, Step
 
 Floats = npt.NDArray[np.float32]
@@ -41,7 +42,8 @@ class Predictors(NamedTuple):
     def predict(self, layer: int, inputs: Floats) -> Scores:
         """`[n, F]` -> `[n, E]`, the chance of each expert of the layer a stride ahead."""
         hidden = np.maximum(inputs @ self.inner[layer] + self.inner_bias[layer], 0)
-        return np.asarray(1 / (1 + np.exp(-(hidden @ self.outer[layer] + self.outer_bias[layer]).astype(np.float64))))
+        logits = hidden @ self.outer[layer] + self.outer_bias[layer]
+        return np.asarray(1 / (1 + np.exp(-logits, dtype=np.float64)))
 
 
 def faded(mean: Floats, roots: Floats) -> Floats:
@@ -49,27 +51,22 @@ def faded(mean: Floats, roots: Floats) -> Floats:
     return np.asarray(_FADE * mean + (1 - _FADE) * roots, np.float32)
 
 
-def inputs(before: Floats, now: Floats, layer: int, stride: int, history: int) -> Floats:
-    """What is known once `layer` is: `[n, 2, L, E]` -> `[n, (history + 2) * E]`.
+def inputs(layers: int, experts: int, stride: int, history: int) -> npt.NDArray[np.int64]:
+    """`[L, F]`, where each predictor's inputs lie: `F` indices into states `[2, 2, L, E]`, flattened.
 
-    The roots of the gates of the last `history` layers, over the beginning of the iteration; and of the layer a stride
-    ahead, those of its last run and their running mean.
-
-    Args:
-        before: after the iteration before: the roots of its gates, and their running means; zeros if there was none.
-        now: the same after this iteration. Only what is known once `layer` is, is read.
-        layer: the last one that has run.
-        stride: as of `Predictors`.
-        history: as of `Predictors`.
+    A state `[2, L, E]` has the roots of an iteration's gates, and their running means; a pair of states is that of the
+    iteration before (zeros if there was none) and of this one. The inputs are what is known once the predictor's layer
+    is: the roots of the last `history` layers, over the beginning of the iteration, and, of the layer a stride ahead,
+    those of its last run and their running means.
     """
-    layers = now.shape[2]
-
-    def latest(kind: int, of: int) -> Floats:
-        return (now if of <= layer else before)[:, kind, of]
-
-    target = (layer + stride) % layers
-    run = [latest(0, (layer - back) % layers) for back in range(history)]
-    return np.concatenate([*run, latest(0, target), latest(1, target)], axis=1, dtype=np.float32)
+    places = np.arange(2 * 2 * layers * experts).reshape(2, 2, layers, experts)
+    rows = []
+    for layer in range(layers):
+        back = [(layer - i) % layers for i in range(history)]
+        target = (layer + stride) % layers
+        latest = [places[int(of <= layer), 0, of] for of in (*back, target)]
+        rows.append(np.concatenate([*latest, places[int(target <= layer), 1, target]]))
+    return np.stack(rows)
 
 
 class Stride(Ahead):
@@ -94,6 +91,7 @@ class Stride(Ahead):
         experts: the largest `E` of any layer.
         predictors: trained for this model.
         active: K; by default learned from what layers need.
+        jit: compiles the bookkeeping; the networks are matrix products as they are.
 
     Raises:
         ConfigError: the predictors are of another model's shape.
@@ -103,17 +101,26 @@ class Stride(Ahead):
     substitutes = MappingProxyType({"hidden states": "the gates of earlier layers and iterations"})
 
     def __init__(
-        self, layers: int, experts: int, predictors: Predictors | None = None, active: int | None = None
+        self,
+        layers: int,
+        experts: int,
+        predictors: Predictors | None = None,
+        active: int | None = None,
+        *,
+        jit: Jit[Any] = interpreted,
     ) -> None:
-        super().__init__(layers, experts)
+        super().__init__(layers, experts, jit=jit)
         if predictors is not None:
             if (predictors.layers, predictors.experts) != (layers, experts):
                 raise ConfigError(
                     f"the predictors are for {predictors.layers} layers of {predictors.experts} experts, "
                     f"the model has {layers} of {experts}; train them for this model"
                 )
-            self.stride = min(predictors.stride, layers)
+            self.stride = predictors.stride
+            one_state = 2 * layers * experts  # its rows of layers to come are still the iteration before's
+            self._inputs = inputs(layers, experts, predictors.stride, predictors.history) % one_state
         self.predictors = predictors
+        self._likeliest = jit(likeliest)
         self.active = Active(active)
         self._requests: list[int] = []
         self._known: Floats = np.zeros((0, 2, layers, experts), np.float32)
@@ -138,9 +145,9 @@ class Stride(Ahead):
         roots = np.sqrt(gates)
         self._known[:, 0, layer] = roots
         self._known[:, 1, layer] = faded(self._known[:, 1, layer], roots)
-        seen = inputs(self._known, self._known, layer, self.predictors.stride, self.predictors.history)
+        seen = self._known.reshape(len(gates), -1).take(self._inputs[layer], axis=1)
         target = (layer + self.stride) % self.layers
-        self._expected[target] = likeliest(self.predictors.predict(layer, seen), self.active.count)
+        self._expected[target] = self._likeliest(self.predictors.predict(layer, seen), self.active.count)
         for ahead in range(1, self.stride + 1):
             nearer = (layer + ahead) % self.layers
             expected = self._expected[nearer]
