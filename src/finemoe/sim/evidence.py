@@ -132,17 +132,16 @@ class Evidence:
         assert expert_ids is not None
         assert self.recall is not None
         chance = np.random.default_rng((self._seed, first))
-        truth = expert_ids[first:last, 1:]  # [T, L - 1, K]
-        valid = truth < header.experts
-        scores = chance.random(
-            (*truth.shape[:2], header.experts), dtype=np.float32
-        )  # who errs, and who takes its place
+        nobody = header.experts  # a column that is cut off
+        truth = np.minimum(expert_ids[first:last, 1:], nobody).astype(np.int64)  # [T, L - 1, K]
+        scores = chance.random((*truth.shape[:2], nobody + 1), dtype=np.float32)  # who takes the place of one that errs
+        right = (chance.random(truth.shape) < self.recall) | (truth == nobody)
+        np.put_along_axis(scores, truth, -1.0, axis=2)
+        scores[:, :, nobody] = -1.0
+        wrong = np.argsort(-scores, axis=2)[:, :, : truth.shape[2]]
+        wrong[np.take_along_axis(scores, wrong, axis=2) < 0] = nobody  # fewer than K experts are wrong
         named = np.zeros_like(scores)
-        right = valid & (chance.random(truth.shape) < self.recall)
-        np.put_along_axis(scores, np.where(valid, truth, 0).astype(np.int64), -1.0, axis=2)
-        substitutes = np.argsort(-scores, axis=2)[:, :, : truth.shape[2]]
-        ids = np.where(right, truth, substitutes).astype(np.int64)
-        np.put_along_axis(named, ids, 1.0 / truth.shape[2], axis=2)
+        np.put_along_axis(named, np.where(right, truth, wrong), 1.0 / truth.shape[2], axis=2)
         ahead = np.zeros((header.layers, 1, header.experts), np.float32)
-        ahead[:-1, 0] = named.mean(axis=0)
+        ahead[:-1, 0] = named[:, :, :nobody].mean(axis=0)
         return ahead
