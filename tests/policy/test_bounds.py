@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import combinations, pairwise
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,7 +30,7 @@ events = st.lists(
 )
 
 
-def future_of(trace: Events) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], ...]:
+def accesses(trace: Events) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     ptr = np.cumsum([0] + [len(event) for event in trace]).astype(np.int64)
     return ptr, np.array([expert for event in trace for expert in event], np.int64)
 
@@ -40,7 +41,7 @@ def routed(event: list[int]) -> Routed:
 
 @given(events)
 def test_next_uses_are_found(trace: Events) -> None:
-    ptr, next_use, first_use = foresee(LAYERS, EXPERTS, *future_of(trace))
+    ptr, next_use, first_use = foresee(LAYERS, EXPERTS, *accesses(trace))
     for expert in range(LAYERS * EXPERTS):
         when = [i for i, event in enumerate(trace) if expert in event]
         assert first_use.reshape(-1)[expert] == (when[0] if when else NEVER)
@@ -71,7 +72,7 @@ def fewest_misses(trace: Events, capacity: int) -> int:
 @given(events, st.integers(2, 5))
 @settings(max_examples=50)
 def test_belady_misses_as_seldom_as_possible(trace: Events, capacity: int) -> None:
-    least = misses(Belady(LAYERS, EXPERTS, foresee(LAYERS, EXPERTS, *future_of(trace))), trace, capacity)
+    least = misses(Belady(LAYERS, EXPERTS, foresee(LAYERS, EXPERTS, *accesses(trace))), trace, capacity)
     assert least == fewest_misses(trace, capacity)
     for policy in POLICIES:
         assert misses(make_policy(policy, LAYERS, EXPERTS), trace, capacity) >= least
@@ -79,7 +80,7 @@ def test_belady_misses_as_seldom_as_possible(trace: Events, capacity: int) -> No
 
 @given(events, st.integers(2, 6))
 def test_the_oracle_wants_what_comes_first_and_keeps_it(trace: Events, capacity: int) -> None:
-    oracle = Oracle(LAYERS, EXPERTS, foresee(LAYERS, EXPERTS, *future_of(trace)))
+    oracle = Oracle(LAYERS, EXPERTS, foresee(LAYERS, EXPERTS, *accesses(trace)))
     drive = Drive(Controller(LAYERS, EXPERTS, capacity, oracle))
 
     def coming(expert: ExpertId, now: int) -> int:
