@@ -84,7 +84,13 @@ class LoadConfig:
     expert_memory: str = field(
         default="25%", metadata={"help": "hard limit for resident experts: bytes (2GiB), a share (25%) or all"}
     )
-    policy: str = field(default="lfru", metadata={"help": "what to keep and what to fetch: lru, lfu or lfru"})
+    policy: str = field(
+        default="lfru",
+        metadata={
+            "help": "what to keep and what to fetch: lru, lfu, lfru, or a published system's policy (docs/simulator.md)"
+        },
+    )
+    predictors: str | None = field(default=None, metadata={"help": "what finemoe trace train wrote, for promoe"})
     io: Literal["auto", "direct", "buffered"] = field(
         default="auto", metadata={"help": "how experts are read; direct bypasses the page cache, auto does if it can"}
     )

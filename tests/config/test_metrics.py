@@ -11,8 +11,8 @@ from finemoe.metrics import Counters, Stats
 
 STATS = Stats(
     model="m", policy="lru", io="direct", layers=2, experts=16, expert_bytes=1600, expert_memory_bytes=400, slots=4,
-    resident=4, layer_calls=5, hits=6, late=1, misses=3, evictions=2, bytes_read=300, stall_s=0.5, stalled_bytes=200,
-    peak_rss_bytes=10_000,
+    resident=4, layer_calls=5, hits=6, late=1, misses=3, evictions=2, prefetched=4, prefetched_used=3,
+    wasted=1, bytes_read=300, stall_s=0.5, stalled_bytes=200, peak_rss_bytes=10_000,
 )  # fmt: skip
 
 
@@ -26,10 +26,21 @@ def test_rates_without_accesses_are_zero() -> None:
     assert (idle.hit_rate, idle.late_rate, idle.miss_rate) == (0, 0, 0)
 
 
+def test_precision_is_of_what_was_prefetched() -> None:
+    assert STATS.precision == 0.75
+    assert replace(STATS, prefetched=0).precision is None
+
+
 def test_a_snapshot_is_ready_for_json() -> None:
     table = STATS.as_dict()
     assert json.loads(json.dumps(table)) == table
-    assert set(table) == {f.name for f in fields(Stats)} | {"accesses", "hit_rate", "late_rate", "miss_rate"}
+    assert set(table) == {f.name for f in fields(Stats)} | {
+        "accesses",
+        "hit_rate",
+        "late_rate",
+        "miss_rate",
+        "precision",
+    }
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Counters)])

@@ -16,7 +16,7 @@ from finemoe.policy.kernel import interpreted
 from finemoe.types import ExpertId, Routed
 from tests.policy.compile import compiled
 from tests.policy.drive import Drive
-from tests.policy.workload import Iteration, Shape, future, recorded, workload
+from tests.policy.workload import Iteration, Shape, future, recorded, untrained, workload
 
 LAYERS, EXPERTS = 3, 6
 Trace = list[tuple[int, list[int]]]
@@ -48,7 +48,7 @@ def informed(policy: str, played: list[Iteration], shape: Shape = SHAPE) -> Poli
 
 def options(policy: str, shape: Shape) -> dict[str, Any]:
     """What a policy can't do without."""
-    return {}
+    return {"predictors": untrained(shape)} if policy == "promoe" else {}
 
 
 def scores(policy: Policy, played: list[Iteration]) -> list[tuple[bytes, bytes]]:

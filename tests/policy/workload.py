@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finemoe.policy import Future, foresee
+from finemoe.policy.stride import Predictors
 from finemoe.types import DECODE, PREFILL, Recorded, Routed, Step
 
 
@@ -101,3 +102,21 @@ def future(played: list[Iteration], shape: Shape = Shape()) -> Future:
     ptr = np.cumsum([0] + [len(event.experts) for event in events])
     flat = [event.layer * shape.experts + expert for event in events for expert in event.experts]
     return foresee(shape.layers, shape.experts, ptr.astype(np.int64), np.array(flat, np.int64))
+
+
+def untrained(shape: Shape = Shape(), *, stride: int = 2, history: int = 3, hidden: int = 4) -> Predictors:
+    """Predictors with random weights."""
+    random = np.random.default_rng(0)
+
+    def weights(*size: int) -> npt.NDArray[np.float32]:
+        return random.normal(size=size).astype(np.float32)
+
+    layers, experts = shape.layers, shape.experts
+    return Predictors(
+        weights(layers, (history + 2) * experts, hidden),
+        weights(layers, hidden),
+        weights(layers, hidden, experts),
+        weights(layers, experts),
+        stride,
+        history,
+    )

@@ -147,7 +147,11 @@ class EngineReplay:
     @classmethod
     def make(cls, schedule: Schedule, policy: Policy, capacity: int, link: VirtualLink) -> EngineReplay:
         controller = LoggedController(schedule.layers, schedule.experts, capacity, policy)
-        return cls(Engine(Pool(capacity, 64), controller, link, clock=lambda: link.now), link)
+        return cls.make_with(Pool(capacity, 64), controller, link)
+
+    @classmethod
+    def make_with(cls, pool: Pool, controller: LoggedController, link: VirtualLink) -> EngineReplay:
+        return cls(Engine(pool, controller, link, clock=lambda: link.now), link)
 
     def run(self, schedule: Schedule, evidence: Evidence, tokens_per_unit: int = 64) -> list[float]:
         times = []

@@ -26,7 +26,7 @@ from finemoe.bench.subject import Measured, Order, Subject, subjects
 from finemoe.checkpoint import Checkpoint, locate
 from finemoe.errors import CheckpointError
 from finemoe.model import describe, read_config, reference_model
-from finemoe.policy import make_controller
+from finemoe.policy import policy_class
 
 Log = Callable[[str], None]
 
@@ -41,7 +41,7 @@ def run_bench(config: BenchConfig, log: Log) -> BenchReport:
         FinemoeError: there is nothing to measure: no such model, policy or weights.
     """
     for policy in config.policies:
-        make_controller(policy, 1, 1, 1)  # an unknown policy is refused before anything is read
+        policy_class(policy)  # an unknown policy is refused before anything is read
     checkpoint = locate(config.model or reference_model(), config.revision)
     catalog = describe(str(checkpoint.folder), trust_remote_code=config.trust_remote_code).catalog
     expert_bytes = catalog.weight_bytes // catalog.experts
@@ -142,6 +142,7 @@ class _Bench:
                 context=self._context,
                 new_tokens=config.offload_tokens if subject.kind == "disk-offload" else config.new_tokens,
                 threads=config.threads,
+                expert_bytes=self._expert_bytes,
                 memory_bytes=self._memory_bytes,
                 offload_folder=scratch,
             )

@@ -30,9 +30,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     head.add_argument("--request", type=int, default=0, help="of which request, from 0 on (default: %(default)s)")
     stats = actions.add_parser("stats", help="measure locality, skew and predictability of the routing")
     stats.add_argument("--plot", default=None, metavar="OUT.png", help="draw it too; needs finemoe[plots]")
-    for action in (info, head, stats):
+    train = actions.add_parser("train", help="train the predictors that --policy promoe needs, on the store's share")
+    train.add_argument("--out", required=True, metavar="FILE", help="the predictors to write")
+    train.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    train.add_argument(
+        "--store-split",
+        type=float,
+        default=0.7,
+        help="share of the requests to learn from, as in simulate (%(default)s)",
+    )
+    train.add_argument("--seed", type=int, default=0, help="of the split, as in simulate, and of the training")
+    train.add_argument("--epochs", type=int, default=6, help="how often each iteration is seen (default: %(default)s)")
+    for action in (info, head, stats, train):
         action.add_argument("trace", metavar="TRACE")
-    for action in (importing, info, head, stats):
+    for action in (importing, info, head, stats, train):
         action.add_argument("--json", action="store_true", help="print one JSON document, and nothing else")
 
 
@@ -108,6 +119,51 @@ def _stats(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _train(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from finemoe.predictors import recall, save, train
+    from finemoe.sim.evidence import Evidence
+    from finemoe.trace.split import split
+
+    out = Path(arguments.out)
+    if out.exists() and not arguments.force:
+        raise ConfigError(f"--out: {out} exists; give --force to replace it")
+    if not 0 < arguments.store_split < 1:
+        raise ConfigError(f"--store-split: {arguments.store_split} is not a share between 0 and 1")
+    if arguments.epochs < 1:
+        raise ConfigError(f"--epochs: {arguments.epochs} is not at least 1")
+    with open_trace(arguments.trace) as trace:
+        evidence, header = Evidence(trace), trace.header
+        if "gates" not in evidence.fields:
+            raise ConfigError(f"{arguments.trace}: has no gate distributions or weights to learn from")
+        stored, _ = split(len(trace), arguments.store_split, arguments.seed)
+        kept = max(1, len(stored) // 10)  # of the store's share, to say how good they are
+        with tqdm(desc="Training", unit=" steps", leave=False, delay=1) as bar:
+
+            def progress(done: int, total: int, loss: float) -> None:
+                bar.total = total
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.update(done - bar.n)
+                arguments.interrupts.check()
+
+            predictors = train(
+                evidence.recorded(stored[kept:].tolist()), header.layers, header.experts, seed=arguments.seed,
+                epochs=arguments.epochs, progress=progress,
+            )  # fmt: skip
+        recalls = recall(predictors, evidence.recorded(stored[:kept].tolist()))
+    try:
+        save(predictors, out, header.fingerprint or header.model)
+    except OSError as error:
+        raise ConfigError(f"--out: {out} can't be written ({error.strerror or error})") from error
+    mean = float(recalls[predictors.stride :].mean())
+    if arguments.json:
+        print(json.dumps({"out": str(out), "recall": recalls.tolist(), "mean_recall": mean, "held_back": kept}))
+    else:
+        print(f"{out}: predictors {predictors.stride} layers ahead; recall {mean:.1%} on {kept} requests held back")
+    return 0
+
+
 def describe(trace: Trace) -> dict[str, Any]:
     """What a trace holds, ready for JSON. Of the vocabulary, only its size."""
     from finemoe.trace.spool import left_behind
@@ -159,4 +215,4 @@ def table(trace: Trace) -> str:
     return "\n".join(lines)
 
 
-_ACTIONS = {"import": _import, "info": _info, "head": _head, "stats": _stats}
+_ACTIONS = {"import": _import, "info": _info, "head": _head, "stats": _stats, "train": _train}

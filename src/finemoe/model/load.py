@@ -19,14 +19,15 @@ from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
 
 from finemoe.checkpoint import Catalog, Checkpoint, TensorHeader, locate, read_headers
 from finemoe.checkpoint.convert import ExpertsModule, read_catalog
+from finemoe.checkpoint.fingerprint import fingerprint
 from finemoe.config import LoadConfig, format_bytes
 from finemoe.engine import Engine
-from finemoe.errors import BudgetError, CheckpointError, UnsupportedModelError
+from finemoe.errors import BudgetError, CheckpointError, ConfigError, UnsupportedModelError
 from finemoe.experts import HANDLE, IMPLEMENTATION, ExpertLayer, LazyParameter, choose_path
 from finemoe.model.find import find_experts, model_class, pool_slots, read_config, transformers_errors
 from finemoe.model.observe import Observer
 from finemoe.model.offload import Offload, OffloadedModel
-from finemoe.policy import make_controller
+from finemoe.policy import make_controller, policy_class
 from finemoe.store import DiskStore, Pool, available_bytes
 from finemoe.store.dense import LazyTensor
 from finemoe.store.verify import SecondReader
@@ -46,6 +47,7 @@ def load(
     reader_threads: int = 4,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    predictors: str | Path | None = None,
     verify: bool = False,
 ) -> Any:
     """A transformers model whose routed experts live in a bounded pool.
@@ -56,12 +58,13 @@ def load(
     Args:
         model: folder or Hugging Face hub id; `None` is the built-in reference model.
         expert_memory: hard limit for resident experts: bytes (`2GiB`), a share (`25%`) or `all`.
-        policy: what to keep; one of `finemoe.policy.POLICIES`.
+        policy: what to keep and what to prefetch; one of `finemoe.policy.POLICIES`.
         dtype: of computation; `auto` takes the checkpoint's.
         io: `direct` reads past the page cache, `buffered` through it, `auto` chooses.
         reader_threads: threads that read experts.
         revision: hub revision.
         trust_remote_code: run modelling code that the model's repository ships.
+        predictors: the file that `finemoe trace train` wrote, of a policy that needs one.
         verify: debug: read every landed expert a second time, by another path, and compare.
 
     Raises:
@@ -78,6 +81,7 @@ def load(
             trust_remote_code=trust_remote_code,
             expert_memory=expert_memory,
             policy=policy,
+            predictors=None if predictors is None else str(predictors),
             io=io,
             reader_threads=reader_threads,
             verify=verify,
@@ -87,11 +91,18 @@ def load(
 
 def load_config(config: LoadConfig) -> Any:
     """`load`, from a `LoadConfig`."""
-    make_controller(config.policy, 1, 1, 1)  # an unknown policy is refused before anything is read
+    kind = policy_class(config.policy)  # an unknown one is refused before anything is read
+    if ("predictors" in kind.needs) != (config.predictors is not None):
+        raise ConfigError(
+            f"--policy {config.policy}: needs --predictors FILE, from finemoe trace train"
+            if config.predictors is None
+            else f"--predictors: --policy {config.policy} takes none"
+        )
     checkpoint = locate(config.model or reference_model(), config.revision)
     model_config = read_config(checkpoint.folder, trust_remote_code=config.trust_remote_code)
     headers = read_headers(checkpoint.files)
     loading = _Loading(config, checkpoint, model_config, headers)
+    loading.options = policy_options(config, checkpoint, headers)
     try:
         with transformers_errors(checkpoint.folder), _diverted(loading.convert_and_load):
             model, info = model_class(model_config).from_pretrained(
@@ -109,6 +120,25 @@ def load_config(config: LoadConfig) -> Any:
     except BaseException:
         loading.undo()
         raise
+
+
+def policy_options(config: LoadConfig, checkpoint: Checkpoint, headers: dict[str, TensorHeader]) -> dict[str, Any]:
+    """What a policy is made with beyond the model's shape.
+
+    Raises:
+        FinemoeError: the predictors can't be read, or are for another model.
+    """
+    options: dict[str, Any] = {}
+    if policy_class(config.policy).compiles:
+        from finemoe.compiled import compiler
+
+        options["jit"] = compiler()
+    if config.predictors is not None:
+        from finemoe.predictors import load as load_predictors
+
+        model = fingerprint(checkpoint.folder, headers)
+        options["predictors"] = load_predictors(Path(config.predictors), model)
+    return options
 
 
 def reference_model() -> str:
@@ -144,6 +174,7 @@ class _Loading:
         self._checkpoint = checkpoint
         self._model_config = model_config
         self._headers = headers
+        self.options: dict[str, Any] = {}  # of the policy
         self._experts: list[tuple[ExpertsModule, nn.Module]] = []
         self._catalog: Catalog | None = None
         self._store: DiskStore | None = None
@@ -205,11 +236,11 @@ class _Loading:
         handles = list(layers.values())
         self._choose_paths(handles, model.dtype)
         trial.clear()
-        controller = make_controller(self._config.policy, *shape, self._pool.slots)
+        controller = make_controller(self._config.policy, *shape, self._pool.slots, **self.options)
         engine = Engine(self._pool, controller, self._transfer, verify)
         for handle in handles:
             handle.engine = engine
-        if controller.policy.needs:
+        if controller.policy.needs | controller.policy.uses:
             Observer(model, engine, layers, lookahead=int("lookahead" in controller.policy.needs)).attach()
         offload = Offload(self._checkpoint, self._catalog, self._store, engine, handles, lock, self._config.policy)
         offload.reset_stats()

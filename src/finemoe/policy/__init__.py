@@ -15,6 +15,7 @@ from finemoe.policy.expert_map import ExpertMaps
 from finemoe.policy.kernel import Jit, interpreted
 from finemoe.policy.layerwise import Layerwise
 from finemoe.policy.speculative import Speculative
+from finemoe.policy.stride import Stride
 
 # what the engine and the simulator offer
 FACTORIES: dict[str, type[Policy]] = {
@@ -24,11 +25,27 @@ FACTORIES: dict[str, type[Policy]] = {
     "deepspeed": Layerwise,
     "mixtral-offloading": Speculative,
     "moe-infinity": Activation,
+    "promoe": Stride,
     "expert-map": ExpertMaps,
 }
 POLICIES: tuple[str, ...] = tuple(FACTORIES)
 # what only the simulator can offer: the bounds need the option `future`
 BOUNDS: dict[str, type[Policy]] = {"belady": Belady, "oracle": Oracle}
+
+
+def policy_class(policy: str) -> type[Policy]:
+    """The class behind a name of `FACTORIES`.
+
+    Raises:
+        ConfigError: no policy of that name, or one that only a replay can offer; the message lists those that are.
+    """
+    if policy in BOUNDS:
+        raise ConfigError(
+            f"--policy: {policy!r} knows the future, which only a replay does; choose one of {', '.join(POLICIES)}"
+        )
+    if policy not in FACTORIES:
+        raise ConfigError(f"--policy: unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
+    return FACTORIES[policy]
 
 
 def make_policy(policy: str, layers: int, experts: int, *, jit: Jit[Any] = interpreted, **options: Any) -> Policy:
@@ -53,17 +70,14 @@ def make_policy(policy: str, layers: int, experts: int, *, jit: Jit[Any] = inter
     return make(layers, experts, **options)
 
 
-def make_controller(policy: str, layers: int, experts: int, capacity: int) -> Controller:
+def make_controller(policy: str, layers: int, experts: int, capacity: int, **options: Any) -> Controller:
     """A cache of `capacity` slots under the policy of a name; the bounds are not among them.
 
     Raises:
         ConfigError: no policy of that name; the message lists those that are.
     """
-    if policy in BOUNDS:
-        raise ConfigError(
-            f"--policy: {policy!r} knows the future, which only a replay does; choose one of {', '.join(POLICIES)}"
-        )
-    return Controller(layers, experts, capacity, make_policy(policy, layers, experts))
+    policy_class(policy)
+    return Controller(layers, experts, capacity, make_policy(policy, layers, experts, **options))
 
 
 __all__ = [
@@ -76,4 +90,5 @@ __all__ = [
     "foresee",
     "make_controller",
     "make_policy",
+    "policy_class",
 ]

@@ -22,7 +22,7 @@ class Running(NamedTuple):
     """The activation matrices of the running requests, and their places in the collection."""
 
     counts: Floats  # [B, L, E]
-    dots: Floats  # [B, L, P], each row of counts with the stored rows of its layer
+    products: Floats  # [B, L, P], each row of counts with the stored rows of its layer
     alike: Scores  # [B, P], the sum of the cosines of the layers known so far
     matches: npt.NDArray[np.int64]  # [B], the stored matrix that is most alike
 
@@ -30,9 +30,9 @@ class Running(NamedTuple):
 @kernel
 def observe(columns: Floats, size: int, layer: int, activity: Floats, running: Running) -> None:
     """Adds `activity` `[B, E]` to a layer of the matrices, and finds the stored ones that are most like them."""
-    counts, dots, alike, matches = running
+    counts, products, alike, matches = running
     for b in range(len(activity)):
-        row, dot, total = counts[b, layer], dots[b, layer, :size], alike[b, :size]
+        row, dot, total = counts[b, layer], products[b, layer, :size], alike[b, :size]
         length = np.sqrt((row * row).sum())
         if length > 0:
             total -= dot / length
@@ -108,6 +108,7 @@ class Activation(Policy):
         jit: compiles the search.
     """
 
+    uses = frozenset({"gates"})
     prefetches = True
     compiles = True
     margin = 0.0
@@ -180,8 +181,8 @@ class Activation(Policy):
     def _locate(self, counts: Floats) -> Running:
         """The places of matrices `[B, L, E]` in the collection as it is now."""
         columns = self.collection.columns
-        dots = np.stack([counts[:, layer] @ columns[layer] for layer in range(self.layers)], axis=1)
+        products = np.stack([counts[:, layer] @ columns[layer] for layer in range(self.layers)], axis=1)
         lengths = np.linalg.norm(counts, axis=2, keepdims=True)
-        cosines = dots / np.where(lengths > 0, lengths, np.float32(1))
+        cosines = products / np.where(lengths > 0, lengths, np.float32(1))
         alike = cosines.sum(axis=1, dtype=np.float64)
-        return Running(counts, np.ascontiguousarray(dots), alike, alike.argmax(axis=1))
+        return Running(counts, np.ascontiguousarray(products), alike, alike.argmax(axis=1))

@@ -29,6 +29,7 @@ class Policy:
         switch: a prefetch under way is dropped for one that is wanted this many times as much.
         prefetches: whether `want` is ever above 0.
         needs: what it predicts from, of `gates`, `lookahead` and `predictors`; without it, it only evicts.
+        uses: what it does better with, where there is any: `gates`.
         substitutes: what stands in where an input of the published policy is missing, by that input's name.
         clairvoyant: knows the future: a bound, for the simulator alone.
         compiles: its constructor takes `jit`.
@@ -42,6 +43,7 @@ class Policy:
     switch: float = np.inf
     prefetches: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
+    uses: ClassVar[frozenset[str]] = frozenset()
     substitutes: ClassVar[Mapping[str, str]] = MappingProxyType({})
     clairvoyant: ClassVar[bool] = False
     compiles: ClassVar[bool] = False

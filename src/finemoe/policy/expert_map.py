@@ -23,7 +23,7 @@ _FLOOR = 1e-6  # instead of a probability of 0
 class Search(NamedTuple):
     """The running requests' places in the store."""
 
-    dots: Floats  # [B, S], each request's layers so far, flattened, with those of each stored map
+    products: Floats  # [B, S], each request's layers so far, flattened, with those of each stored map
     energy: Scores  # [B], with themselves
     matches: npt.NDArray[np.int64]  # [B], the row of the best match
     scores: Scores  # [B], its cosine; 0 or less: no match
@@ -35,14 +35,14 @@ def follow(columns: Floats, inverse_norms: Floats, size: int, layer: int, gates:
 
     The rest is the store's: `columns` `[L, E, S]`, `inverse_norms` `[L, S]`, its size.
     """
-    dots, energy, matches, scores = search
+    products, energy, matches, scores = search
     for b in range(len(gates)):
         for expert in range(gates.shape[1]):
             p = gates[b, expert]
             if p != 0:
-                dots[b, :size] += p * columns[layer, expert, :size]
+                products[b, :size] += p * columns[layer, expert, :size]
                 energy[b] += p * p
-        similarity = dots[b, :size] * inverse_norms[layer, :size]
+        similarity = products[b, :size] * inverse_norms[layer, :size]
         matches[b] = similarity.argmax()
         scores[b] = similarity[matches[b]] / np.sqrt(energy[b]) if energy[b] > 0 else 0.0
 
@@ -200,7 +200,7 @@ class ExpertMaps(Policy):
             keys = [step.embedding for step in self._steps if step.embedding is not None]
             tokens = np.array([_key(step) for step in self._steps])
             embeddings = np.stack(keys) if len(keys) == len(tokens) else None
-            self.store.add(self._maps, tokens, embeddings, self._search.dots)
+            self.store.add(self._maps, tokens, embeddings, self._search.products)
 
     def _foresee(self, layer: int) -> None:
         self._predict(self.store.columns, layer, self._search, self.active.count, self.p, self._chosen)

@@ -61,7 +61,7 @@ class MapStore:
         maps: Floats,
         tokens: npt.NDArray[np.integer],
         embeddings: Floats | None = None,
-        dots: Floats | None = None,
+        products: Floats | None = None,
     ) -> None:
         """Takes in finished iterations, one after the other.
 
@@ -69,15 +69,17 @@ class MapStore:
             maps: `[n, L, E]`.
             tokens: `[n]`, their input token ids.
             embeddings: `[n, D]`, where known.
-            dots: `[n, S]`, the flattened maps' dot products with the stored ones, where they are known already.
+            products: `[n, S]`, the flattened maps' dot products with the stored ones, where they are known already.
         """
         for start in range(0, len(maps), _BLOCK):
             block = slice(start, start + _BLOCK)
             keys = None if embeddings is None else _unit(embeddings[block])
-            known = None if dots is None or start else dots[block]
+            known = None if products is None or start else products[block]
             self._add_block(maps[block], np.asarray(tokens[block], np.int64), keys, known)
 
-    def _add_block(self, maps: Floats, tokens: npt.NDArray[np.int64], keys: Floats | None, dots: Floats | None) -> None:
+    def _add_block(
+        self, maps: Floats, tokens: npt.NDArray[np.int64], keys: Floats | None, products: Floats | None
+    ) -> None:
         """One map after the other, but with the matrix products of all of them at once."""
         flat = np.ascontiguousarray(maps.reshape(len(maps), -1), np.float32)
         norms = np.sqrt(np.square(maps, dtype=np.float64).sum(axis=2).cumsum(axis=1))  # [n, L]
@@ -86,8 +88,8 @@ class MapStore:
             self._keys = np.zeros((len(self._tokens), keys.shape[1]), np.float32)
         redundancy = among = None
         if self.size + len(maps) > len(self._tokens):
-            dots = flat @ self.columns.reshape(flat.shape[1], -1) if dots is None else dots
-            redundancy = self._redundancy(dots * inverse[:, -1:], tokens, keys)
+            products = flat @ self.columns.reshape(flat.shape[1], -1) if products is None else products
+            redundancy = self._redundancy(products * inverse[:, -1:], tokens, keys)
             trajectory = (flat @ flat.T) * inverse[:, -1] * inverse[:, -1:]
             among = self._blend(tokens[:, None] == tokens if keys is None else keys @ keys.T, trajectory)
         for i in range(len(maps)):
@@ -107,9 +109,9 @@ class MapStore:
             if redundancy is not None and among is not None:
                 redundancy[:, row] = among[:, i]  # those still to come compare with this one
 
-    def _redundancy(self, dots: Floats, tokens: npt.NDArray[np.int64], keys: Floats | None) -> Floats:
+    def _redundancy(self, products: Floats, tokens: npt.NDArray[np.int64], keys: Floats | None) -> Floats:
         """How alike each new map `[n]` and each stored one `[S]` are, from the dot products of new unit vectors."""
-        trajectory = dots * self.inverse_norms[-1]
+        trajectory = products * self.inverse_norms[-1]
         if keys is None or self._keys is None:
             return self._blend(tokens[:, None] == self._tokens, trajectory)
         return self._blend(keys @ self._keys.T, trajectory)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def runnable(config: SimulateConfig, header: TraceHeader) -> tuple[tuple[str, ..
     }
     left_out = {}
     for name in config.policies:
-        missing = sorted(policy_class(name).needs - recorded)
+        missing = sorted((FACTORIES | BOUNDS)[name].needs - recorded)
         if missing:
             hints = "; ".join(ways[field] for field in missing if field in ways)
             left_out[name] = f"this trace has no {' and no '.join(missing)}{f' ({hints})' if hints else ''}"
@@ -198,11 +199,6 @@ def _slots(cell: Cell, header: TraceHeader, config: SimulateConfig) -> int:
     return capacity
 
 
-def policy_class(name: str) -> type[Policy]:
-    """The class of a policy or bound."""
-    return (FACTORIES | BOUNDS)[name]
-
-
 @dataclass(frozen=True, eq=False)
 class _Subject:
     """What all cells of a configuration share."""
@@ -216,16 +212,17 @@ class _Subject:
 
     def options(self, policy: str) -> dict[str, Any]:
         """What a policy is made with beyond the shape."""
-        kind = policy_class(policy)
+        kind = (FACTORIES | BOUNDS)[policy]
         options: dict[str, Any] = {}
         if kind.clairvoyant:
             schedule = self.schedule
             options["future"] = foresee(schedule.layers, schedule.experts, schedule.ptr, schedule.needs, compiler())
         if "predictors" in kind.needs:
-            from finemoe.predictors import load_predictors
+            from finemoe.predictors import load
 
             assert self.config.predictors is not None
-            options["predictors"] = load_predictors(self.config.predictors)
+            header = self.trace.header
+            options["predictors"] = load(Path(self.config.predictors), header.fingerprint or header.model)
         return options
 
 

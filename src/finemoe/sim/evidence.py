@@ -13,6 +13,8 @@ from finemoe.sim.schedule import Floats, Schedule, mean_gates
 from finemoe.trace import RequestTrace, Trace
 from finemoe.types import Recorded, Step
 
+_KEPT = 64  # requests
+
 
 class Evidence:
     """A trace as policies see it.
@@ -28,6 +30,7 @@ class Evidence:
         self.recall = recall
         self._seed = seed
         self._mean_gates = jit(mean_gates)
+        self._kept: dict[int, npt.NDArray[np.intp]] = {}  # emulated lookahead by request
 
     @property
     def fields(self) -> frozenset[str]:
@@ -48,7 +51,8 @@ class Evidence:
         """`[B, L, n, E]`: what layer l's hidden states say of layers l + 1 to l + n; zeros past the last layer."""
         begin, end = schedule.steps[iteration], schedule.steps[iteration + 1]
         if self.recall is not None:
-            return np.stack([self._emulated(int(a), int(b)) for a, b in schedule.rows[begin:end]])
+            steps = zip(schedule.request[begin:end], schedule.rows[begin:end], strict=True)
+            return np.stack([self._emulated(int(request), int(a), int(b)) for request, (a, b) in steps])
         column = self.trace.column("lookahead")
         if column is None:
             return None
@@ -125,23 +129,34 @@ class Evidence:
         executed[iteration[:, None, None], np.arange(header.layers)[None, :, None], ids] = True
         return executed[:, :, : header.experts]
 
-    def _emulated(self, first: int, last: int) -> Floats:
-        """`[L, 1, E]`, one layer ahead, the mean over tokens. The same rows give the same errors to every policy."""
+    def _emulated(self, request: int, first: int, last: int) -> Floats:
+        """`[L, 1, E]`, one layer ahead, the mean over tokens."""
         header = self.trace.header
-        expert_ids = self.trace.column("expert_ids")
-        assert expert_ids is not None
+        begin = int(self.trace.row_offsets[request])
+        named = self._named(request)[first - begin : last - begin]  # [T, L - 1, K]
+        ahead = np.zeros((header.layers, header.experts + 1), np.float32)
+        layers = np.arange(header.layers - 1)[None, :, None]
+        np.add.at(ahead, (np.broadcast_to(layers, named.shape), named), 1.0 / (named.shape[0] * named.shape[2]))
+        return ahead[:, None, : header.experts]
+
+    def _named(self, request: int) -> npt.NDArray[np.intp]:
+        """`[n, L - 1, K]`: what a gate of this recall says of layers 1 on; `E` for nobody.
+
+        The same for every policy and budget.
+        """
+        if request in self._kept:
+            return self._kept[request]
         assert self.recall is not None
-        chance = np.random.default_rng((self._seed, first))
-        nobody = header.experts  # a column that is cut off
-        truth = np.minimum(expert_ids[first:last, 1:], nobody).astype(np.int64)  # [T, L - 1, K]
-        scores = chance.random((*truth.shape[:2], nobody + 1), dtype=np.float32)  # who takes the place of one that errs
+        nobody = self.trace.header.experts
+        chance = np.random.default_rng((self._seed, request))
+        truth = np.minimum(self.trace.request(request).expert_ids[:, 1:], nobody).astype(np.intp)
+        rank = chance.random((*truth.shape[:2], nobody + 1), dtype=np.float32)  # who takes the place of one that errs
         right = (chance.random(truth.shape) < self.recall) | (truth == nobody)
-        np.put_along_axis(scores, truth, -1.0, axis=2)
-        scores[:, :, nobody] = -1.0
-        wrong = np.argsort(-scores, axis=2)[:, :, : truth.shape[2]]
-        wrong[np.take_along_axis(scores, wrong, axis=2) < 0] = nobody  # fewer than K experts are wrong
-        named = np.zeros_like(scores)
-        np.put_along_axis(named, np.where(right, truth, wrong), 1.0 / truth.shape[2], axis=2)
-        ahead = np.zeros((header.layers, 1, header.experts), np.float32)
-        ahead[:-1, 0] = named[:, :, :nobody].mean(axis=0)
-        return ahead
+        np.put_along_axis(rank, truth, -1.0, axis=2)
+        rank[:, :, nobody] = -1.0
+        wrong = np.argsort(-rank, axis=2)[:, :, : truth.shape[2]]
+        wrong[np.take_along_axis(rank, wrong, axis=2) < 0] = nobody  # fewer than K experts are wrong
+        if len(self._kept) == _KEPT:
+            self._kept.clear()
+        self._kept[request] = np.where(right, truth, wrong)
+        return self._kept[request]

@@ -133,7 +133,7 @@ class Replay:
         offsets = [layer * schedule.experts for layer in range(layers)]
         for iteration in range(len(schedule)):
             begin, half = float(world.clock[NOW]), 0.5 * float(self.scales[iteration])
-            gates = self.evidence.gates(schedule, iteration)
+            gates = self.evidence.gates(schedule, iteration) if "gates" in policy.needs | policy.uses else None
             lookahead = self.evidence.lookahead(schedule, iteration) if "lookahead" in policy.needs else None
             policy.begin(self.evidence.steps(schedule, iteration))
             pass_time_(world, half)
