@@ -74,9 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json == "-":
         print(json.dumps(document))
     else:
+        print(table(rows))
         if arguments.json:
             _write(Path(arguments.json), json.dumps(document, indent=1) + "\n")
-        print(table(rows))
     if arguments.plot:
         from finemoe.sim.plot import draw
 

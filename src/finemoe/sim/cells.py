@@ -127,7 +127,7 @@ def run_cells(
         except BaseException as error:
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()  # in the middle of its cell, which may take minutes more
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
             if isinstance(error, BrokenProcessPool):
                 raise ConfigError("--workers: a process was killed, perhaps for want of memory; try fewer") from error
             raise
