@@ -125,10 +125,10 @@ class Witness(Policy):
     seen: ClassVar[list[int]] = []
 
     def learn(self, recorded: Recorded) -> None:
-        self.learned += (recorded.token_ids // 100).tolist()
+        self.learned.extend((recorded.token_ids // 100).tolist())
 
     def begin(self, steps: Sequence[Step]) -> None:
-        self.seen += [int(step.token_ids[0]) // 100 for step in steps]
+        self.seen.extend(int(step.token_ids[0]) // 100 for step in steps)
 
 
 @pytest.fixture

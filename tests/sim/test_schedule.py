@@ -35,7 +35,8 @@ def short(tmp_path: Path) -> Trace:
 
 def dumb(trace: Trace, requests: list[int], interleave: int) -> list[tuple[list[tuple[int, int]], list[set[int]]]]:
     """Of each iteration: who runs which of its own iterations, and what each layer needs."""
-    waiting, running, played = list(requests), [], []
+    waiting, played = list(requests), []
+    running: list[tuple[int, int]] = []
     while waiting or running:
         while waiting and len(running) < interleave:
             running.append((waiting.pop(0), 0))
