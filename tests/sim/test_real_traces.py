@@ -37,7 +37,7 @@ def test_hit_rate_is_that_of_an_independent_study(trace: str, policy: str, share
     assert 100 * row.hit_rate == pytest.approx(STUDY[policy, share], abs=1.0)
 
 
-# the study's clock: a layer waits for all its experts, a prefetch gives way at any time. Its table, at 25% and r = 1
+# the study's clock: a layer waits for all its experts, and a prefetch gives way at any time; 25%, r = 1
 @pytest.mark.slow
 @pytest.mark.parametrize(("policy", "time"), [("lru", 2.556), ("lfu", 2.334), ("belady", 1.702), ("oracle", 1.006)])
 def test_time_per_layer_is_that_of_the_study(trace: str, policy: str, time: float) -> None:
