@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
 from finemoe.errors import FinemoeError
-from finemoe.policy.stride import Floats, Predictors, faded, inputs
+from finemoe.policy.stride import Floats, Predictors, chances, faded, inputs
 from finemoe.types import Recorded
 
 _FORMAT = "finemoe predictors 1"
@@ -107,7 +107,7 @@ def recall(predictors: Predictors, requests: Iterable[Recorded]) -> npt.NDArray[
         seen = _inputs(states, batch, predictors.stride, predictors.history)
         wanted = _targets(executed, batch, predictors.stride)
         for layer in range(predictors.layers):
-            p = predictors.predict(layer, seen[layer])
+            p = chances(predictors, layer, seen[layer])
             rank = np.argsort(np.argsort(-p, axis=1, kind="stable"), axis=1)
             found[layer] += wanted[layer][rank < wanted[layer].sum(axis=1, keepdims=True)].sum()
             all_of_them[layer] += wanted[layer].sum()
