@@ -149,7 +149,7 @@ def broken(trace: Trace) -> Replay:
     schedule = make_schedule(trace, [0])
     replay = Replay(schedule, Evidence(trace), made("expert-map", schedule), Machine(8, 1.0))
     replay.run()
-    check_laws(replay.world, 8)
+    check_laws(replay.world)
     return replay
 
 
@@ -157,7 +157,7 @@ def broken(trace: Trace) -> Replay:
 def test_a_state_that_breaks_a_law_is_noticed(trace: Trace, jit: Jit[Any]) -> None:
     def noticed(replay: Replay, message: str) -> None:
         with pytest.raises(RuntimeError, match=message):
-            jit(check_laws)(replay.world, 8)
+            jit(check_laws)(replay.world)
 
     replay = broken(trace)
     replay.world.book.pinned[3] = True
