@@ -36,6 +36,7 @@ FAMILIES = re.compile(
     r"|hunyuan\w*|llama\w*|dbrx|gemma\w*|longcat\w*|jetmoe|dots\d\w*)\b",
     re.IGNORECASE,
 )
+PUBLISHED = re.compile("|".join(POLICIES))  # a policy may be called after the model that it was published with
 
 
 def names(path: Path) -> list[str]:
@@ -118,10 +119,9 @@ def test_no_code_branches_on_a_model_family(path: Path) -> None:
         and isinstance(node.body[0], ast.Expr)
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and node.value in POLICIES:
-            continue  # a published policy may be called after the model that it was made for
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
-            assert not FAMILIES.search(node.value), f"{relative(path)}:{node.lineno} names a family: {node.value!r}"
+            text = PUBLISHED.sub("", node.value)
+            assert not FAMILIES.search(text), f"{relative(path)}:{node.lineno} names a family: {node.value!r}"
         if isinstance(node, ast.Name | ast.Attribute):
             word = node.id if isinstance(node, ast.Name) else node.attr
             assert not FAMILIES.search(word), f"{relative(path)}:{node.lineno} names a family: {word}"

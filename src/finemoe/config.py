@@ -87,8 +87,8 @@ class LoadConfig:
     policy: str = field(
         default="lfru",
         metadata={
-            "help": "what to keep and fetch: lru, lfu, lfru; published systems: deepspeed, mixtral-offloading, "
-            "moe-infinity, promoe, expert-map; our own: finemoe"
+            "help": "what to keep and what to fetch: finemoe, lru, lfu, lfru, or a published system's policy "
+            "(docs/simulator.md)"
         },
     )
     predictors: str | None = field(default=None, metadata={"help": "what finemoe trace train wrote, for promoe"})

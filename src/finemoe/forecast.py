@@ -61,6 +61,7 @@ class Forecast:
     expert_memory_bytes: int
     total_bytes: int  # with the dense part
     fits: bool
+    raised: bool  # the budget asked for is below what a load accepts; this is the least
     tok_s_uniform: float  # routing without locality
     tok_s_local: float  # routing as local as gpt-oss-20b's
 
@@ -83,6 +84,7 @@ def forecast(sizes: Sizes, rates: Rates, share: float) -> Forecast:
         expert_memory_bytes=pool_bytes,
         total_bytes=total_bytes,
         fits=total_bytes <= rates.available_bytes,
+        raised=int(share * sizes.experts + 1e-9) < sizes.least_slots,
         tok_s_uniform=tok_s(resident),
         tok_s_local=tok_s(_interpolate(resident)),
     )

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
 from finemoe.errors import FinemoeError
-from finemoe.policy.stride import Floats, Predictors, faded, inputs
+from finemoe.policy.stride import Floats, Predictors, chances, faded, inputs
 from finemoe.types import Recorded
 
 _FORMAT = "finemoe predictors 1"
@@ -107,7 +107,7 @@ def recall(predictors: Predictors, requests: Iterable[Recorded]) -> npt.NDArray[
         seen = _inputs(states, batch, predictors.stride, predictors.history)
         wanted = _targets(executed, batch, predictors.stride)
         for layer in range(predictors.layers):
-            p = predictors.predict(layer, seen[layer])
+            p = chances(predictors, layer, seen[layer])
             rank = np.argsort(np.argsort(-p, axis=1, kind="stable"), axis=1)
             found[layer] += wanted[layer][rank < wanted[layer].sum(axis=1, keepdims=True)].sum()
             all_of_them[layer] += wanted[layer].sum()
@@ -200,8 +200,9 @@ def _gather(
 
 def _inputs(states: npt.NDArray[np.float16], batch: npt.NDArray[np.int64], stride: int, history: int) -> Floats:
     """`[L, n, F]`."""
-    before, now = states[batch - 1].astype(np.float32), states[batch].astype(np.float32)
-    return np.stack([inputs(before, now, layer, stride, history) for layer in range(states.shape[2])])
+    pairs = np.stack([states[batch - 1], states[batch]], axis=1, dtype=np.float32).reshape(len(batch), -1)
+    places = inputs(states.shape[2], states.shape[3], stride, history)
+    return np.stack([pairs.take(row, axis=1) for row in places])
 
 
 def _targets(executed: npt.NDArray[np.bool_], batch: npt.NDArray[np.int64], stride: int) -> Floats:

@@ -41,6 +41,7 @@ class ReaderThreads:
     def __init__(self, source: ExpertSource, threads: int = 4, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._source = source
         self._chunk_bytes = chunk_bytes
+        # always entered itself, never by way of its conditions: theirs is Python code, in which a Ctrl-C would leak it
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._done = threading.Condition(self._lock)
@@ -137,7 +138,7 @@ class ReaderThreads:
         Raises:
             RuntimeError: nothing is in flight, or the transfer was closed, so that this would never return.
         """
-        with self._done:
+        with self._lock:
             if not self._under_way:
                 raise RuntimeError("nothing is in flight")
             self._waiting_since = time.perf_counter()
@@ -152,7 +153,7 @@ class ReaderThreads:
 
     def cancel(self) -> None:
         """Drop everything in flight; returns when no slot is written to any more."""
-        with self._done:
+        with self._lock:
             self._queue.clear()
             self._jobs.clear()
             self._cancelling = True
@@ -192,7 +193,7 @@ class ReaderThreads:
     def _next(self) -> _Chunk | None:
         """The next chunk to read; `None` when the transfer is closed. Asks for prefetches before going idle."""
         while True:
-            with self._work:
+            with self._lock:
                 while not self._queue and not self._closed and not (self._ask and self.when_idle):
                     self._work.wait()
                 if self._closed:
@@ -206,7 +207,7 @@ class ReaderThreads:
             try:
                 ask()  # without our lock: it submits
             except BaseException as fault:  # noqa: BLE001 - belongs to the consumer; a dead reader would hang it
-                with self._done:
+                with self._lock:
                     self._fault = fault
                     self._done.notify_all()
 
@@ -220,7 +221,7 @@ class ReaderThreads:
                     moved_bytes = len(chunk.into)
                 except Exception as caught:  # noqa: BLE001 - handed to the consumer, whatever it is: a dead reader would hang it
                     error = caught
-            with self._done:
+            with self._lock:
                 self._reading -= 1
                 job = chunk.job
                 job.error = job.error or error

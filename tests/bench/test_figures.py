@@ -48,6 +48,14 @@ def report(*runs: Run) -> BenchReport:
     return BenchReport("m", {"cores": 2}, {}, True, (1e9, 2e9, 4e9), rows, fastest)
 
 
+def test_bandwidth_measured_between_tokens_goes_before_that_around_the_row() -> None:
+    result = measured(0.1, 0.2, 0.9)
+    around = derive(result, link_bytes_s=1000)["link_utilisation"]
+    between = derive(replace(result, decode=replace(result.decode, link_bytes_s=500.0)), link_bytes_s=1000)
+    assert around is not None
+    assert between["link_utilisation"] == 2 * around
+
+
 def test_figures_are_what_their_names_say() -> None:
     figures = derive(measured(0.1, 0.2, 0.9), link_bytes_s=1000)
     assert set(figures) == set(NAMES)

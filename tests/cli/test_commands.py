@@ -230,6 +230,9 @@ def test_plan_has_a_row_for_each_budget(capsys: Capture, model: str) -> None:
     assert [row["slots"] for row in rows] == [4, 12, 24]  # the least that works, half, all
     assert all(row["fits"] for row in rows)
     assert rows[1]["tok_s_local"] <= rows[2]["tok_s_local"]
+    assert [row["raised"] for row in rows] == [True, False, False]
+    assert main(["plan", "--model", model, "--expert-memory", "10%"]) == 0
+    assert "* less was asked for; this is the least that a load accepts" in capsys.readouterr().out
 
 
 def test_a_conversation_remembers_and_forgets(capsys: Capture, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,15 +9,27 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import finemoe
+from finemoe.checkpoint import read_headers
+from finemoe.checkpoint.fingerprint import fingerprint
+from finemoe.errors import ConfigError, FinemoeError
 from finemoe.policy import FACTORIES
+from finemoe.predictors import save
 from tests.chat_model import make_chat_model
-
-RUNNING = [name for name, kind in FACTORIES.items() if "predictors" not in kind.needs]
+from tests.policy.workload import Shape, untrained
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_chat_model(tmp_path_factory.mktemp("policies") / "model")
+
+
+@pytest.fixture(scope="module")
+def predictors(folder: Path) -> Path:
+    """A file of predictors for this model; they need not be good."""
+    path = folder.parent / "predictors.safetensors"
+    model = fingerprint(folder, read_headers(sorted(folder.glob("*.safetensors"))))
+    save(untrained(Shape(layers=3, experts=8)), path, model)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +58,18 @@ def generate(model: torch.nn.Module, prompts: tuple[torch.Tensor, torch.Tensor])
     return outputs
 
 
-@pytest.mark.parametrize("policy", RUNNING)
+@pytest.mark.parametrize("policy", FACTORIES)
 @pytest.mark.parametrize("budget", ["20%", "50%"])
 def test_output_is_that_of_eager_under_every_policy(
-    folder: Path, prompts: tuple[torch.Tensor, torch.Tensor], expected: list[torch.Tensor], policy: str, budget: str
+    folder: Path,
+    predictors: Path,
+    prompts: tuple[torch.Tensor, torch.Tensor],
+    expected: list[torch.Tensor],
+    policy: str,
+    budget: str,
 ) -> None:
-    with finemoe.load(folder, expert_memory=budget, policy=policy, verify=True) as model:
+    given = predictors if "predictors" in FACTORIES[policy].needs else None
+    with finemoe.load(folder, expert_memory=budget, policy=policy, predictors=given, verify=True) as model:
         for found, wanted in zip(generate(model, prompts), expected, strict=True):
             assert torch.equal(found, wanted)
         model.finemoe.check_integrity()
@@ -69,3 +87,15 @@ def test_what_a_policy_predicts_is_prefetched_and_used(
     with finemoe.load(folder, expert_memory="50%", policy=policy) as model:
         generate(model, prompts)
         assert model.finemoe.stats().prefetched_used > 0
+
+
+def test_predictors_are_asked_for_and_refused_where_they_do_not_belong(
+    folder: Path, predictors: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="--policy promoe: needs --predictors FILE, from finemoe trace train"):
+        finemoe.load(folder, policy="promoe")
+    with pytest.raises(ConfigError, match="--predictors: --policy lru takes none"):
+        finemoe.load(folder, policy="lru", predictors=predictors)
+    save(untrained(Shape(layers=3, experts=8)), tmp_path / "other", "another model")
+    with pytest.raises(FinemoeError, match="for another model"):
+        finemoe.load(folder, policy="promoe", predictors=tmp_path / "other")

@@ -260,8 +260,8 @@ def test_compiled_and_interpreted_policies_decide_alike(policy: str) -> None:
             for event in iteration.events:
                 plain.routed(event)
                 fast.routed(event)
-                np.testing.assert_allclose(fast.worth, plain.worth, rtol=1e-5)
-                np.testing.assert_allclose(fast.want, plain.want, rtol=1e-5)
+                np.testing.assert_allclose(fast.worth, plain.worth, rtol=1e-5, atol=1e-6)
+                np.testing.assert_allclose(fast.want, plain.want, rtol=1e-5, atol=1e-6)
             for made in (plain, fast):
                 made.end()
 

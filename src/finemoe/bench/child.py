@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from finemoe.bench.config import BATCHED
-from finemoe.bench.link import evict
+from finemoe.bench.link import evict, probe
 from finemoe.bench.subject import Measured, Order, Phase
 from finemoe.checkpoint import locate, read_headers
 from finemoe.config import LoadConfig, format_bytes
@@ -30,6 +30,7 @@ from finemoe.model import load_config, model_class
 from finemoe.process import return_freed_memory, unmap_idle_code
 from finemoe.store import available_bytes, peak_rss_bytes
 
+PROBE_BYTES = 48 << 20  # before each token
 BATCHED_PIECE = 16  # tokens at once: batched_mm copies an expert's weights for every token that it is routed to
 
 
@@ -43,11 +44,12 @@ def measure(order: Order) -> Measured:
         unmap_idle_code()
     load_s = time.perf_counter() - start_s
     offload = getattr(model, "finemoe", None)
-    between = _evictor(order)
+    prober = _Prober(order) if order.subject.kind == "finemoe" else None
+    between = prober.probe if prober else _evictor(order)
     piece = BATCHED_PIECE if order.subject.implementation == BATCHED else len(order.prompt) + len(order.context)
     with torch.no_grad():
-        prompt, _, _ = _generate(model, order.prompt, 1, between, piece)
-        decode, tokens, logits = _generate(model, order.context, order.new_tokens, between, piece)
+        prompt, _, _ = _generate(model, order.prompt, 1, between, piece, prober)
+        decode, tokens, logits = _generate(model, order.context, order.new_tokens, between, piece, prober)
     return Measured(
         load_s=load_s,
         prompt=prompt[0],
@@ -105,7 +107,12 @@ def _evictor(order: Order) -> Callable[[], None]:
 
 
 def _generate(
-    model: Any, prompt: Sequence[int], new_tokens: int, between: Callable[[], None], piece: int
+    model: Any,
+    prompt: Sequence[int],
+    new_tokens: int,
+    between: Callable[[], None],
+    piece: int,
+    prober: _Prober | None = None,
 ) -> tuple[tuple[Phase, Phase], list[int], list[str]]:
     """Greedy decoding, the prompt fed in pieces of at most `piece` tokens.
 
@@ -126,7 +133,7 @@ def _generate(
     phases: list[Phase] = []
     inputs = list(torch.tensor([list(prompt)]).split(piece, dim=1))
     for steps in (1, new_tokens - 1):
-        meter = _Meter(model)
+        meter = _Meter(model, prober)
         for _ in range(steps):
             between()
             start_s = time.perf_counter()
@@ -140,11 +147,37 @@ def _generate(
     return (phases[0], phases[1]), tokens, [_hash(row) for row in logits]
 
 
+class _Prober:
+    """Measures the disk between tokens: its rate changes within seconds where others use it too."""
+
+    def __init__(self, order: Order) -> None:
+        self._files = locate(str(order.load["model"])).files
+        self._stretch_bytes = order.expert_bytes
+        self._seed = 0
+        self.reset()
+
+    def reset(self) -> None:
+        self.read_bytes, self._seconds = 0, 0.0
+
+    def probe(self) -> None:
+        found = probe(self._files, PROBE_BYTES, self._seed, self._stretch_bytes)
+        self._seed += 1
+        self.read_bytes += found.read_bytes
+        self._seconds += found.read_bytes / found.bandwidth_bytes_s
+
+    @property
+    def bandwidth_bytes_s(self) -> float | None:
+        return self.read_bytes / self._seconds if self._seconds else None
+
+
 class _Meter:
     """Counts what happens from its making on."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, prober: _Prober | None = None) -> None:
         self.seconds: list[float] = []
+        self._prober = prober
+        if prober is not None:
+            prober.reset()
         self._offload = getattr(model, "finemoe", None)
         if self._offload is not None:
             self._offload.reset_stats()
@@ -152,12 +185,15 @@ class _Meter:
 
     def phase(self) -> Phase:
         after = _disk_bytes()
+        if after is not None and self._prober is not None:
+            after -= self._prober.read_bytes
         disk_bytes = None if after is None or self._disk_bytes is None else after - self._disk_bytes
         if self._offload is None:
             return Phase(tuple(self.seconds), disk_bytes)
         stats = self._offload.stats()
         counted = {name: getattr(stats, name) for name in ("hits", "late", "bytes_read", "stall_s", "stalled_bytes")}
-        return Phase(tuple(self.seconds), disk_bytes, accesses=stats.accesses, **counted)
+        link_bytes_s = self._prober.bandwidth_bytes_s if self._prober else None
+        return Phase(tuple(self.seconds), disk_bytes, accesses=stats.accesses, link_bytes_s=link_bytes_s, **counted)
 
 
 def _disk_bytes() -> int | None:

@@ -19,13 +19,15 @@ def derive(measured: Measured, link_bytes_s: float) -> dict[str, float | None]:
     - `ttft_s`: of a prompt, cold; `tpot_s`, `tpot_mean_s`: median and mean of a later token's time;
     - `bytes_per_token`: read from storage, as the kernel counts, else as the engine does;
     - `stall_share`: of the decoding time;
-    - `link_utilisation`: bytes moved while stalled / (stall x raw bandwidth), bandwidth in bytes/s;
+    - `link_utilisation`: bytes moved while stalled / (stall x raw bandwidth), bandwidth in bytes/s, measured between
+      the tokens where the subject allows it, else before and after the row (`link_bytes_s`);
     - `prompt_link_utilisation`: bytes of the cold prompt / (its whole time x raw bandwidth), compute included;
     - `overhead_bytes`: peak resident set beyond dense weights and pool.
     """
     prompt, decode = measured.prompt, measured.decode
     engine = measured.pool_bytes > 0
     read_bytes = decode.bytes_read if decode.disk_bytes is None else decode.disk_bytes
+    decode_bytes_s, prompt_bytes_s = (phase.link_bytes_s or link_bytes_s for phase in (decode, prompt))
     stalled = engine and decode.stall_s >= LEAST_STALL_S
     return {
         "load_s": measured.load_s,
@@ -36,8 +38,8 @@ def derive(measured: Measured, link_bytes_s: float) -> dict[str, float | None]:
         "hit_rate": ratio(decode.hits, decode.accesses),
         "bytes_per_token": read_bytes / len(decode.seconds),
         "stall_share": ratio(decode.stall_s, decode.total_s) if engine else None,
-        "link_utilisation": ratio(decode.stalled_bytes, decode.stall_s * link_bytes_s) if stalled else None,
-        "prompt_link_utilisation": ratio(prompt.bytes_read, prompt.total_s * link_bytes_s) if engine else None,
+        "link_utilisation": ratio(decode.stalled_bytes, decode.stall_s * decode_bytes_s) if stalled else None,
+        "prompt_link_utilisation": ratio(prompt.bytes_read, prompt.total_s * prompt_bytes_s) if engine else None,
         "dense_bytes": measured.dense_bytes,
         "pool_bytes": measured.pool_bytes,
         "peak_rss_bytes": measured.peak_rss_bytes,

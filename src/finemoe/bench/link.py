@@ -26,6 +26,7 @@ class LinkProbe:
 
     bandwidth_bytes_s: float
     direct: bool
+    read_bytes: int = 0
 
 
 def probe(files: Sequence[Path], total_bytes: int, seed: int, stretch_bytes: int = CHUNK_BYTES) -> LinkProbe:
@@ -52,7 +53,7 @@ def probe(files: Sequence[Path], total_bytes: int, seed: int, stretch_bytes: int
     try:
         start_s = time.perf_counter()
         read_bytes = _read_all(descriptors, iter(places))
-        return LinkProbe(read_bytes / (time.perf_counter() - start_s), direct)
+        return LinkProbe(read_bytes / (time.perf_counter() - start_s), direct, read_bytes)
     finally:
         for descriptor in descriptors:
             os.close(descriptor)

@@ -142,6 +142,7 @@ class _Bench:
                 context=self._context,
                 new_tokens=config.offload_tokens if subject.kind == "disk-offload" else config.new_tokens,
                 threads=config.threads,
+                expert_bytes=self._expert_bytes,
                 memory_bytes=self._memory_bytes,
                 offload_folder=scratch,
             )

@@ -47,6 +47,7 @@ class Order:
     context: tuple[int, ...]
     new_tokens: int
     threads: int
+    expert_bytes: int = 1 << 20  # finemoe: how much the disk is asked for in a row, to measure it
     memory_bytes: int = 0  # disk-offload: for weights
     offload_folder: str = ""
 
@@ -68,6 +69,7 @@ class Phase:
     bytes_read: int = 0
     stall_s: float = 0.0
     stalled_bytes: int = 0
+    link_bytes_s: float | None = None  # raw bandwidth, measured between the steps; None where it was not
 
     @property
     def total_s(self) -> float:

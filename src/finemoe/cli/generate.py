@@ -61,6 +61,8 @@ def summary(reply: Reply) -> str:
         f"{format_bytes(stats.expert_bytes)}), policy {stats.policy}: {stats.hit_rate:.1%} hits, "
         f"{stats.late_rate:.1%} late, {stats.miss_rate:.1%} misses"
     )
+    if stats.precision is not None:
+        experts += f"; {stats.prefetched} prefetched, {stats.precision:.1%} of them used"
     transfer = (
         f"read {format_bytes(stats.bytes_read)} ({stats.io} I/O), waited for it {reply.stall_share:.0%} of the time; "
         f"peak memory {format_bytes(stats.peak_rss_bytes)}"

@@ -57,10 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"disk {disk}/s, weights through a matmul {matmul}/s")
     print(f"\n{'experts in memory':>24}  {'total memory':>12}  {'fits':4}  {'tok/s expected':>14}")
     for row in rows:
-        held = f"{row.slots} ({row.share:.0%}), {format_bytes(row.expert_memory_bytes)}"
+        held = f"{'*' if row.raised else ''}{row.slots} ({row.share:.0%}), {format_bytes(row.expert_memory_bytes)}"
         speed = f"{row.tok_s_uniform:.2f} - {row.tok_s_local:.2f}"
         fits = "yes" if row.fits else "no"
         print(f"{held:>24}  {format_bytes(row.total_bytes):>12}  {fits:4}  {speed:>14}")
+    if any(row.raised for row in rows):
+        print("* less was asked for; this is the least that a load accepts")
     print(
         "\ntok/s while decoding: the first figure if routing has no locality, the second if it is as local as "
         "gpt-oss-20b's"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -31,8 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
         from finemoe.sim.plot import check
 
         check(Path(arguments.plot))
-    if arguments.json not in {None, "-"} and not Path(arguments.json).absolute().parent.is_dir():
-        raise ConfigError(f"--json: there is no folder {Path(arguments.json).absolute().parent}")
+    if arguments.json not in {None, "-"}:
+        _check(Path(arguments.json))
     from tqdm import tqdm
 
     from finemoe.sim.cells import Cell, count_iterations, run_cells, runnable
@@ -73,14 +74,23 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json == "-":
         print(json.dumps(document))
     else:
+        print(table(rows))
         if arguments.json:
             _write(Path(arguments.json), json.dumps(document, indent=1) + "\n")
-        print(table(rows))
     if arguments.plot:
         from finemoe.sim.plot import draw
 
         draw(rows, f"{header.model}: {header.layers} layers of {header.experts} experts", Path(arguments.plot))
     return 0
+
+
+def _check(path: Path) -> None:
+    """Refuses what can't be written to, before time is spent on replays."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"--json: there is no folder {folder}")
+    if path.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"--json: {path} can't be written ({'Is a directory' if path.is_dir() else 'no permission'})")
 
 
 def _write(path: Path, text: str) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from finemoe.policy.book import Scores
+from finemoe.policy.kernel import kernel
+
 Distribution = npt.NDArray[np.floating]
 
 
@@ -27,7 +30,8 @@ class Active:
             self.count = needed
 
 
-def likeliest(p: Distribution, count: int) -> npt.NDArray[np.float64]:
+@kernel
+def likeliest(p: Distribution, count: int) -> Scores:
     """The chance that any of these requests needs an expert, counting only the `count` likeliest of each.
 
     Args:
@@ -38,7 +42,10 @@ def likeliest(p: Distribution, count: int) -> npt.NDArray[np.float64]:
         `[E]`: `1 - prod(1 - p)` over the requests that keep the expert.
     """
     missed = np.ones(p.shape[1])
-    for row in p:
-        top = np.argsort(-row, kind="stable")[:count]
-        missed[top] *= 1.0 - row[top]
+    for b in range(len(p)):
+        rest = p[b].astype(np.float64)
+        for _ in range(min(count, len(rest))):
+            best = rest.argmax()
+            missed[best] *= 1.0 - rest[best]
+            rest[best] = -np.inf
     return 1.0 - missed

@@ -29,6 +29,16 @@ class Search(NamedTuple):
     scores: Scores  # [B], its cosine; 0 or less: no match
 
 
+class Scored(NamedTuple):
+    """What priorities follow from, and the priorities. All `[L, E]`."""
+
+    p: Scores  # the probabilities of the last match
+    frequency: Scores  # visits
+    chosen: Scores  # p of what is to be prefetched, 0 of the rest
+    worth: Scores
+    want: Scores
+
+
 @kernel
 def follow(columns: Floats, inverse_norms: Floats, size: int, layer: int, gates: Floats, search: Search) -> None:
     """Trajectory search: `gates` `[B, E]` of one more layer are known, after all before it. Brings `search` up to date.
@@ -37,12 +47,13 @@ def follow(columns: Floats, inverse_norms: Floats, size: int, layer: int, gates:
     """
     products, energy, matches, scores = search
     for b in range(len(gates)):
+        so_far = products[b, :size]
         for expert in range(gates.shape[1]):
             p = gates[b, expert]
             if p != 0:
-                products[b, :size] += p * columns[layer, expert, :size]
+                so_far += p * columns[layer, expert, :size]
                 energy[b] += p * p
-        similarity = products[b, :size] * inverse_norms[layer, :size]
+        similarity = so_far * inverse_norms[layer, :size]
         matches[b] = similarity.argmax()
         scores[b] = similarity[matches[b]] / np.sqrt(energy[b]) if energy[b] > 0 else 0.0
 
@@ -67,11 +78,12 @@ def select(p: Scores, delta: float, count: int, chosen: Scores) -> None:
 
 
 @kernel
-def predict(columns: Floats, layer: int, search: Search, count: int, p: Scores, chosen: Scores) -> None:
-    """What the matched maps say of `layer`: a row of `p` and of `chosen` `[L, E]`, over all requests.
+def predict(columns: Floats, layer: int, search: Search, count: int, scores: Scored) -> None:
+    """What the matched maps say of `layer`: a row of `p` and of `chosen`, over all requests.
 
     If no request has a match, nothing is chosen, and `p` stays as it was.
     """
+    p, chosen = scores.p, scores.chosen
     anything = False
     missed, unchosen = np.ones(p.shape[1]), np.ones(p.shape[1])
     one = np.zeros(p.shape[1])
@@ -89,14 +101,15 @@ def predict(columns: Floats, layer: int, search: Search, count: int, p: Scores, 
 
 
 @kernel
-def appraise(
-    now: int, distance: int, p: Scores, frequency: Scores, chosen: Scores, worth: Scores, want: Scores
-) -> None:
-    """Priorities once layer `now` is known (-1: none yet), all arrays `[L, E]`."""
-    ahead = np.arange(len(p)) - now
-    nearness = np.where((ahead > 0) & (ahead <= distance), 1.0 / np.maximum(ahead, 1), 0.0)
-    want[:] = chosen * nearness.reshape(-1, 1)
-    worth[:] = np.where(want > 0, KEPT + want, np.maximum(p, _FLOOR) * frequency)
+def appraise(now: int, first: int, distance: int, scores: Scored) -> None:
+    """Priorities of the layers from `first` to `now + distance`, once layer `now` is known (-1: none yet)."""
+    p, frequency, chosen, worth, want = scores
+    last = min(now + distance + 1, len(p))
+    ahead = np.arange(first, last) - now
+    nearness = np.where(ahead > 0, 1.0 / np.maximum(ahead, 1), 0.0)
+    wanted = chosen[first:last] * nearness.reshape(-1, 1)
+    want[first:last] = wanted
+    worth[first:last] = np.where(wanted > 0, KEPT + wanted, np.maximum(p[first:last], _FLOOR) * frequency[first:last])
 
 
 class ExpertMaps(Policy):
@@ -153,9 +166,8 @@ class ExpertMaps(Policy):
         self.distance = distance
         self.store = MapStore(layers, experts, capacity, distance)
         self.active = Active(active)
-        self.p: Scores = np.zeros((layers, experts))
-        self.frequency: Scores = np.zeros((layers, experts))
-        self._chosen: Scores = np.zeros((layers, experts))
+        p, frequency, chosen = np.zeros((3, layers, experts))
+        self.scores = Scored(p, frequency, chosen, self.worth, self.want)
         self._follow, self._predict, self._appraise = jit(follow), jit(predict), jit(appraise)
         self.begin(())
 
@@ -176,15 +188,16 @@ class ExpertMaps(Policy):
         )
         for b, step in enumerate(steps):
             self._search.matches[b], self._search.scores[b] = self.store.closest(_key(step), step.embedding)
-        self._chosen[:] = 0.0
+        self.scores.chosen[:] = 0.0
         for layer in range(min(self.distance, self.layers)):
             self._foresee(layer)
-        self._appraise(-1, self.distance, self.p, self.frequency, self._chosen, self.worth, self.want)
+        self._previous = -1
+        self._appraise(-1, 0, self.layers, self.scores)
 
     def routed(self, event: Routed) -> None:
         layer, gates = event.layer, event.gates
         self.active.see(len(event.experts))
-        self.frequency[layer, np.asarray(event.experts, np.int64)] += 1.0
+        self.scores.frequency[layer, np.asarray(event.experts, np.int64)] += 1.0
         if layer == self._known and gates is not None and len(gates) == len(self._steps):
             self._known += 1
             self._maps[:, layer] = gates
@@ -193,7 +206,12 @@ class ExpertMaps(Policy):
                 self._follow(store.columns, store.inverse_norms, store.size, layer, gates, self._search)
                 if layer + self.distance < self.layers:
                     self._foresee(layer + self.distance)
-        self._appraise(layer, self.distance, self.p, self.frequency, self._chosen, self.worth, self.want)
+        if layer != self._previous + 1:  # not in order: wants may lie anywhere
+            self.scores.chosen[:] = 0.0
+            self._appraise(layer, 0, self.layers, self.scores)
+        else:
+            self._appraise(layer, layer, self.distance, self.scores)
+        self._previous = layer
 
     def end(self) -> None:
         if self._known == self.layers and self._steps:
@@ -203,7 +221,7 @@ class ExpertMaps(Policy):
             self.store.add(self._maps, tokens, embeddings, self._search.products)
 
     def _foresee(self, layer: int) -> None:
-        self._predict(self.store.columns, layer, self._search, self.active.count, self.p, self._chosen)
+        self._predict(self.store.columns, layer, self._search, self.active.count, self.scores)
 
 
 def _key(step: Step) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from finemoe.policy.ahead import Ahead
+from finemoe.policy.kernel import Jit, interpreted
 from finemoe.types import Routed
 
 
@@ -19,8 +22,8 @@ class Layerwise(Ahead):
     it (arXiv 2502.05370 among them); what the current layer is missing goes first.
     """
 
-    def __init__(self, layers: int, experts: int) -> None:
-        super().__init__(layers, experts)
+    def __init__(self, layers: int, experts: int, *, jit: Jit[Any] = interpreted) -> None:
+        super().__init__(layers, experts, jit=jit)
         self._in_index_order = np.arange(experts, 0, -1, dtype=np.float64)
 
     def routed(self, event: Routed) -> None:

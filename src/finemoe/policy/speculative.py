@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from finemoe.policy.active import Active, likeliest
 from finemoe.policy.ahead import Ahead
+from finemoe.policy.kernel import Jit, interpreted
 from finemoe.types import Routed
 
 
@@ -24,12 +27,14 @@ class Speculative(Ahead):
         experts: the largest `E` of any layer.
         fetch: how many experts to speculate on per request; by default as many as a token activates, the upper end of
             what the paper uses.
+        jit: compiles the bookkeeping.
     """
 
     needs = frozenset({"lookahead"})
 
-    def __init__(self, layers: int, experts: int, fetch: int | None = None) -> None:
-        super().__init__(layers, experts)
+    def __init__(self, layers: int, experts: int, fetch: int | None = None, *, jit: Jit[Any] = interpreted) -> None:
+        super().__init__(layers, experts, jit=jit)
+        self._likeliest = jit(likeliest)
         self.active = Active(fetch)
 
     def routed(self, event: Routed) -> None:
@@ -38,4 +43,4 @@ class Speculative(Ahead):
         ahead, after = event.lookahead, event.layer + 1
         if ahead is None or not ahead.shape[0] or not ahead.shape[1] or after == self.layers:
             return
-        self.anticipate(after, likeliest(ahead[:, 0], self.active.count))
+        self.anticipate(after, self._likeliest(ahead[:, 0], self.active.count))

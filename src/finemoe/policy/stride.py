@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +13,12 @@ from finemoe.errors import ConfigError
 from finemoe.policy.active import Active, likeliest
 from finemoe.policy.ahead import Ahead
 from finemoe.policy.book import Scores
+from finemoe.policy.kernel import Jit, compiled_as, interpreted, kernel
 from finemoe.types import Routed, Step
 
 Floats = npt.NDArray[np.float32]
 
-_FADE = np.float32(0.9)  # what an iteration weighs in the running mean one iteration later
+_ONE, _FADE = np.float32(1), np.float32(0.9)  # what an iteration weighs in the running mean one iteration later
 
 
 class Predictors(NamedTuple):
@@ -38,38 +39,78 @@ class Predictors(NamedTuple):
     def experts(self) -> int:
         return int(self.outer.shape[2])
 
-    def predict(self, layer: int, inputs: Floats) -> Scores:
-        """`[n, F]` -> `[n, E]`, the chance of each expert of the layer a stride ahead."""
-        hidden = np.maximum(inputs @ self.inner[layer] + self.inner_bias[layer], 0)
-        return np.asarray(1 / (1 + np.exp(-(hidden @ self.outer[layer] + self.outer_bias[layer]).astype(np.float64))))
+
+def _chances_loop(predictors: Predictors, layer: int, seen: Floats) -> Scores:
+    inner, outer = predictors.inner[layer], predictors.outer[layer]
+    p = np.empty((len(seen), outer.shape[1]))
+    for b in range(len(seen)):
+        hidden = predictors.inner_bias[layer].copy()
+        for feature in range(len(inner)):
+            x = seen[b, feature]
+            if x != 0:  # most are, where only the selected gates were recorded
+                for h in range(len(hidden)):
+                    hidden[h] += x * inner[feature, h]
+        logits = predictors.outer_bias[layer].copy()
+        for h in range(len(hidden)):
+            if hidden[h] > 0:
+                for expert in range(len(logits)):
+                    logits[expert] += hidden[h] * outer[h, expert]
+        for expert in range(len(logits)):
+            p[b, expert] = 1 / (1 + np.exp(-np.float64(logits[expert])))
+    return p
 
 
+@compiled_as(_chances_loop)
+def chances(predictors: Predictors, layer: int, seen: Floats) -> Scores:
+    """The inputs of a layer's predictor `[n, F]` -> `[n, E]`, the chance of each expert of the layer a stride ahead."""
+    hidden = np.maximum(seen @ predictors.inner[layer] + predictors.inner_bias[layer], 0)
+    logits = hidden @ predictors.outer[layer] + predictors.outer_bias[layer]
+    return np.asarray(1 / (1 + np.exp(-logits, dtype=np.float64)))
+
+
+@kernel
 def faded(mean: Floats, roots: Floats) -> Floats:
     """The running mean of `roots` over the iterations, with one more."""
-    return np.asarray(_FADE * mean + (1 - _FADE) * roots, np.float32)
+    return _FADE * mean + (_ONE - _FADE) * roots
 
 
-def inputs(before: Floats, now: Floats, layer: int, stride: int, history: int) -> Floats:
-    """What is known once `layer` is: `[n, 2, L, E]` -> `[n, (history + 2) * E]`.
-
-    The roots of the gates of the last `history` layers, over the beginning of the iteration; and of the layer a stride
-    ahead, those of its last run and their running mean.
+@kernel
+def predict(
+    predictors: Predictors, places: npt.NDArray[np.int64], layer: int, gates: Floats, states: Floats, count: int
+) -> Scores:
+    """Takes in the gates `[B, E]` of `layer`. Returns what the requests will need `[E]` of the layer a stride ahead.
 
     Args:
-        before: after the iteration before: the roots of its gates, and their running means; zeros if there was none.
-        now: the same after this iteration. Only what is known once `layer` is, is read.
-        layer: the last one that has run.
-        stride: as of `Predictors`.
-        history: as of `Predictors`.
+        predictors: trained.
+        places: `[L, F]`, where the inputs lie in a flattened state.
+        layer: that is known now.
+        gates: of that layer.
+        states: `[B, 2, L, E]`, see `inputs`; is brought up to date.
+        count: how many experts to expect for each request.
     """
-    layers = now.shape[2]
+    roots = np.sqrt(gates)
+    states[:, 0, layer] = roots
+    states[:, 1, layer] = faded(states[:, 1, layer], roots)
+    seen = states.reshape(len(gates), -1)[:, places[layer]]
+    return likeliest(chances(predictors, layer, seen), count)
 
-    def latest(kind: int, of: int) -> Floats:
-        return (now if of <= layer else before)[:, kind, of]
 
-    target = (layer + stride) % layers
-    run = [latest(0, (layer - back) % layers) for back in range(history)]
-    return np.concatenate([*run, latest(0, target), latest(1, target)], axis=1, dtype=np.float32)
+def inputs(layers: int, experts: int, stride: int, history: int) -> npt.NDArray[np.int64]:
+    """`[L, F]`, where each predictor's inputs lie: `F` indices into states `[2, 2, L, E]`, flattened.
+
+    A state `[2, L, E]` has the roots of an iteration's gates, and their running means; a pair of states is that of the
+    iteration before (zeros if there was none) and of this one. The inputs are what is known once the predictor's layer
+    is: the roots of the last `history` layers, over the beginning of the iteration, and, of the layer a stride ahead,
+    those of its last run and their running means.
+    """
+    places = np.arange(2 * 2 * layers * experts).reshape(2, 2, layers, experts)
+    rows = []
+    for layer in range(layers):
+        back = [(layer - i) % layers for i in range(history)]
+        target = (layer + stride) % layers
+        latest = [places[int(of <= layer), 0, of] for of in (*back, target)]
+        rows.append(np.concatenate([*latest, places[int(target <= layer), 1, target]]))
+    return np.stack(rows)
 
 
 class Stride(Ahead):
@@ -94,6 +135,7 @@ class Stride(Ahead):
         experts: the largest `E` of any layer.
         predictors: trained for this model.
         active: K; by default learned from what layers need.
+        jit: compiles the networks and the bookkeeping.
 
     Raises:
         ConfigError: the predictors are of another model's shape.
@@ -103,31 +145,40 @@ class Stride(Ahead):
     substitutes = MappingProxyType({"hidden states": "the gates of earlier layers and iterations"})
 
     def __init__(
-        self, layers: int, experts: int, predictors: Predictors | None = None, active: int | None = None
+        self,
+        layers: int,
+        experts: int,
+        predictors: Predictors | None = None,
+        active: int | None = None,
+        *,
+        jit: Jit[Any] = interpreted,
     ) -> None:
-        super().__init__(layers, experts)
+        super().__init__(layers, experts, jit=jit)
         if predictors is not None:
             if (predictors.layers, predictors.experts) != (layers, experts):
                 raise ConfigError(
                     f"the predictors are for {predictors.layers} layers of {predictors.experts} experts, "
                     f"the model has {layers} of {experts}; train them for this model"
                 )
-            self.stride = min(predictors.stride, layers)
+            self.stride = predictors.stride
+            one_state = 2 * layers * experts  # its rows of layers to come are still the iteration before's
+            self._inputs = inputs(layers, experts, predictors.stride, predictors.history) % one_state
         self.predictors = predictors
+        self._predict = jit(predict)
         self.active = Active(active)
         self._requests: list[int] = []
-        self._known: Floats = np.zeros((0, 2, layers, experts), np.float32)
+        self._states: Floats = np.zeros((0, 2, layers, experts), np.float32)
         self._expected = np.zeros((layers, experts))
 
     def begin(self, steps: Sequence[Step]) -> None:
         requests = [step.request for step in steps]
         if requests == self._requests:
             return
-        known = np.zeros((len(requests), 2, self.layers, self.experts), np.float32)
+        states = np.zeros((len(requests), 2, self.layers, self.experts), np.float32)
         for b, request in enumerate(requests):
             if request in self._requests:
-                known[b] = self._known[self._requests.index(request)]
-        self._requests, self._known = requests, known
+                states[b] = self._states[self._requests.index(request)]
+        self._requests, self._states = requests, states
 
     def routed(self, event: Routed) -> None:
         layer, gates = event.layer, event.gates
@@ -135,12 +186,10 @@ class Stride(Ahead):
         self.active.see(len(event.experts))
         if self.predictors is None or gates is None or not len(gates) or len(gates) != len(self._requests):
             return
-        roots = np.sqrt(gates)
-        self._known[:, 0, layer] = roots
-        self._known[:, 1, layer] = faded(self._known[:, 1, layer], roots)
-        seen = inputs(self._known, self._known, layer, self.predictors.stride, self.predictors.history)
         target = (layer + self.stride) % self.layers
-        self._expected[target] = likeliest(self.predictors.predict(layer, seen), self.active.count)
+        self._expected[target] = self._predict(
+            self.predictors, self._inputs, layer, gates, self._states, self.active.count
+        )
         for ahead in range(1, self.stride + 1):
             nearer = (layer + ahead) % self.layers
             expected = self._expected[nearer]

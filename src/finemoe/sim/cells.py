@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +43,8 @@ class Row:
     Times are per layer and in units of one layer's compute for one token, half of it before the gate and half after;
     `link_ratio` is the time to move one expert in the same unit. Rates are of all accesses; `precision` is prefetched
     and used / prefetched, `None` without a prefetch. `wasted` counts what was prefetched and evicted, or given up,
-    unused. `emulated` names what was made up from the truth, and how. Percentiles are of whole iterations, per layer.
+    unused. `link_busy` is the share of the time that a link moves something, the mean over devices. `emulated` names
+    what was made up from the truth, and how. Percentiles are of whole iterations, per layer.
     """
 
     policy: str
@@ -93,7 +98,13 @@ def run_cells(
 
     Args:
         progress: told of iterations replayed.
+
+    Raises:
+        ConfigError: there is nothing to replay, a budget is too small, or a process was killed.
     """
+    header = _subject(trace, config).trace.header
+    for cell in cells:
+        _slots(cell, header, config)
     workers = min(config.workers or _cores(), len(cells))
     if workers == 1:
         for cell in cells:
@@ -103,27 +114,42 @@ def run_cells(
     context = multiprocessing.get_context("spawn")
     told = context.SimpleQueue()
     with ProcessPoolExecutor(workers, context, initializer=_tell, initargs=(told,)) as pool:
-        pending: set[Future[Row]] = {pool.submit(_run, trace, config, cell) for cell in cells}
+        others = set(multiprocessing.active_children())
         try:
+            with _ctrl_c_held():
+                pending: set[Future[Row]] = {pool.submit(_run, trace, config, cell) for cell in cells}
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 while not told.empty():
                     progress(told.get())
                 for future in done:
                     yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException as error:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()  # in the middle of its cell, which may take minutes more
+            pool.shutdown(cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise ConfigError("--workers: a process was killed, perhaps for want of memory; try fewer") from error
             raise
+
+
+@contextmanager
+def _ctrl_c_held() -> Iterator[None]:
+    """Holds Ctrl-C back. Processes that are started meanwhile never see it: their parent ends them, without a word."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_cell(trace: str, config: SimulateConfig, cell: Cell, progress: Callable[[int], None] = lambda _: None) -> Row:
     """Runs one cell in this process."""
     subject = _subject(trace, config)
     header, schedule = subject.trace.header, subject.schedule
-    total = header.layers * header.experts
-    capacity = int(cell.expert_memory * total + 1e-9)
-    if capacity < config.devices:
-        raise ConfigError(f"--expert-memory: {cell.expert_memory:.1%} of {total} experts are no slot for each device")
     jit = compiler()
     options = subject.options(cell.policy)
     policy = make_policy(cell.policy, header.layers, header.experts, jit=jit, **options)
@@ -131,22 +157,22 @@ def run_cell(trace: str, config: SimulateConfig, cell: Cell, progress: Callable[
         for recorded in subject.store.recorded(subject.stored):
             policy.learn(recorded)
     machine = Machine(
-        capacity=capacity, link_ratio=cell.link_ratio, devices=config.devices, chunks=config.chunks,
+        capacity=_slots(cell, header, config), link_ratio=cell.link_ratio, devices=config.devices, chunks=config.chunks,
         ready_first=not config.no_ready_first, tokens_per_unit=config.tokens_per_unit,
     )  # fmt: skip
     outcome = Replay(schedule, subject.evidence, policy, machine, jit).run(progress)
     emulates = config.gate_recall is not None and "lookahead" in policy.needs | policy.uses
     emulated = f"lookahead, recall {config.gate_recall}" if emulates else None
-    return summarise(cell, capacity, outcome, emulated)
+    return summarise(cell, machine, outcome, emulated)
 
 
-def summarise(cell: Cell, capacity: int, outcome: Outcome, emulated: str | None) -> Row:
+def summarise(cell: Cell, machine: Machine, outcome: Outcome, emulated: str | None) -> Row:
     """From counts to rates."""
     accesses = max(1, outcome.hits + outcome.late + outcome.misses)
     layers = max(1, outcome.iterations * outcome.layers)
     p50, p95, p99 = np.percentile(outcome.iteration_times, (50, 95, 99)) / outcome.layers
     return Row(
-        policy=cell.policy, expert_memory=cell.expert_memory, link_ratio=cell.link_ratio, capacity=capacity,
+        policy=cell.policy, expert_memory=cell.expert_memory, link_ratio=cell.link_ratio, capacity=machine.capacity,
         iterations=outcome.iterations, hit_rate=outcome.hits / accesses, late_rate=outcome.late / accesses,
         miss_rate=outcome.misses / accesses, stall_per_layer=outcome.stall / layers,
         time_per_layer=outcome.total / layers, time_per_layer_p50=float(p50), time_per_layer_p95=float(p95),
@@ -154,9 +180,20 @@ def summarise(cell: Cell, capacity: int, outcome: Outcome, emulated: str | None)
         transfers_per_layer=(outcome.misses + outcome.prefetched) / layers,
         wasted_per_layer=outcome.wasted / layers,
         precision=outcome.prefetched_used / outcome.prefetched if outcome.prefetched else None,
-        link_busy=outcome.moved / outcome.total if outcome.total else 0.0,
+        link_busy=outcome.moved / (outcome.total * machine.devices) if outcome.total else 0.0,
         emulated=emulated,
     )  # fmt: skip
+
+
+def _slots(cell: Cell, header: TraceHeader, config: SimulateConfig) -> int:
+    total = header.layers * header.experts
+    capacity = int(cell.expert_memory * total + 1e-9)
+    if capacity < config.devices:
+        raise ConfigError(
+            f"--expert-memory: {100 * cell.expert_memory:g}% of {total} experts is not one for each device; "
+            f"{ceil(1000 * config.devices / total) / 10:g}% is"
+        )
+    return capacity
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,6 +238,8 @@ def _subject(path: str, config: SimulateConfig) -> _Subject:
         kept, replayed = split(len(trace), config.store_split, config.seed)
         store, stored = evidence, kept.tolist()
     chosen = replayed.tolist()[: config.requests]
+    if not chosen:
+        raise ConfigError(f"--store-split: none of the {len(trace)} requests of {path} is left to replay")
     schedule = make_schedule(trace, chosen, config.interleave, jit)
     return _Subject(trace, evidence, schedule, store, stored, config)
 

@@ -12,6 +12,8 @@ from finemoe.policy import BOUNDS, POLICIES
 from finemoe.sim.presets import HARDWARE, SHAPES
 
 T = TypeVar("T")
+_LEAST = {"requests": 1, "interleave": 1, "devices": 1, "tokens_per_unit": 1, "workers": 1, "seed": 0, "chunks": 0}
+_MOST_DEVICES = 256  # the book numbers them in a byte
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class SimulateConfig:
     interleave: int = field(default=1, metadata={"help": "requests that run at the same time"})
     seed: int = field(default=0, metadata={"help": "of the split, of the order of requests and of emulations"})
     devices: int = field(default=1, metadata={"help": "devices, each with a link of its own and a part of the memory"})
-    chunks: int = field(default=16, metadata={"help": "pieces of a transfer; a prefetch gives way between two"})
+    chunks: int = field(
+        default=16, metadata={"help": "pieces of a transfer; a prefetch gives way between two, with 0 at any time"}
+    )
     no_ready_first: bool = field(
         default=False, metadata={"help": "a layer waits for all of its experts before it computes any"}
     )
@@ -60,12 +64,12 @@ class SimulateConfig:
             raise ConfigError(f"--store-split: {self.store_split} is not a share from 0 to below 1")
         if self.gate_recall is not None and not 0 <= self.gate_recall <= 1:
             raise ConfigError(f"--gate-recall: {self.gate_recall} is not a share from 0 to 1")
-        for name in ("requests", "interleave", "devices", "tokens_per_unit", "workers"):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')}: {value} is not at least 1")
-        if self.chunks < 0:
-            raise ConfigError(f"--chunks: {self.chunks} is negative; 0 lets a prefetch give way at any time")
+            if value is not None and value < least:
+                raise ConfigError(f"--{name.replace('_', '-')}: {value} is not at least {least}")
+        if self.devices > _MOST_DEVICES:
+            raise ConfigError(f"--devices: {self.devices} is more than {_MOST_DEVICES}")
         if (self.hardware is None) != (self.shape is None):
             raise ConfigError("--hardware and --shape go together: their sizes and rates give the link ratio")
         if self.hardware is not None and self.link_ratio is not None:
@@ -114,7 +118,7 @@ class SimulateConfig:
                 raise ConfigError(f"--link-ratio: {word!r} is not a number of at least 0")
             return value
 
-        return _list("link-ratio", self.link_ratio or "1", ratio)
+        return _list("link-ratio", "1" if self.link_ratio is None else self.link_ratio, ratio)
 
 
 def _list(flag: str, text: str, read: Callable[[str], T]) -> tuple[T, ...]:

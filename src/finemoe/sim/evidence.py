@@ -134,25 +134,29 @@ class Evidence:
         header = self.trace.header
         begin = int(self.trace.row_offsets[request])
         named = self._named(request)[first - begin : last - begin]  # [T, L - 1, K]
-        ahead = np.zeros((header.layers, 1, header.experts), np.float32)
+        ahead = np.zeros((header.layers, header.experts + 1), np.float32)
         layers = np.arange(header.layers - 1)[None, :, None]
-        np.add.at(ahead[:, 0], (np.broadcast_to(layers, named.shape), named), 1.0 / (named.shape[0] * named.shape[2]))
-        return ahead
+        np.add.at(ahead, (np.broadcast_to(layers, named.shape), named), 1.0 / (named.shape[0] * named.shape[2]))
+        return ahead[:, None, : header.experts]
 
     def _named(self, request: int) -> npt.NDArray[np.intp]:
-        """`[n, L - 1, K]`: what a gate of this recall says of layers 1 on. The same for every policy and budget."""
+        """`[n, L - 1, K]`: what a gate of this recall says of layers 1 on; `E` for nobody.
+
+        The same for every policy and budget.
+        """
         if request in self._kept:
             return self._kept[request]
         assert self.recall is not None
-        experts = self.trace.header.experts
+        nobody = self.trace.header.experts
         chance = np.random.default_rng((self._seed, request))
-        truth = self.trace.request(request).expert_ids[:, 1:]
-        valid = truth < experts
-        rank = chance.random((*truth.shape[:2], experts), dtype=np.float32)  # of those that take the place of errors
-        np.put_along_axis(rank, np.where(valid, truth, 0).astype(np.intp), -1.0, axis=2)
-        substitutes = np.argpartition(-rank, truth.shape[2], axis=2)[:, :, : truth.shape[2]]
-        right = valid & (chance.random(truth.shape) < self.recall)
+        truth = np.minimum(self.trace.request(request).expert_ids[:, 1:], nobody).astype(np.intp)
+        rank = chance.random((*truth.shape[:2], nobody + 1), dtype=np.float32)  # who takes the place of one that errs
+        right = (chance.random(truth.shape) < self.recall) | (truth == nobody)
+        np.put_along_axis(rank, truth, -1.0, axis=2)
+        rank[:, :, nobody] = -1.0
+        wrong = np.argsort(-rank, axis=2)[:, :, : truth.shape[2]]
+        wrong[np.take_along_axis(rank, wrong, axis=2) < 0] = nobody  # fewer than K experts are wrong
         if len(self._kept) == _KEPT:
             self._kept.clear()
-        self._kept[request] = np.where(right, truth, substitutes).astype(np.intp)
+        self._kept[request] = np.where(right, truth, wrong)
         return self._kept[request]

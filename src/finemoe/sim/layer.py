@@ -13,6 +13,7 @@ from finemoe.policy.cache import Ranking, visit
 from finemoe.policy.kernel import kernel
 from finemoe.sim.link import (
     ACCESSES,
+    CAPACITY,
     DROPPED,
     HITS,
     LANDED,
@@ -101,6 +102,26 @@ def route(world: World, needs: Ints) -> int:
 
 
 @kernel
+def check_laws(world: World) -> None:
+    """Raises if an expert, a slot, an access or a byte was lost or made up. Between layers, when nothing is in use."""
+    book, wire, counts, rules = world.book, world.wire, world.counts, world.rules
+    occupied, in_use, partial = 0, 0, 0.0
+    for expert in range(len(book.status)):  # without branches: this runs after every layer
+        occupied += book.status[expert] != ABSENT
+        in_use += book.pinned[expert]
+        partial += (book.status[expert] == LOADING) * (rules[TRANSFER] - wire.left[expert])
+    if in_use > 0:
+        raise RuntimeError("an expert is in use although no layer runs")
+    if occupied + book.room.sum() != rules[CAPACITY] or book.room.min() < 0:
+        raise RuntimeError("slots were lost or made up")
+    if counts[HITS] + counts[LATE] + counts[MISSES] != counts[ACCESSES]:
+        raise RuntimeError("hits, late hits and misses are not all accesses")
+    accounted = wire.sums[LANDED] * rules[TRANSFER] + wire.sums[DROPPED] + partial
+    if abs(wire.sums[MOVED] - accounted) > 1e-6 * max(1.0, accounted):
+        raise RuntimeError("bytes moved are not bytes that came")
+
+
+@kernel
 def serve(world: World, needs: Ints, compute: float, ahead: float) -> None:
     """Runs a layer from its gate to its end, then `ahead` more: the next layer up to its gate.
 
@@ -109,6 +130,9 @@ def serve(world: World, needs: Ints, compute: float, ahead: float) -> None:
     Args:
         needs: flat indices of the distinct experts needed, ascending.
         compute: time that all of them take together, shared equally.
+
+    Raises:
+        RuntimeError: an expert would run that is not there, or a law of `check_laws` is broken.
     """
     book, wire, worth, want, rules, clock, _, waiting = world
     now = clock[NOW]
@@ -120,6 +144,8 @@ def serve(world: World, needs: Ints, compute: float, ahead: float) -> None:
         landing = next_landing(wire)
         if wire.readied[0] > taken and (rules[READY_FIRST] > 0 or landing == np.inf):
             expert = wire.ready[taken]
+            if book.status[expert] != RESIDENT or not book.pinned[expert]:
+                raise RuntimeError("an expert runs that is not there, or could be evicted")
             taken += 1
             undone -= 1
             now += compute / len(needs)
@@ -136,6 +162,7 @@ def serve(world: World, needs: Ints, compute: float, ahead: float) -> None:
     now += ahead
     advance_all(book, wire, worth, want, rules, now)
     clock[NOW] = now
+    check_laws(world)
 
 
 @kernel
@@ -144,28 +171,6 @@ def pass_time(world: World, duration: float) -> None:
     book, wire, worth, want, rules, clock, _, _ = world
     clock[NOW] += duration
     advance_all(book, wire, worth, want, rules, clock[NOW])
-
-
-@kernel
-def check_laws(world: World, capacity: int) -> None:
-    """Raises if an expert, a slot, an access or a byte was lost or made up."""
-    book, wire, counts, rules = world.book, world.wire, world.counts, world.rules
-    occupied = 0
-    partial = 0.0
-    for expert in range(len(book.status)):
-        if book.status[expert] != ABSENT:
-            occupied += 1
-        if book.status[expert] == LOADING:
-            partial += rules[TRANSFER] - wire.left[expert]
-        if book.pinned[expert]:
-            raise RuntimeError("an expert is in use although no layer runs")
-    if occupied + book.room.sum() != capacity or book.room.min() < 0:
-        raise RuntimeError("slots were lost or made up")
-    if counts[HITS] + counts[LATE] + counts[MISSES] != counts[ACCESSES]:
-        raise RuntimeError("hits, late hits and misses are not all accesses")
-    accounted = wire.sums[LANDED] * rules[TRANSFER] + wire.sums[DROPPED] + partial
-    if abs(wire.sums[MOVED] - accounted) > 1e-6 * max(1.0, accounted):
-        raise RuntimeError("bytes moved are not bytes that came")
 
 
 @kernel
@@ -180,7 +185,7 @@ def replay_ranked(  # noqa: PLR0917 - called in one place, with all that compile
         next_use: aligned with `needs` where the ranking looks ahead, else empty.
         scales: `[S]`, compute of a layer in units of one token's.
         times: `[S]`, filled with how long each iteration took.
-        span: first iteration, the one after the last, `C`.
+        span: first iteration, the one after the last.
     """
     layers, experts = ranking.worth.shape
     nothing = np.empty(0, np.int64)
@@ -201,4 +206,3 @@ def replay_ranked(  # noqa: PLR0917 - called in one place, with all that compile
             )
             serve(world, needed, half, half if layer < layers - 1 else 0.0)
         times[step] = world.clock[NOW] - begin
-        check_laws(world, span[2])

@@ -26,7 +26,7 @@ from finemoe.policy.kernel import kernel
 
 Ints = npt.NDArray[np.int64]
 
-MARGIN, SWITCH, TRANSFER, CHUNK, READY_FIRST = range(5)  # of the rules
+MARGIN, SWITCH, TRANSFER, CHUNK, READY_FIRST, CAPACITY = range(6)  # of the rules
 NOW, STALL = range(2)  # of the clock
 HITS, LATE, MISSES, ACCESSES = range(4)  # of the counts
 MOVED, LANDED, DROPPED = range(3)  # of Wire.sums
@@ -70,7 +70,7 @@ class World(NamedTuple):
     wire: Wire
     worth: Scores  # [X], the policy's
     want: Scores  # [X], the policy's; empty if it never prefetches
-    rules: Scores  # [5]
+    rules: Scores  # [6]
     clock: Scores  # [2]
     counts: Ints  # [4]
     waiting: npt.NDArray[np.bool_]  # [E], scratch: which needs of a layer wait for a slot

@@ -14,7 +14,7 @@ from finemoe.policy.book import EVICTED, PREFETCHED, PREFETCHED_USED, WASTED, Sc
 from finemoe.policy.cache import OnDemand
 from finemoe.policy.kernel import Jit, interpreted
 from finemoe.sim.evidence import Evidence
-from finemoe.sim.layer import check_laws, pass_time, replay_ranked, serve
+from finemoe.sim.layer import pass_time, replay_ranked, serve
 from finemoe.sim.link import HITS, LATE, MISSES, MOVED, NOW, STALL, Ints, World, make_wire
 from finemoe.sim.schedule import Schedule
 from finemoe.types import Routed
@@ -93,7 +93,7 @@ class Replay:
             raise InvariantError(f"{machine.capacity} slots for {machine.devices} devices")
         self.schedule, self.evidence, self.policy, self.machine = schedule, evidence, policy, machine
         chunk = machine.link_ratio / machine.chunks if machine.chunks else 0.0
-        rules = [policy.margin, policy.switch, machine.link_ratio, chunk, float(machine.ready_first)]
+        rules = [policy.margin, policy.switch, machine.link_ratio, chunk, float(machine.ready_first), machine.capacity]
         self.world = World(
             book=make_book(schedule.layers, schedule.experts, machine.capacity, machine.devices),
             wire=make_wire(size, machine.devices, log),
@@ -128,7 +128,7 @@ class Replay:
     def _run(self, progress: Progress) -> None:
         schedule, policy, world = self.schedule, self.policy, self.world
         seen = policy.needs | policy.uses
-        pass_time_, serve_, check_laws_ = self._jit(pass_time), self._jit(serve), self._jit(check_laws)
+        pass_time_, serve_ = self._jit(pass_time), self._jit(serve)
         layers = schedule.layers
         bounds = schedule.ptr.tolist()
         offsets = [layer * schedule.experts for layer in range(layers)]
@@ -151,7 +151,6 @@ class Replay:
                 )
                 serve_(world, needed, half, half if layer < layers - 1 else 0.0)
             policy.end()
-            check_laws_(world, self.machine.capacity)
             self.iteration_times[iteration] = world.clock[NOW] - begin
             if (iteration + 1) % _STRIDE == 0:
                 progress(_STRIDE)
@@ -163,6 +162,6 @@ class Replay:
             last = min(len(schedule), first + 8 * _STRIDE)
             replay(
                 self.world, policy.ranking, policy.kind, policy.decay, schedule.ptr, schedule.needs, policy.next_use,
-                self.scales, self.iteration_times, np.array([first, last, self.machine.capacity]),
+                self.scales, self.iteration_times, np.array([first, last]),
             )  # fmt: skip
             progress(last - first)

@@ -98,7 +98,7 @@ def _column(trace: Trace, name: str) -> Ints:
 
 @kernel
 def unions(  # noqa: C901 - loops within loops
-    steps: Ints, rows: Ints, expert_ids: npt.NDArray[np.uint8], experts: int
+    steps: Ints, rows: Ints, expert_ids: npt.NDArray[Any], experts: int
 ) -> tuple[Ints, Ints]:
     """Distinct experts of every layer of every iteration.
 
@@ -139,7 +139,7 @@ def unions(  # noqa: C901 - loops within loops
 
 
 @kernel
-def mean_gates(expert_ids: npt.NDArray[np.uint8], weights: npt.NDArray[np.float16], gates: Floats) -> None:
+def mean_gates(expert_ids: npt.NDArray[np.uint8], weights: npt.NDArray[Any], gates: Floats) -> None:
     """Gate distributions out of the selected experts alone, the mean over tokens; what was not selected is 0.
 
     Args:
