@@ -131,7 +131,8 @@ def test_ctrl_c_while_loading_gives_everything_back(
 
 
 INTERRUPTED = """
-    import sys, torch, finemoe
+    import signal, sys, torch, finemoe
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell inherit that it is ignored
     torch.set_num_threads(1)
     model = finemoe.load(sys.argv[1], expert_memory="20%")
     ids = torch.ones(1, 4, dtype=torch.long)
