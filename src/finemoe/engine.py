@@ -31,6 +31,8 @@ class Engine:
         transfer: moves bytes into slots.
         verify: called with every landed expert and its slot; raises if the slot's bytes are not that expert's.
         clock: seconds, for the stall time.
+        experts: how many there are. Once all of them are resident there is nothing to decide, and the policy is not
+            told any more.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Engine:
         transfer: Transfer,
         verify: Verifier | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        experts: int | None = None,
     ) -> None:
         self.pool = pool
         self.controller = controller
@@ -47,6 +50,8 @@ class Engine:
         self.counters = Counters()
         self._verify = verify
         self._clock = clock
+        self._experts = experts
+        self.deciding = True  # whether the policy is told of this iteration
         self._lock = threading.RLock()
         self._prefetching: dict[ExpertId, None] = {}  # in flight and not needed yet, in order
         self._broken_off = False  # a layer was left in the middle, and clearing up after it was interrupted too
@@ -56,13 +61,16 @@ class Engine:
     def begin(self, steps: Sequence[Step]) -> None:
         """An iteration begins: what the running requests bring to it."""
         with self._lock:
-            self.controller.begin(steps)
+            decided, self.deciding = self.deciding, self.pool.resident != self._experts
+            if self.deciding or decided:
+                self.controller.begin(steps if self.deciding else ())
         self.transfer.nudge()
 
     def end(self) -> None:
         """The iteration is over: all its layers were served."""
         with self._lock:
-            self.controller.end()
+            if self.deciding:
+                self.controller.end()
         self.transfer.nudge()
 
     def serve(self, event: Routed) -> Iterator[tuple[int, int]]:
@@ -130,7 +138,7 @@ class Engine:
                     self.transfer.hasten(needed)
                 else:
                     self.counters.misses += 1
-            self._execute(self.controller.routed(event))
+            self._execute(self.controller.routed(event, observe=self.deciding))
             for expert in self._prefetching:
                 if not self.controller.still_wanted(expert) or self.controller.short_of_slots:
                     self.transfer.withdraw(expert)

@@ -51,6 +51,8 @@ class Stats:
     prefetched: int  # fetches begun before they were needed
     prefetched_used: int  # of these, needed later, complete or not
     wasted: int  # of these, evicted or withdrawn without having been needed
+    searches: int  # events that a policy's scores were asked of, where it runs beside the model
+    searches_late: int  # of these, dropped: newer events had come
     bytes_read: int
     stall_s: float
     stalled_bytes: int

@@ -99,3 +99,23 @@ def test_predictors_are_asked_for_and_refused_where_they_do_not_belong(
     save(untrained(Shape(layers=3, experts=8)), tmp_path / "other", "another model")
     with pytest.raises(FinemoeError, match="for another model"):
         finemoe.load(folder, policy="promoe", predictors=tmp_path / "other")
+
+
+@pytest.mark.parametrize("policy", ["finemoe", "mixtral-offloading"])
+def test_a_policy_rests_once_everything_is_resident(
+    folder: Path, prompts: tuple[torch.Tensor, torch.Tensor], expected: list[torch.Tensor], policy: str
+) -> None:
+    with finemoe.load(folder, expert_memory="all", policy=policy) as model:
+        generate(model, prompts)
+        ids = torch.arange(3, 40).repeat(2, 3)
+        model.generate(ids, max_new_tokens=60, min_new_tokens=60, do_sample=False)
+        assert model.finemoe.stats().resident == model.finemoe.stats().experts
+        model.finemoe.reset_stats()
+        for found, wanted in zip(generate(model, prompts), expected, strict=True):
+            assert torch.equal(found, wanted)
+        assert model.finemoe.stats().searches <= 1  # that the requests are over
+        assert model.finemoe.stats().hit_rate == 1
+        model.finemoe.evict_all()
+        for found, wanted in zip(generate(model, prompts), expected, strict=True):
+            assert torch.equal(found, wanted)
+        assert model.finemoe.stats().searches > 0 or policy != "finemoe"

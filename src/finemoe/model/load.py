@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
 
+from finemoe.beside import Beside
 from finemoe.checkpoint import Catalog, Checkpoint, TensorHeader, locate, read_headers
 from finemoe.checkpoint.convert import ExpertsModule, read_catalog
 from finemoe.checkpoint.fingerprint import fingerprint
@@ -27,7 +28,7 @@ from finemoe.experts import HANDLE, IMPLEMENTATION, ExpertLayer, LazyParameter, 
 from finemoe.model.find import find_experts, model_class, pool_slots, read_config, transformers_errors
 from finemoe.model.observe import Observer
 from finemoe.model.offload import Offload, OffloadedModel
-from finemoe.policy import make_controller, policy_class
+from finemoe.policy import Controller, make_controller, make_policy, policy_class
 from finemoe.store import DiskStore, Pool, available_bytes
 from finemoe.store.dense import LazyTensor
 from finemoe.store.verify import SecondReader
@@ -236,8 +237,11 @@ class _Loading:
         handles = list(layers.values())
         self._choose_paths(handles, model.dtype)
         trial.clear()
-        controller = make_controller(self._config.policy, *shape, self._pool.slots, **self.options)
-        engine = Engine(self._pool, controller, self._transfer, verify)
+        policy = make_policy(self._config.policy, *shape, **self.options)
+        if policy.compiles:  # it takes long enough to wait for
+            policy = Beside(policy, self._transfer.nudge)
+        controller = Controller(*shape, self._pool.slots, policy)
+        engine = Engine(self._pool, controller, self._transfer, verify, experts=self._catalog.experts)
         for handle in handles:
             handle.engine = engine
         seen = controller.policy.needs | controller.policy.uses

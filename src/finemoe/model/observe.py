@@ -86,13 +86,13 @@ class Observer:
         means = self._mean(output.detach().float())
         kept = self._mask.bool()
         phase = PREFILL if self._fresh else DECODE
-        self._running = True
         self._engine.begin(
             [
                 Step(request, phase, ids[row][kept[row]].numpy().astype(np.int32), means[row])
                 for row, request in enumerate(self._requests)
             ]
         )
+        self._running = self._engine.deciding
 
     def _on_end(self, *_: Any) -> None:
         if self._running:

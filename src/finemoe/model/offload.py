@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 
+from finemoe.beside import Beside
 from finemoe.checkpoint import Catalog, Checkpoint
 from finemoe.engine import Engine
 from finemoe.errors import FinemoeError
@@ -42,6 +43,7 @@ class Offload:
 
     def stats(self) -> Stats:
         """What happened since loading, or since `reset_stats`."""
+        policy = self._engine.controller.policy
         counters, pool, tally = self._engine.counters, self._engine.pool, self._engine.controller.book.tally
         return Stats(
             model=self.checkpoint.name,
@@ -61,6 +63,8 @@ class Offload:
             prefetched=int(tally[PREFETCHED]),
             prefetched_used=int(tally[PREFETCHED_USED]),
             wasted=int(tally[WASTED]),
+            searches=policy.searches if isinstance(policy, Beside) else 0,
+            searches_late=policy.late if isinstance(policy, Beside) else 0,
             bytes_read=self._engine.transfer.moved_bytes - self._read_before,
             stall_s=counters.stall_s,
             stalled_bytes=counters.stalled_bytes,
@@ -71,6 +75,9 @@ class Offload:
         """Start counting anew; what is resident stays."""
         self._engine.counters.reset()
         self._engine.controller.book.tally[:] = 0
+        policy = self._engine.controller.policy
+        if isinstance(policy, Beside):
+            policy.searches = policy.late = 0
         self._read_before = self._engine.transfer.moved_bytes
 
     def evict_all(self) -> None:
@@ -89,6 +96,9 @@ class Offload:
                 return
             self._closed = True
             self._engine.transfer.close()
+            policy = self._engine.controller.policy
+            if isinstance(policy, Beside):
+                policy.close()
             for layer in self._layers:
                 layer.close()
             self._engine.pool.close()

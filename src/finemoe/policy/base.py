@@ -33,6 +33,7 @@ class Policy:
         substitutes: what stands in where an input of the published policy is missing, by that input's name.
         clairvoyant: knows the future: a bound, for the simulator alone.
         compiles: its constructor takes `jit`.
+        behind: set by who tells it of events while newer ones wait: it must observe, and need not predict.
 
     Args:
         layers: `L`.
@@ -41,6 +42,7 @@ class Policy:
 
     margin: float = -np.inf
     switch: float = np.inf
+    behind: bool = False
     prefetches: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
     uses: ClassVar[frozenset[str]] = frozenset()

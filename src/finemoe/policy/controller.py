@@ -58,12 +58,17 @@ class Controller:
         """An iteration begins."""
         self.policy.begin(steps)
 
-    def routed(self, event: Routed) -> Plan:
+    def routed(self, event: Routed, *, observe: bool = True) -> Plan:
         """A layer's needs are known: pins them, and plans the fetch of each that is neither resident nor in flight.
 
         Where slots run out, the rest wait for `used`: a layer that needs more than the pool holds runs in waves.
+
+        Args:
+            event: the layer and its needs.
+            observe: whether the policy is told.
         """
-        self.policy.routed(event)
+        if observe:
+            self.policy.routed(event)
         for expert in event.experts:
             index = event.layer * self._experts + int(expert)
             if need(self.book, index) == ABSENT:

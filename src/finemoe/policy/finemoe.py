@@ -12,7 +12,7 @@ from finemoe.policy.active import Active
 from finemoe.policy.base import Policy
 from finemoe.policy.book import Scores
 from finemoe.policy.kernel import Jit, interpreted
-from finemoe.policy.neighbours import CONSTANTS, Constants, Search, begin_search, extend_search
+from finemoe.policy.neighbours import CONSTANTS, Constants, Search, begin_search, conclude, extend_search
 from finemoe.policy.outlook import Lookahead, appraise
 from finemoe.policy.trail import NOBODY, Floats, Trail, append, imprint_all, make_trail
 from finemoe.types import DECODE, Recorded, Routed, Step
@@ -135,7 +135,8 @@ class Finemoe(Policy):
         self._iterations = np.zeros(layers)  # of which that is the mean
         self._running: dict[int, _Running] = {}
         self._steps: tuple[Step, ...] = ()
-        self._begin_search, self._extend_search, self._appraise = jit(begin_search), jit(extend_search), jit(appraise)
+        self._begin_search, self._extend_search, self._conclude = jit(begin_search), jit(extend_search), jit(conclude)
+        self._appraise = jit(appraise)
         self._append, self._imprint_all = jit(append), jit(imprint_all)
 
     @property
@@ -169,6 +170,7 @@ class Finemoe(Policy):
             if _decodes(step) and self.trail is not None:
                 token = int(step.token_ids[0])
                 self._begin_search(self.trail, self.size, token, self.constants, running.search)
+                self._predict(self.trail, running, -1)
             else:
                 running.expect_by_frequency(-1, len(step.token_ids))
         self._value(-1)
@@ -188,10 +190,9 @@ class Finemoe(Policy):
                 request.executed[layer] = executed
                 request.gates[layer] = 0.0 if own is None else own
             if request.known == layer + 1 and self.trail is not None:
-                self._extend_search(
-                    self.trail, self.size, layer, request.gates[layer], request.executed[layer], self.constants,
-                    request.search,
-                )  # fmt: skip
+                seen = request.gates[layer], request.executed[layer]
+                self._extend_search(self.trail, self.size, layer, *seen, request.search)
+                self._predict(self.trail, request, layer)
             else:
                 request.expect_by_frequency(layer, len(step.token_ids))
             if event.lookahead is not None and len(event.lookahead) == len(running):
@@ -209,6 +210,10 @@ class Finemoe(Policy):
                 running.last = self.number - 1
             else:
                 running.kept_back.append((token, running.gates.copy(), running.executed.copy()))
+
+    def _predict(self, trail: Trail, running: _Running, layer: int) -> None:
+        if not self.behind:
+            self._conclude(trail, self.size, layer, self.constants, running.search)
 
     def _each(self) -> list[tuple[Step, _Running]]:
         return list(zip(self._steps, self._running.values(), strict=True))
@@ -252,7 +257,7 @@ class Finemoe(Policy):
     def _value(self, now: int) -> None:
         """Brings the scores up to date. Of several requests, any may need an expert."""
         running = [request.search for request in self._running.values()]
-        if not running:
+        if not running or self.behind:
             return
         chances, frequency = running[0].chances, running[0].frequency
         if len(running) > 1:

@@ -172,25 +172,23 @@ def expect(trail: Trail, constants: Constants, count: int, now: int, search: Sea
 
 @kernel
 def begin_search(trail: Trail, size: int, token: int, constants: Constants, search: Search) -> None:
-    """An iteration begins with this input token: `carry`, and what is expected of it."""
+    """An iteration begins with this input token: what each row's score starts from."""
     previous = search.scores[:size].copy()
     carry(trail, size, token, constants, previous, search.scores)
-    expect(trail, constants, nearest(size, search), -1, search)
 
 
 @kernel
 def extend_search(
-    trail: Trail,
-    size: int,
-    layer: int,
-    gates: Floats,
-    executed: npt.NDArray[np.bool_],
-    constants: Constants,
-    search: Search,
+    trail: Trail, size: int, layer: int, gates: Floats, executed: npt.NDArray[np.bool_], search: Search
 ) -> None:
-    """One more layer is known, `gates` and `executed` `[E]`: `overlap`, and what is expected now."""
+    """One more layer is known, `gates` and `executed` `[E]`: adds what each row has in common with it."""
     active = trail.ids.shape[2]
     ids, weights = np.empty(active, trail.ids.dtype), np.empty(active, np.uint8)
     imprint(gates, executed, ids, weights)
     overlap(trail, size, layer, ids, weights, search.scores)
+
+
+@kernel
+def conclude(trail: Trail, size: int, layer: int, constants: Constants, search: Search) -> None:
+    """What the nearest rows say, once `layer` is known (-1: none yet)."""
     expect(trail, constants, nearest(size, search), layer, search)

@@ -1,0 +1,118 @@
+"""Runs a policy beside the forward pass: the model never waits for a search, and a search that is late is dropped."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from finemoe.policy import Policy
+from finemoe.types import Recorded, Routed, Step
+
+_ITERATIONS_BEHIND = 4  # with more than these waiting, an iteration goes unobserved: the policy can't keep up
+
+
+class Beside(Policy):
+    """Stands for another policy, which hears the events on a thread of its own.
+
+    Events come back at once; the scores are the other's latest ones, copied over when it has thought something through.
+    While newer events wait, it is told to observe only (`Policy.behind`): its predictions would be late. What is read
+    in the middle of a copy is a mix of two rankings, both of them valid.
+
+    Args:
+        policy: the other one; from now on only this object may use it.
+        published: called from the thread after new scores.
+    """
+
+    def __init__(self, policy: Policy, published: Callable[[], None] = lambda: None) -> None:
+        super().__init__(policy.layers, policy.experts)
+        self.inner = policy
+        self.published = published
+        self.margin, self.switch = policy.margin, policy.switch
+        kind = ("prefetches", "needs", "uses", "substitutes", "clairvoyant", "compiles")
+        self.__dict__.update({name: getattr(policy, name) for name in kind})
+        if policy.want is policy.worth:
+            self.want = self.worth
+        self.searches = 0  # events that scores were asked of
+        self.late = 0  # of these, dropped
+        self._events: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._calls: SimpleQueue[threading.Event | None] = SimpleQueue()  # one for each event: None; or a question
+        self._skipping = False  # this iteration goes unobserved
+        self._fault: BaseException | None = None
+        self._closed = False
+        self._copy()
+        self._thread = threading.Thread(target=self._run, name="finemoe-policy", daemon=True)
+        self._thread.start()
+
+    def begin(self, steps: Sequence[Step]) -> None:
+        self._skipping = len(self._events) > _ITERATIONS_BEHIND * (self.layers + 2)
+        if self._skipping:
+            self.late += 1
+            self._tell(self.inner.begin, ())  # what comes later does not follow what was seen last
+        else:
+            self._tell(self.inner.begin, tuple(steps))
+
+    def routed(self, event: Routed) -> None:
+        if not self._skipping:
+            self._tell(self.inner.routed, event)
+
+    def end(self) -> None:
+        if not self._skipping:
+            self._tell(self.inner.end)
+
+    def learn(self, recorded: Recorded) -> None:
+        self._tell(self.inner.learn, recorded)
+
+    def settle(self) -> None:
+        """Returns when everything is thought through. Raises what a thought has raised."""
+        done = threading.Event()
+        self._calls.put(done)
+        while self._thread.is_alive() and not done.wait(0.1):
+            pass
+        self._raise()
+
+    def close(self) -> None:
+        """Ends the thread, after the thought under way."""
+        self._closed = True
+        self._calls.put(None)
+        self._thread.join()
+
+    def _tell(self, what: Callable[..., Any], *arguments: Any) -> None:
+        self._raise()
+        self._events.append((what, arguments))
+        self._calls.put(None)
+
+    def _raise(self) -> None:
+        if self._fault is not None:
+            raise self._fault
+
+    def _run(self) -> None:
+        while True:
+            question = self._calls.get()
+            if self._closed:
+                return
+            if question is not None:
+                question.set()
+                continue
+            what, arguments = self._events.popleft()
+            self.inner.behind = bool(self._events)
+            try:
+                what(*arguments)
+            except BaseException as fault:  # noqa: BLE001 - belongs to whoever tells the next event
+                self._fault = fault
+                return
+            self.searches += 1
+            if self.inner.behind:
+                self.late += 1
+            else:
+                self._copy()
+                self.published()
+
+    def _copy(self) -> None:
+        np.copyto(self.worth, self.inner.worth)
+        if self.want is not self.worth:
+            np.copyto(self.want, self.inner.want)
