@@ -284,7 +284,7 @@ def test_an_iteration_seen_before_is_foretold_with_what_came_next() -> None:
 
 def test_iterations_enter_the_store_at_once_or_when_their_request_ends() -> None:
     played = [it for it in workload(3, SHAPE, iterations=30, batch=1) if decodes(it.steps[0])]
-    at_once, later = Finemoe(*SIZE), Finemoe(*SIZE, own=False)
+    at_once, later = Finemoe(*SIZE), Finemoe(*SIZE, without=frozenset({"own"}))
     play(at_once, played)
     play(later, played)
     current = played[-1].steps[0].request

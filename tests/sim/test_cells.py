@@ -98,7 +98,8 @@ def test_a_row_has_finite_rates_and_is_ready_for_json(trace: str, policy: str) -
     assert 1 <= row.time_per_layer_p50 <= row.time_per_layer_p95 <= row.time_per_layer_p99
     assert (row.precision is not None) == EVERY[policy].prefetches
     assert row.precision is None or 0 <= row.precision <= 1
-    assert row.emulated == ("lookahead, recall 0.8" if "lookahead" in EVERY[policy].needs else None)
+    looks_ahead = "lookahead" in EVERY[policy].needs | EVERY[policy].uses
+    assert row.emulated == ("lookahead, recall 0.8" if looks_ahead else None)
 
 
 @pytest.mark.parametrize("recall", [0.0, 1.0])
@@ -259,3 +260,19 @@ def test_lists_keep_their_order_and_lose_repeats() -> None:
     assert settings.policies == ("oracle", "lru")
     assert settings.shares == (0.5, 1.0, 0.25)
     assert settings.link_ratios == (4, 0)
+
+
+def test_the_interval_is_over_requests(trace: str) -> None:
+    row = run_cell(trace, config(), Cell("lru", 0.25, 1.0))
+    assert row.time_per_layer_low is not None and row.time_per_layer_high is not None
+    assert row.time_per_layer_low < row.time_per_layer < row.time_per_layer_high
+    one = run_cell(trace, config(requests=1), Cell("lru", 0.25, 1.0))
+    assert one.time_per_layer_low == one.time_per_layer_high == pytest.approx(one.time_per_layer)
+    assert run_cell(trace, config(interleave=2), Cell("lru", 0.25, 1.0)).time_per_layer_low is None
+
+
+def test_a_part_left_out_is_a_policy_of_its_own(trace: str) -> None:
+    names = ["finemoe", "finemoe/no-prefetch"]
+    whole, alone = (run_cell(trace, config(policy=",".join(names)), Cell(name, 0.25, 1.0)) for name in names)
+    assert whole.precision is not None and alone.precision is None
+    assert alone.late_rate == 0

@@ -15,6 +15,7 @@ from finemoe.policy.expert_map import ExpertMaps
 from finemoe.policy.finemoe import Finemoe
 from finemoe.policy.kernel import Jit, interpreted
 from finemoe.policy.layerwise import Layerwise
+from finemoe.policy.naming import parse
 from finemoe.policy.speculative import Speculative
 from finemoe.policy.stride import Stride
 
@@ -36,18 +37,22 @@ BOUNDS: dict[str, type[Policy]] = {"belady": Belady, "oracle": Oracle}
 
 
 def policy_class(policy: str) -> type[Policy]:
-    """The class behind a name of `FACTORIES`.
+    """The class behind a name of `FACTORIES`; settings may follow it (`policy.naming`).
 
     Raises:
         ConfigError: no policy of that name, or one that only a replay can offer; the message lists those that are.
     """
-    if policy in BOUNDS:
+    name = policy.partition("/")[0]
+    if name in BOUNDS:
         raise ConfigError(
-            f"--policy: {policy!r} knows the future, which only a replay does; choose one of {', '.join(POLICIES)}"
+            f"--policy: {name!r} knows the future, which only a replay does; choose one of {', '.join(POLICIES)}"
         )
-    if policy not in FACTORIES:
-        raise ConfigError(f"--policy: unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
-    return FACTORIES[policy]
+    return parse(policy, FACTORIES)[0]
+
+
+def any_class(policy: str) -> type[Policy]:
+    """The same, of a name of `FACTORIES` or `BOUNDS`."""
+    return parse(policy, FACTORIES | BOUNDS)[0]
 
 
 def make_policy(policy: str, layers: int, experts: int, *, jit: Jit[Any] = interpreted, **options: Any) -> Policy:
@@ -63,9 +68,8 @@ def make_policy(policy: str, layers: int, experts: int, *, jit: Jit[Any] = inter
     Raises:
         ConfigError: no policy of that name; the message lists those that are.
     """
-    kind = FACTORIES.get(policy) or BOUNDS.get(policy)
-    if kind is None:
-        raise ConfigError(f"--policy: unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
+    kind, settings = parse(policy, FACTORIES | BOUNDS)
+    options = settings | options
     if kind.compiles:
         options["jit"] = jit
     make: Callable[..., Policy] = kind
@@ -89,6 +93,7 @@ __all__ = [
     "Controller",
     "Future",
     "Policy",
+    "any_class",
     "foresee",
     "make_controller",
     "make_policy",

@@ -33,6 +33,8 @@ class Policy:
         substitutes: what stands in where an input of the published policy is missing, by that input's name.
         clairvoyant: knows the future: a bound, for the simulator alone.
         compiles: its constructor takes `jit`.
+        parts: what its constructor can leave out (`without`), for ablations.
+        settings: whole numbers that its constructor takes, and its name may give.
         behind: set by who tells it of events while newer ones wait: it must observe, and need not predict.
 
     Args:
@@ -49,6 +51,8 @@ class Policy:
     substitutes: ClassVar[Mapping[str, str]] = MappingProxyType({})
     clairvoyant: ClassVar[bool] = False
     compiles: ClassVar[bool] = False
+    parts: ClassVar[tuple[str, ...]] = ()
+    settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, layers: int, experts: int) -> None:
         self.layers = layers

@@ -18,6 +18,7 @@ from finemoe.policy.map_store import Floats, MapStore
 from finemoe.types import Recorded, Routed, Step
 
 _FLOOR = 1e-6  # instead of a probability of 0
+_DISTANCES = ((8, 3), (16, 4))  # the paper's: for 32 layers of 8 experts 3, 32 of 16 4, 24 of 60 6
 
 
 class Search(NamedTuple):
@@ -142,13 +143,14 @@ class ExpertMaps(Policy):
         layers: `L`.
         experts: the largest `E` of any layer.
         capacity: `S`; the paper's is 1000.
-        distance: `d`; the paper uses 3 for 32 layers of 8 experts, 6 for 24 of 60, and 4 for 32 of 16.
+        distance: `d`; by default the paper's for layers of so many experts: 3 up to 8, 4 up to 16, 6 beyond.
         active: K; by default learned from what layers need.
         jit: compiles the search.
     """
 
     prefetches = True
     compiles = True
+    settings = ("distance", "capacity")
     needs = frozenset({"gates"})
     substitutes = MappingProxyType({"embeddings": "the same input token id"})
 
@@ -157,14 +159,14 @@ class ExpertMaps(Policy):
         layers: int,
         experts: int,
         capacity: int = 1000,
-        distance: int = 3,
+        distance: int | None = None,
         active: int | None = None,
         *,
         jit: Jit[Any] = interpreted,
     ) -> None:
         super().__init__(layers, experts)
-        self.distance = distance
-        self.store = MapStore(layers, experts, capacity, distance)
+        self.distance = distance or next((d for most, d in _DISTANCES if experts <= most), 6)
+        self.store = MapStore(layers, experts, capacity, self.distance)
         self.active = Active(active)
         p, frequency, chosen = np.zeros((3, layers, experts))
         self.scores = Scored(p, frequency, chosen, self.worth, self.want)

@@ -13,9 +13,10 @@ from finemoe.policy.base import Policy
 from finemoe.policy.book import Scores
 from finemoe.policy.kernel import Jit, interpreted
 from finemoe.policy.neighbours import CONSTANTS, Constants, Search, begin_search, conclude, extend_search
+from finemoe.policy.openings import Openings
 from finemoe.policy.outlook import Lookahead, appraise
 from finemoe.policy.trail import NOBODY, Floats, Trail, append, imprint_all, make_trail
-from finemoe.types import DECODE, Recorded, Routed, Step
+from finemoe.types import DECODE, PREFILL, Recorded, Routed, Step
 
 Flags = npt.NDArray[np.bool_]
 
@@ -33,12 +34,21 @@ class _Running:
         last: the number of its last iteration in the store.
         kept_back: iterations that enter the store when it ends: token, gates, executed.
         named: `[E]`, what the last layer's lookahead says of the next one.
+        opening: `[D]`, the embedding of its prompt, where known.
+        told: `[L, E]`, how often requests like it used each expert, and what that is worth beside the usual.
+        used: `[L, E]`, tokens that each expert got.
+        tokens: that ran.
     """
 
-    def __init__(self, capacity: int, constants: Constants, usual: Scores) -> None:
+    def __init__(
+        self, capacity: int, constants: Constants, usual: Scores, opening: Floats | None, openings: Openings
+    ) -> None:
         count, (layers, experts) = constants.neighbours, usual.shape
+        self.opening = opening
+        self.told = openings.expect(opening)
         self.search = Search(
-            np.zeros(capacity, np.float32), np.zeros(count, np.int64), np.zeros(count, np.float32), usual.copy(),
+            np.zeros(capacity, np.float32), np.zeros(count, np.int64), np.zeros(count, np.float32),
+            np.stack([self.expected(layer, usual[layer]) for layer in range(layers)]),
             np.zeros((constants.horizon + 1, layers, experts)),
         )  # fmt: skip
         self.gates: Floats = np.zeros((layers, experts), np.float32)
@@ -47,16 +57,26 @@ class _Running:
         self.last = NOBODY
         self.kept_back: list[tuple[int, Floats, Flags]] = []
         self.named: Flags | None = None
+        self.used: Scores = np.zeros((layers, experts))
+        self.tokens = 0
         self._uses: Scores = np.zeros((layers, experts))  # faded
         self._seen: Scores = np.zeros(layers)  # tokens, faded
 
+    def expected(self, layer: int, usual: Scores) -> Scores:
+        """How often it will use each expert `[E]`, for all that was known when it began."""
+        if self.told is None:
+            return usual
+        told, share = self.told
+        return np.asarray(share * told[layer] + (1.0 - share) * usual)
+
     def use(self, layer: int, share: Scores, tokens: int, fade: float, usual: Scores) -> None:
-        """So many tokens went to each expert in these shares `[E]`. `usual` `[E]` counts for one token more."""
+        """So many tokens went to each expert in these shares `[E]`. What was expected counts for one token more."""
+        self.used[layer] += tokens * share
         kept = fade**tokens
         weight = (1.0 - kept) / (1.0 - fade)
         self._uses[layer] = kept * self._uses[layer] + weight * share
         self._seen[layer] = kept * self._seen[layer] + weight
-        self.search.frequency[layer] = (self._uses[layer] + usual) / (self._seen[layer] + 1.0)
+        self.search.frequency[layer] = (self._uses[layer] + self.expected(layer, usual)) / (self._seen[layer] + 1.0)
 
     def expect_by_frequency(self, now: int, tokens: int) -> None:
         """Nothing else is known: this iteration's layers after `now` run `tokens` tokens, later iterations one."""
@@ -85,13 +105,14 @@ class Finemoe(Policy):
     - Neighbours whose j-th successor is not known have no say in `p_j`.
     - Of several tokens' gates, as of a prompt, only the mean is known: it counts for the frequencies, as so many
       tokens; prompts are no rows. During one, every expert in use is expected in each layer to come: `1 - (1 - f)^T`.
-    - A request's frequencies start as the usual ones, which count for one token more. What nobody ever used is worth
-      nothing: layers may have fewer experts than the largest.
+    - A request's frequencies start as those of requests with prompts like its own (`Openings`; without embeddings, as
+      the usual ones), which count for one token more. So the first layers of a prompt are known before any gate has
+      run. What nobody ever used is worth nothing: layers may have fewer experts than the largest.
     - Several running requests: each has its own search; `1 - prod(1 - p)` over them. Of what they needed, each used
       its K likeliest; without gates that can't be told, and only frequencies are left.
     - `switch` compares whole transfers. To compare with what is left of the one under way, as the study did, changes
       the time per layer by less than 0.1% at every link that was tried.
-    - The input token stands for the semantics of an iteration; embeddings are not looked at.
+    - The input token stands for the semantics of a decoded token; embeddings are only looked at for prompts.
     - Where the next layer's gate was asked, it moves the chances of that layer by its recall so far (`Lookahead`).
 
     Args:
@@ -99,15 +120,19 @@ class Finemoe(Policy):
         experts: the largest `E` of any layer.
         capacity: `S`; by default as many rows as `_STORE_BYTES` of columns hold, and `_MOST_ROWS` at most.
         active: K; by default learned from what layers need.
-        constants: what the formulas leave open; and, by 1 neighbour, or a context, token bonus or horizon of 0, what
-            each part is good for.
-        own: whether a request's iterations enter the store at once; otherwise when it ends.
+        constants: what the formulas leave open.
+        without: parts to leave out, to see what they are good for. `prefetch`: eviction alone. `own`: a request's
+            iterations enter the store when it ends. `neighbours`: the nearest row alone. `successors`: nothing said of
+            the next tokens but frequencies. `context`, `tokens`: nothing of the iteration before, or the input token.
+            `lookahead`, `prompts`: gates ahead, and prompts' embeddings, are not looked at.
         jit: compiles the search.
     """
 
     uses = frozenset({"gates", "lookahead"})
     prefetches = True
     compiles = True
+    parts = ("prefetch", "own", "neighbours", "successors", "context", "tokens", "lookahead", "prompts")
+    settings = ("capacity",)
     margin = 0.1
     switch = 1.25
 
@@ -119,18 +144,25 @@ class Finemoe(Policy):
         active: int | None = None,
         *,
         constants: Constants = CONSTANTS,
-        own: bool = True,
+        without: frozenset[str] = frozenset(),
         jit: Jit[Any] = interpreted,
     ) -> None:
         super().__init__(layers, experts)
-        self.want = self.worth  # one scale
+        self.without = without
+        if "prefetch" not in without:
+            self.want = self.worth  # one scale
         self.capacity = capacity or max(1, min(_MOST_ROWS, _STORE_BYTES // (layers * experts)))
         self.active = Active(active)
-        self.constants = constants
-        self.own = own
+        self.constants = constants._replace(  # noqa: SLF001 - a named tuple's way
+            neighbours=1 if "neighbours" in without else constants.neighbours,
+            horizon=0 if "successors" in without else constants.horizon,
+            context=0.0 if "context" in without else constants.context,
+            same_token=0.0 if "tokens" in without else constants.same_token,
+        )
         self.number = 0  # iterations that were ever taken in
         self.trail: Trail | None = None  # made when K is known
         self.lookahead = Lookahead(experts)
+        self.openings = Openings(layers, experts)
         self._usual: Scores = np.zeros((layers, experts))  # how often an iteration uses each expert
         self._iterations = np.zeros(layers)  # of which that is the mean
         self._running: dict[int, _Running] = {}
@@ -151,6 +183,8 @@ class Finemoe(Policy):
         self._iterations += len(executed)
         self._usual += (executed.sum(axis=0) - len(executed) * self._usual) / np.maximum(1, self._iterations)[:, None]
         self._remember(recorded.token_ids[decode], recorded.gates[decode], executed, NOBODY)
+        if recorded.embeddings is not None and len(executed) < len(decode) and not decode[0]:
+            self.openings.add(recorded.embeddings[0], executed.mean(axis=0) if len(executed) else self._usual)
 
     def begin(self, steps: Sequence[Step]) -> None:
         before = self._running
@@ -158,11 +192,14 @@ class Finemoe(Policy):
         for step in steps:
             running = before.pop(step.request, None)
             if running is None:
-                running = _Running(self.capacity, self.constants, self._usual)
+                opening = step.embedding if step.phase == PREFILL and "prompts" not in self.without else None
+                running = _Running(self.capacity, self.constants, self._usual, opening, self.openings)
             self._running[step.request] = running
             running.known = 0
             running.named = None
         for ended in before.values():
+            if ended.opening is not None and ended.tokens:
+                self.openings.add(ended.opening, ended.used / ended.tokens)
             if ended.kept_back:
                 tokens, gates, executed = zip(*ended.kept_back, strict=True)
                 self._remember(np.array(tokens, np.int32), np.stack(gates), np.stack(executed), NOBODY)
@@ -204,7 +241,7 @@ class Finemoe(Policy):
             if running.known < self.layers:
                 continue
             token = int(step.token_ids[0])
-            if self.own:
+            if "own" not in self.without:
                 token_ids = np.array([token], np.int32)
                 self._remember(token_ids, running.gates[None], running.executed[None], running.last)
                 running.last = self.number - 1
@@ -242,10 +279,12 @@ class Finemoe(Policy):
         else:
             share = needed.astype(np.float64)
         running.use(layer, share, len(step.token_ids), self.constants.fade, self._usual[layer])
+        if layer == self.layers - 1:
+            running.tokens += len(step.token_ids)
 
     def _look_ahead(self, layer: int, running: _Running, step: Step, executed: Flags | None, ahead: Floats) -> None:
         """Fuses what the next layer's gate says of this layer's hidden states, `[n, E]`, into its chances."""
-        if not _decodes(step):
+        if not _decodes(step) or "lookahead" in self.without:
             return
         if running.named is not None and executed is not None:
             self.lookahead.judge(running.named, executed)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import ceil
 from pathlib import Path
@@ -19,12 +19,14 @@ import numpy as np
 
 from finemoe.compiled import compiler
 from finemoe.errors import ConfigError
-from finemoe.policy import BOUNDS, FACTORIES, Policy, foresee, make_policy
+from finemoe.policy import Policy, any_class, foresee, make_policy
 from finemoe.sim.config import SimulateConfig
 from finemoe.sim.evidence import Evidence
 from finemoe.sim.replay import Machine, Outcome, Replay
 from finemoe.sim.schedule import Schedule, make_schedule
 from finemoe.trace import Trace, TraceHeader, open_trace, split
+
+_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Row:
     `link_ratio` is the time to move one expert in the same unit. Rates are of all accesses; `precision` is prefetched
     and used / prefetched, `None` without a prefetch. `wasted` counts what was prefetched and evicted, or given up,
     unused. `link_busy` is the share of the time that a link moves something, the mean over devices. `emulated` names
-    what was made up from the truth, and how. Percentiles are of whole iterations, per layer.
+    what was made up from the truth, and how. Percentiles are of whole iterations, per layer. `time_per_layer_low` and
+    `_high` are a 95% interval of `time_per_layer`, bootstrapped over requests; `None` where requests are interleaved.
     """
 
     policy: str
@@ -65,6 +68,8 @@ class Row:
     precision: float | None
     link_busy: float
     emulated: str | None = None
+    time_per_layer_low: float | None = None
+    time_per_layer_high: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -84,7 +89,7 @@ def runnable(config: SimulateConfig, header: TraceHeader) -> tuple[tuple[str, ..
     }
     left_out = {}
     for name in config.policies:
-        missing = sorted((FACTORIES | BOUNDS)[name].needs - recorded)
+        missing = sorted(any_class(name).needs - recorded)
         if missing:
             hints = "; ".join(ways[field] for field in missing if field in ways)
             left_out[name] = f"this trace has no {' and no '.join(missing)}{f' ({hints})' if hints else ''}"
@@ -163,7 +168,20 @@ def run_cell(trace: str, config: SimulateConfig, cell: Cell, progress: Callable[
     outcome = Replay(schedule, subject.evidence, policy, machine, jit).run(progress)
     emulates = config.gate_recall is not None and "lookahead" in policy.needs | policy.uses
     emulated = f"lookahead, recall {config.gate_recall}" if emulates else None
-    return summarise(cell, machine, outcome, emulated)
+    low, high = interval(schedule, outcome, config.seed)
+    return replace(summarise(cell, machine, outcome, emulated), time_per_layer_low=low, time_per_layer_high=high)
+
+
+def interval(schedule: Schedule, outcome: Outcome, seed: int) -> tuple[float | None, float | None]:
+    """A 95% interval of the time per layer, from requests drawn again with replacement."""
+    if len(schedule.request) != len(schedule):
+        return None, None
+    requests, number = np.unique(schedule.request, return_inverse=True)
+    times = np.bincount(number, outcome.iteration_times) / outcome.layers
+    iterations = np.bincount(number)
+    drawn = np.random.default_rng(seed).integers(0, len(requests), (_RESAMPLES, len(requests)))
+    low, high = np.percentile(times[drawn].sum(1) / iterations[drawn].sum(1), (2.5, 97.5))
+    return float(low), float(high)
 
 
 def summarise(cell: Cell, machine: Machine, outcome: Outcome, emulated: str | None) -> Row:
@@ -209,7 +227,7 @@ class _Subject:
 
     def options(self, policy: str) -> dict[str, Any]:
         """What a policy is made with beyond the shape."""
-        kind = (FACTORIES | BOUNDS)[policy]
+        kind = any_class(policy)
         options: dict[str, Any] = {}
         if kind.clairvoyant:
             schedule = self.schedule

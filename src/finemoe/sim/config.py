@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from finemoe.config import parse_budget
 from finemoe.errors import BudgetError, ConfigError
-from finemoe.policy import BOUNDS, POLICIES
+from finemoe.policy import BOUNDS, POLICIES, any_class
 from finemoe.sim.presets import HARDWARE, SHAPES
 
 T = TypeVar("T")
@@ -87,8 +87,7 @@ class SimulateConfig:
             return known
 
         def name(word: str) -> str:
-            if word not in known:
-                raise ConfigError(f"--policy: unknown policy {word!r}; choose of {', '.join(known)}, or all")
+            any_class(word)
             return word
 
         return _list("policy", self.policy, name)

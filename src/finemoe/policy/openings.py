@@ -1,0 +1,66 @@
+"""How requests began, and what they went on to use: what to expect of a request before any gate has run."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from finemoe.policy.book import Scores
+from finemoe.policy.trail import Floats
+
+_REQUESTS = 512  # remembered; the oldest make room
+_ALIKE = 8  # requests that count
+_SHARPNESS = 0.1  # temperature of their weights, in cosines
+
+
+class Openings:
+    """Finished requests: the embedding of each one's prompt, and how often it used each expert.
+
+    Prompts are compared by the cosine of their mean embeddings, with the mean of all stored ones taken off: what all
+    prompts share says nothing.
+
+    Args:
+        layers: `L`.
+        experts: `E`.
+        capacity: how many requests are remembered.
+    """
+
+    def __init__(self, layers: int, experts: int, capacity: int = _REQUESTS) -> None:
+        self.number = 0  # requests that were ever taken in; request i lies in row `i % capacity`
+        self.usage: Floats = np.zeros((capacity, layers, experts), np.float32)
+        self.keys: Floats | None = None  # [capacity, D], made with the first
+
+    @property
+    def size(self) -> int:
+        """How many are remembered."""
+        return min(self.number, len(self.usage))
+
+    def add(self, embedding: Floats, usage: Scores) -> None:
+        """Takes in a finished request: its prompt's embedding `[D]`, its share of tokens for each expert `[L, E]`."""
+        if self.keys is None:
+            self.keys = np.zeros((len(self.usage), len(embedding)), np.float32)
+        row = self.number % len(self.usage)
+        self.keys[row], self.usage[row] = embedding, usage
+        self.number += 1
+
+    def expect(self, embedding: Floats | None) -> tuple[Scores, float] | None:
+        """The share of tokens `[L, E]` that requests with prompts like this `[D]` sent to each expert.
+
+        That of the most alike, weighted by a softmax of their likeness; and what it is worth: m / (m + 1), with so many
+        of them in effect, m. The rest is what is usual. `None` if nothing is known.
+        """
+        if embedding is None or self.keys is None or self.keys.shape[1] != len(embedding):
+            return None
+        keys = self.keys[: self.size]
+        center = keys.mean(axis=0)
+        likeness = _unit(keys - center) @ _unit(embedding - center)
+        alike = np.argsort(-likeness, kind="stable")[:_ALIKE]
+        u = np.exp((likeness[alike] - likeness[alike[0]]) / _SHARPNESS, dtype=np.float64)
+        told = np.tensordot(u / u.sum(), self.usage[alike].astype(np.float64), axes=1)
+        effective = u.sum() ** 2 / np.square(u).sum()
+        return told, float(effective / (effective + 1.0))
+
+
+def _unit(vectors: npt.NDArray[np.float32]) -> Floats:
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.asarray(vectors / np.where(norms > 0, norms, 1), np.float32)
