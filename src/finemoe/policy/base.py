@@ -71,3 +71,8 @@ class Policy:
 
     def learn(self, recorded: Recorded) -> None:
         """Take in a request that was recorded earlier: the store's share of a trace."""
+
+    def expected(self, layer: int) -> Scores | None:
+        """`[E]`: the chance of each expert of `layer` to be needed next, for all that is known; `None`: no guess."""
+        del layer
+        return None

@@ -222,6 +222,9 @@ class ExpertMaps(Policy):
             embeddings = np.stack(keys) if len(keys) == len(tokens) else None
             self.store.add(self._maps, tokens, embeddings, self._search.products)
 
+    def expected(self, layer: int) -> Scores | None:
+        return np.array(self.scores.p[layer])
+
     def _foresee(self, layer: int) -> None:
         self._predict(self.store.columns, layer, self._search, self.active.count, self.scores)
 

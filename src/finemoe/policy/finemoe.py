@@ -248,6 +248,10 @@ class Finemoe(Policy):
             else:
                 running.kept_back.append((token, running.gates.copy(), running.executed.copy()))
 
+    def expected(self, layer: int) -> Scores | None:
+        chances = [running.search.chances[0, layer] for running in self._running.values()]
+        return 1.0 - np.prod([1.0 - own for own in chances], axis=0) if chances else None
+
     def _predict(self, trail: Trail, running: _Running, layer: int) -> None:
         if not self.behind:
             self._conclude(trail, self.size, layer, self.constants, running.search)

@@ -66,6 +66,11 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
     first.legend(fontsize="small")
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure, atomically. Raises `ConfigError` where that fails."""
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
     try:
         figure.savefig(partial, dpi=120)
