@@ -33,7 +33,7 @@ class _Running:
         known: layers of this iteration of which we know what the request used, none left out.
         last: the number of its last iteration in the store.
         kept_back: iterations that enter the store when it ends: token, gates, executed.
-        named: `[E]`, what the last layer's lookahead says of the next one.
+        named: `[E]`, what the last layer's lookahead says of the next one, and the chances without it.
         opening: `[D]`, the embedding of its prompt, where known.
         told: `[L, E]`, how often requests like it used each expert, and what that is worth beside the usual.
         used: `[L, E]`, tokens that each expert got.
@@ -56,7 +56,7 @@ class _Running:
         self.known = 0
         self.last = NOBODY
         self.kept_back: list[tuple[int, Floats, Flags]] = []
-        self.named: Flags | None = None
+        self.named: tuple[Flags, Scores] | None = None
         self.used: Scores = np.zeros((layers, experts))
         self.tokens = 0
         self._uses: Scores = np.zeros((layers, experts))  # faded
@@ -113,7 +113,8 @@ class Finemoe(Policy):
     - `switch` compares whole transfers. To compare with what is left of the one under way, as the study did, changes
       the time per layer by less than 0.1% at every link that was tried.
     - The input token stands for the semantics of a decoded token; embeddings are only looked at for prompts.
-    - Where the next layer's gate was asked, it moves the chances of that layer by its recall so far (`Lookahead`).
+    - Where the next layer's gate was asked, it moves the chances of that layer, as far as it was right so far
+      (`Lookahead`).
 
     Args:
         layers: `L`.
@@ -291,11 +292,12 @@ class Finemoe(Policy):
         if not _decodes(step) or "lookahead" in self.without:
             return
         if running.named is not None and executed is not None:
-            self.lookahead.judge(running.named, executed)
+            self.lookahead.judge(*running.named, executed)
         running.named = None
-        if layer + 1 < self.layers and len(ahead) and ahead[0].any():
-            running.named = self.lookahead.name(ahead[0], self.active.count)
-            self.lookahead.fuse(running.named, running.search.chances[0, layer + 1])
+        if layer + 1 < self.layers and len(ahead) and ahead[0].any() and not self.behind:
+            named, chances = self.lookahead.name(ahead[0], self.active.count), running.search.chances[0, layer + 1]
+            running.named = named, chances.copy()
+            self.lookahead.fuse(named, chances)
 
     def _value(self, now: int) -> None:
         """Brings the scores up to date. Of several requests, any may need an expert."""
