@@ -12,6 +12,7 @@ from finemoe.checkpoint import Catalog, Checkpoint
 from finemoe.engine import Engine
 from finemoe.errors import FinemoeError
 from finemoe.experts import ExpertLayer
+from finemoe.maps import Keeper
 from finemoe.metrics import Stats
 from finemoe.policy.book import PREFETCHED, PREFETCHED_USED, WASTED
 from finemoe.store import DiskStore, peak_rss_bytes
@@ -28,7 +29,9 @@ class Offload:
         engine: Engine,
         layers: list[ExpertLayer],
         lock: threading.RLock,
+        *,
         policy: str,
+        keeper: Keeper | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.catalog = catalog
@@ -37,6 +40,7 @@ class Offload:
         self._engine = engine
         self._layers = layers
         self._lock = lock
+        self._keeper = keeper
         self._closed = False
         self._read_before = 0
 
@@ -83,7 +87,10 @@ class Offload:
         self._engine.check_integrity()
 
     def close(self) -> None:
-        """Free the pool, the reader threads and the open files, once no layer runs. The model can't run any more."""
+        """Free the pool, the reader threads and the open files, once no layer runs; keep what the policy learned.
+
+        The model can't run any more. The interpreter's exit closes what is still open.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -93,6 +100,8 @@ class Offload:
                 layer.close()
             self._engine.pool.close()
             self._store.close()
+            if self._keeper is not None:
+                self._keeper.keep(self._engine.controller.policy)
 
 
 class OffloadedModel:

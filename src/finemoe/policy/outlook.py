@@ -51,6 +51,15 @@ class Lookahead:
         self._experts = experts
         self._executed, self._right = 10.0, 8.0  # published recalls are about 0.8; soon outweighed
 
+    @property
+    def record(self) -> Scores:
+        """`[2]`: how many were executed, and how many of these named, so far. It can be set."""
+        return np.array([self._executed, self._right])
+
+    @record.setter
+    def record(self, record: Scores) -> None:
+        self._executed, self._right = map(float, record)
+
     def name(self, ahead: npt.NDArray[np.float32], active: int) -> npt.NDArray[np.bool_]:
         """The `active` likeliest of `[E]`."""
         named = np.zeros(self._experts, np.bool_)
