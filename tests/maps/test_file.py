@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from finemoe.errors import DamagedMapsError, MapsError
 from finemoe.maps import Maps, read_maps, write_maps
 from finemoe.maps.check import fault
+from finemoe.maps.maps import ROW_ARRAYS
 from finemoe.policy import make_policy
 from tests.maps.make import REMEMBERING, SHAPE, make_file, make_maps
 from tests.policy.workload import workload
@@ -140,3 +141,10 @@ def test_maps_tell_what_they_are() -> None:
     }  # fmt: skip
     told = make_maps("expert-map").about()
     assert (told["maps"], told["stretches"], told["embedding_width"]) == (12, None, SHAPE.width)
+
+
+@pytest.mark.parametrize(("policy", "of_one"), [("finemoe", 2 * 3 * 2 + 8), ("expert-map", 4 * (3 * 6 + 5) + 16)])
+def test_a_map_takes_the_bytes_that_the_documentation_says(policy: str, of_one: int) -> None:
+    maps = make_maps(policy)
+    of_all = sum(array.nbytes for name, array in maps.arrays.items() if name in ROW_ARRAYS)
+    assert of_all == of_one * len(maps)

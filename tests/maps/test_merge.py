@@ -70,7 +70,7 @@ def test_what_one_store_met_twice_is_kept_twice() -> None:
 
 def test_stores_of_other_models_policies_or_shapes_are_not_merged() -> None:
     for other in (make_maps(model="4567"), make_maps("expert-map")):
-        with pytest.raises(ConfigError, match="differ in (model|policy)"):
+        with pytest.raises(ConfigError, match=r"differ in (model|policy)"):
             merge([make_maps(), other])
 
 

@@ -96,12 +96,12 @@ def test_a_chosen_file_that_does_not_fit_is_refused(chat_folder: Path, tmp_path:
     with pytest.raises(ConfigError, match=rf"--map-store: .*foreign .*feedfacefeedface.*{own}.*; give another"):
         finemoe.load(chat_folder, policy="finemoe", map_store=foreign)
     other = make_file(tmp_path / "other", "expert-map", model=own)
-    with pytest.raises(ConfigError, match="--map-store: .*other has maps of --policy expert-map, this is finemoe"):
+    with pytest.raises(ConfigError, match=r"--map-store: .*other has maps of --policy expert-map, this is finemoe"):
         finemoe.load(chat_folder, policy="finemoe", map_store=other)
     (tmp_path / "diary").write_text("dear diary")
-    with pytest.raises(ConfigError, match="--map-store: .*not a file of expert maps"):
+    with pytest.raises(ConfigError, match=r"--map-store: .*not a file of expert maps"):
         finemoe.load(chat_folder, policy="finemoe", map_store=tmp_path / "diary")
-    with pytest.raises(ConfigError, match="--map-store: .*is a folder"):
+    with pytest.raises(ConfigError, match=r"--map-store: .*is a folder"):
         finemoe.load(chat_folder, policy="finemoe", map_store=tmp_path)
     with pytest.raises(ConfigError, match="--map-store: --policy lru learns no maps"):
         finemoe.load(chat_folder, policy="lru", map_store=foreign)
