@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from finemoe.maps import Maps, write_maps
 from finemoe.policy import FACTORIES, make_policy
@@ -14,7 +15,7 @@ REMEMBERING = [name for name, kind in FACTORIES.items() if kind.remembers]
 
 
 def make_maps(
-    policy: str = "finemoe", seeds: Sequence[int] = (0, 1), *, length: int = 6, model: str = "0123", **options: int
+    policy: str = "finemoe", seeds: Sequence[int] = (0, 1), *, length: int = 6, model: str = "0123", **options: Any
 ) -> Maps:
     """What a policy learned from one request for each seed."""
     learner = make_policy(policy, SHAPE.layers, SHAPE.experts, **options)
@@ -23,7 +24,7 @@ def make_maps(
     return Maps(policy, model, "a-model", SHAPE.layers, SHAPE.experts, learner.knowledge())
 
 
-def make_file(path: Path, policy: str = "finemoe", seeds: Sequence[int] = (0, 1), **options: str) -> Path:
+def make_file(path: Path, policy: str = "finemoe", seeds: Sequence[int] = (0, 1), **options: Any) -> Path:
     """The same, in a file."""
-    write_maps(make_maps(policy, seeds, **options), path)  # type: ignore[arg-type]
+    write_maps(make_maps(policy, seeds, **options), path)
     return path

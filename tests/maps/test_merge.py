@@ -103,7 +103,7 @@ def test_pruning_is_what_it_says(seed: int, keep: int) -> None:
     kept = list(range(n))
     while len(kept) > keep:
         redundancy = [max((common[row, other] for other in kept if other > row), default=0.0) for row in kept]
-        kept.pop(int(np.argmax(np.float32(redundancy))))
+        kept.pop(int(np.argmax(np.asarray(redundancy, np.float32))))
     assert contents(prune(maps, keep)) == contents(maps.only(kept))
 
 

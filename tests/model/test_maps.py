@@ -85,9 +85,9 @@ def test_none_keeps_nothing_and_neither_does_a_session_that_learned_nothing(
     with finemoe.load(chat_folder, policy="finemoe") as model:
         generate(model)
     (path,) = tmp_path.iterdir()
-    before = path.stat()
+    written = path.stat().st_mtime_ns, path.stat().st_ino
     finemoe.load(chat_folder, policy="finemoe").close()
-    assert path.stat() == before
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == written
 
 
 def test_a_chosen_file_that_does_not_fit_is_refused(chat_folder: Path, tmp_path: Path) -> None:
@@ -161,5 +161,5 @@ def test_the_exit_of_the_interpreter_keeps_what_was_learned(chat_folder: Path, t
         "model = finemoe.load(sys.argv[1], policy='finemoe', map_store=sys.argv[2])\n"
         "model.generate(torch.ones(1, 1, dtype=torch.long), max_new_tokens=4, min_new_tokens=4)\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(chat_folder), str(tmp_path / "maps")], check=True, timeout=200)
+    subprocess.run([sys.executable, "-c", code, str(chat_folder), str(tmp_path / "maps")], check=True, timeout=280)
     assert len(read_maps(tmp_path / "maps")) == 3
