@@ -8,6 +8,8 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a model
 
+os.environ["FINEMOE_MAPS"] = "none"  # what policies learn in a test is kept where the test says, or nowhere
+
 import pytest
 import torch
 from hypothesis import settings

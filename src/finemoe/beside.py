@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -74,6 +75,13 @@ class Beside(Policy):
         while self._thread.is_alive() and not done.wait(0.1):
             pass
         self._raise()
+
+    def finish(self) -> Policy | None:
+        """Ends the thread once everything is thought through. Returns the policy, or `None` if a thought has failed."""
+        with suppress(BaseException):
+            self.settle()
+        self.close()
+        return self.inner if self._fault is None else None
 
     def close(self) -> None:
         """Ends the thread, after the thought under way."""

@@ -92,6 +92,13 @@ class LoadConfig:
         },
     )
     predictors: str | None = field(default=None, metadata={"help": "what finemoe trace train wrote, for promoe"})
+    map_store: str | None = field(
+        default=None,
+        metadata={
+            "help": "file that a policy that learns starts from, and leaves what it learned in; none for nothing "
+            "(default: one for each model and policy in the cache folder)"
+        },
+    )
     io: Literal["auto", "direct", "buffered"] = field(
         default="auto", metadata={"help": "how experts are read; direct bypasses the page cache, auto does if it can"}
     )

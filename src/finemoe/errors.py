@@ -33,3 +33,15 @@ class InvariantError(FinemoeError, RuntimeError):
 
 class TraceError(FinemoeError):
     """A recorded trace is missing, damaged, of another version, or does not hold what was asked of it."""
+
+
+class MapsError(FinemoeError):
+    """A file of expert maps is missing, of another version, policy or model, or none at all; the message names it."""
+
+
+class DamagedMapsError(MapsError):
+    """A file of expert maps was changed by someone else than finemoe, or by a failing disk."""
+
+
+class FinemoeWarning(UserWarning):
+    """Something could not be done, and the work goes on without it; the message says what."""

@@ -12,3 +12,11 @@ def user_cache() -> Path:
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "finemoe"
+
+
+def user_maps() -> Path | None:
+    """Where policies that learn keep their maps: `FINEMOE_MAPS`, else `maps` in `user_cache`; `None` for `none`."""
+    own = os.environ.get("FINEMOE_MAPS")
+    if own == "none":
+        return None
+    return Path(own).expanduser() if own else user_cache() / "maps"

@@ -62,3 +62,9 @@ def test_every_budget_of_a_list_is_checked() -> None:
 def test_settings_can_be_read_without_torch() -> None:
     code = "import sys, finemoe.bench; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_maps_are_only_kept_where_a_file_is_named_and_a_policy_learns() -> None:
+    assert BenchConfig().load_config("25%", "finemoe").map_store == "none"
+    named = BenchConfig(policy="lru,finemoe", map_store="m")
+    assert [named.load_config("25%", policy).map_store for policy in named.policies] == ["none", "m"]

@@ -7,6 +7,8 @@ from itertools import product
 
 from finemoe.config import LoadConfig
 from finemoe.errors import ConfigError
+from finemoe.maps import NOWHERE
+from finemoe.policy import policy_class
 
 BATCHED = "batched_mm"
 RESIDENT: tuple[str, ...] = ("eager", BATCHED, "grouped_mm")  # transformers' experts implementations
@@ -26,6 +28,10 @@ class BenchConfig(LoadConfig):
         default="25%,50%,75%,all", metadata={"help": "budgets to measure, separated by commas: bytes, shares or all"}
     )
     policy: str = field(default="lfru", metadata={"help": "policies to measure, separated by commas"})
+    map_store: str | None = field(
+        default="none",
+        metadata={"help": "file that rows of policies that learn start from, and add to, one row after the other"},
+    )
     baselines: str = field(
         default=",".join(BASELINES),
         metadata={
@@ -77,7 +83,8 @@ class BenchConfig(LoadConfig):
     def load_config(self, budget: str, policy: str) -> LoadConfig:
         """How one row loads its model."""
         values = {f.name: getattr(self, f.name) for f in fields(LoadConfig)}
-        return LoadConfig(**values | {"expert_memory": budget, "policy": policy})
+        store = self.map_store if policy_class(policy).remembers else NOWHERE
+        return LoadConfig(**values | {"expert_memory": budget, "policy": policy, "map_store": store})
 
 
 def _split(text: str) -> tuple[str, ...]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from finemoe.cli.flags import Parser
 from finemoe.cli.interrupts import Interrupts
-from finemoe.errors import FinemoeError
+from finemoe.errors import FinemoeError, FinemoeWarning
 from finemoe.process import return_freed_memory
 
 COMMANDS = {
@@ -20,6 +22,7 @@ COMMANDS = {
     "record": "run prompts and record what the routers choose",
     "trace": "import, describe, show and measure recorded routing",
     "simulate": "replay recorded routing under a modelled link, policy by policy",
+    "maps": "show, merge, prune and make files of expert maps, what policies learned",
     "bench": "measure against transformers, resident and with its own disk offload",
 }
 INTERRUPTED = 130
@@ -67,3 +70,17 @@ def _quieten() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if warnings.formatwarning is not _one_line:
+        _FORMATS.append(warnings.formatwarning)
+        warnings.formatwarning = _one_line
+
+
+_FORMATS: list[Any] = []  # how warnings were shown before
+
+
+def _one_line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+    """Our own warnings are for users: without the line of code that they come from."""
+    if issubclass(category, FinemoeWarning):
+        return f"finemoe: warning: {message}\n"
+    shown: str = _FORMATS[-1](message, category, *place, **more)
+    return shown

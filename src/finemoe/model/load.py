@@ -25,6 +25,7 @@ from finemoe.config import LoadConfig, format_bytes
 from finemoe.engine import Engine
 from finemoe.errors import BudgetError, CheckpointError, ConfigError, UnsupportedModelError
 from finemoe.experts import HANDLE, IMPLEMENTATION, ExpertLayer, LazyParameter, choose_path
+from finemoe.maps import Keeper, open_keeper, refuse_useless
 from finemoe.model.find import find_experts, model_class, pool_slots, read_config, transformers_errors
 from finemoe.model.observe import Observer
 from finemoe.model.offload import Offload, OffloadedModel
@@ -49,6 +50,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     predictors: str | Path | None = None,
+    map_store: str | Path | None = None,
     verify: bool = False,
 ) -> Any:
     """A transformers model whose routed experts live in a bounded pool.
@@ -66,6 +68,8 @@ def load(
         revision: hub revision.
         trust_remote_code: run modelling code that the model's repository ships.
         predictors: the file that `finemoe trace train` wrote, of a policy that needs one.
+        map_store: the file that a policy that learns starts from, and that `close()` leaves what it learned in; by
+            default one for each model and policy in the user's cache folder, `none` for nothing.
         verify: debug: read every landed expert a second time, by another path, and compare.
 
     Raises:
@@ -83,6 +87,7 @@ def load(
             expert_memory=expert_memory,
             policy=policy,
             predictors=None if predictors is None else str(predictors),
+            map_store=None if map_store is None else str(map_store),
             io=io,
             reader_threads=reader_threads,
             verify=verify,
@@ -99,11 +104,15 @@ def load_config(config: LoadConfig) -> Any:
             if config.predictors is None
             else f"--predictors: --policy {config.policy} takes none"
         )
+    refuse_useless(config.map_store, config.policy)
     checkpoint = locate(config.model or reference_model(), config.revision)
     model_config = read_config(checkpoint.folder, trust_remote_code=config.trust_remote_code)
     headers = read_headers(checkpoint.files)
     loading = _Loading(config, checkpoint, model_config, headers)
     loading.options = policy_options(config, checkpoint, headers)
+    if kind.remembers:
+        model_name = fingerprint(checkpoint.folder, headers)
+        loading.keeper = open_keeper(config.map_store, config.policy, model_name, checkpoint.name)
     try:
         with transformers_errors(checkpoint.folder), _diverted(loading.convert_and_load):
             model, info = model_class(model_config).from_pretrained(
@@ -176,6 +185,7 @@ class _Loading:
         self._model_config = model_config
         self._headers = headers
         self.options: dict[str, Any] = {}  # of the policy
+        self.keeper: Keeper | None = None  # of its maps
         self._experts: list[tuple[ExpertsModule, nn.Module]] = []
         self._catalog: Catalog | None = None
         self._store: DiskStore | None = None
@@ -238,6 +248,8 @@ class _Loading:
         self._choose_paths(handles, model.dtype)
         trial.clear()
         policy = make_policy(self._config.policy, *shape, **self.options)
+        if self.keeper is not None:
+            self.keeper.bring(policy)
         if policy.compiles:  # it takes long enough to wait for
             policy = Beside(policy, self._transfer.nudge)
         controller = Controller(*shape, self._pool.slots, policy)
@@ -247,7 +259,10 @@ class _Loading:
         seen = controller.policy.needs | controller.policy.uses
         if seen:
             Observer(model, engine, layers, lookahead=int("lookahead" in seen)).attach()
-        offload = Offload(self._checkpoint, self._catalog, self._store, engine, handles, lock, self._config.policy)
+        offload = Offload(
+            self._checkpoint, self._catalog, self._store, engine, handles, lock, policy=self._config.policy,
+            keeper=self.keeper,
+        )  # fmt: skip
         offload.reset_stats()
         kind = type(model)
         members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}

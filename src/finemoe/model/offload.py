@@ -13,6 +13,7 @@ from finemoe.checkpoint import Catalog, Checkpoint
 from finemoe.engine import Engine
 from finemoe.errors import FinemoeError
 from finemoe.experts import ExpertLayer
+from finemoe.maps import Keeper
 from finemoe.metrics import Stats
 from finemoe.policy.book import PREFETCHED, PREFETCHED_USED, WASTED
 from finemoe.store import DiskStore, peak_rss_bytes
@@ -29,7 +30,9 @@ class Offload:
         engine: Engine,
         layers: list[ExpertLayer],
         lock: threading.RLock,
+        *,
         policy: str,
+        keeper: Keeper | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.catalog = catalog
@@ -38,6 +41,7 @@ class Offload:
         self._engine = engine
         self._layers = layers
         self._lock = lock
+        self._keeper = keeper
         self._closed = False
         self._read_before = 0
 
@@ -90,19 +94,23 @@ class Offload:
         self._engine.check_integrity()
 
     def close(self) -> None:
-        """Free the pool, the reader threads and the open files, once no layer runs. The model can't run any more."""
+        """Free the pool, the reader threads and the open files, once no layer runs; keep what the policy learned.
+
+        The model can't run any more. The interpreter's exit closes what is still open.
+        """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
             self._engine.transfer.close()
             policy = self._engine.controller.policy
-            if isinstance(policy, Beside):
-                policy.close()
+            learned = policy.finish() if isinstance(policy, Beside) else policy
             for layer in self._layers:
                 layer.close()
             self._engine.pool.close()
             self._store.close()
+            if self._keeper is not None and learned is not None:
+                self._keeper.keep(learned)
 
 
 class OffloadedModel:

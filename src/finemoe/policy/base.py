@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from finemoe.policy.book import Scores
 from finemoe.types import Recorded, Routed, Step
+
+Knowledge = dict[str, npt.NDArray[Any]]  # what a policy learned, by name: pure arrays
 
 
 class Policy:
@@ -31,6 +34,7 @@ class Policy:
         needs: what it predicts from, of `gates`, `lookahead` and `predictors`; without it, it only evicts.
         uses: what it does better with, where there is any: of `gates` and `lookahead`.
         substitutes: what stands in where an input of the published policy is missing, by that input's name.
+        remembers: what it learns is worth keeping: `knowledge` hands it out, `recall` takes it in.
         clairvoyant: knows the future: a bound, for the simulator alone.
         compiles: its constructor takes `jit`.
         parts: what its constructor can leave out (`without`), for ablations.
@@ -49,6 +53,7 @@ class Policy:
     needs: ClassVar[frozenset[str]] = frozenset()
     uses: ClassVar[frozenset[str]] = frozenset()
     substitutes: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    remembers: ClassVar[bool] = False
     clairvoyant: ClassVar[bool] = False
     compiles: ClassVar[bool] = False
     parts: ClassVar[tuple[str, ...]] = ()
@@ -76,3 +81,19 @@ class Policy:
         """`[E]`: the chance of each expert of `layer` to be needed next, for all that is known; `None`: no guess."""
         del layer
         return None
+
+    @property
+    def experience(self) -> int:
+        """How many iterations were ever taken in: `knowledge` has changed where this has."""
+        return 0
+
+    def knowledge(self) -> Knowledge:
+        """What it learned, for another one of its kind and shape; empty if that is nothing. Copies, not views."""
+        return {}
+
+    def recall(self, knowledge: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Take in what another one knew, in place of what was learned so far, before the first iteration.
+
+        From then on it scores as the other one, but for requests that the other one was in the middle of. The arrays
+        are trusted: what comes from a file was checked there.
+        """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from finemoe.policy.active import Active
 from finemoe.policy.ahead import KEPT
-from finemoe.policy.base import Policy
+from finemoe.policy.base import Knowledge, Policy
 from finemoe.policy.book import Scores
 from finemoe.policy.kernel import Jit, interpreted, kernel
 from finemoe.policy.map_store import Floats, MapStore
@@ -149,6 +149,7 @@ class ExpertMaps(Policy):
     """
 
     prefetches = True
+    remembers = True
     compiles = True
     settings = ("distance", "capacity")
     needs = frozenset({"gates"})
@@ -171,6 +172,28 @@ class ExpertMaps(Policy):
         p, frequency, chosen = np.zeros((3, layers, experts))
         self.scores = Scored(p, frequency, chosen, self.worth, self.want)
         self._follow, self._predict, self._appraise = jit(follow), jit(predict), jit(appraise)
+        self.begin(())
+
+    @property
+    def experience(self) -> int:
+        return self.store.births
+
+    def knowledge(self) -> Knowledge:
+        """The store's `contents`; `p` and `visits` `[L, E]`, which evictions go by; `active` `[1]`, K."""
+        if not self.store.size:
+            return {}
+        return self.store.contents() | {
+            "p": self.scores.p.copy(),
+            "visits": self.scores.frequency.copy(),
+            "active": np.array([self.active.count]),
+        }
+
+    def recall(self, knowledge: Mapping[str, npt.NDArray[Any]]) -> None:
+        if not knowledge:
+            return
+        self.store.refill(knowledge)
+        self.scores.p[:], self.scores.frequency[:] = knowledge["p"], knowledge["visits"]
+        self.active.see(int(knowledge["active"][0]))
         self.begin(())
 
     def learn(self, recorded: Recorded) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from finemoe.policy.active import Active
-from finemoe.policy.base import Policy
+from finemoe.policy.base import Knowledge, Policy
 from finemoe.policy.book import Scores
 from finemoe.policy.kernel import Jit, interpreted
 from finemoe.policy.neighbours import CONSTANTS, Constants, Search, begin_search, conclude, extend_search
 from finemoe.policy.openings import Openings
 from finemoe.policy.outlook import Lookahead, appraise
-from finemoe.policy.trail import NOBODY, Floats, Trail, append, imprint_all, make_trail
+from finemoe.policy.trail import NOBODY, Floats, Rows, Trail, append, imprint_all, make_trail, rows_of, trail_of
 from finemoe.types import DECODE, PREFILL, Recorded, Routed, Step
 
 Flags = npt.NDArray[np.bool_]
@@ -131,6 +131,7 @@ class Finemoe(Policy):
 
     uses = frozenset({"gates", "lookahead"})
     prefetches = True
+    remembers = True
     compiles = True
     parts = ("prefetch", "own", "neighbours", "successors", "context", "tokens", "lookahead", "prompts")
     settings = ("capacity",)
@@ -176,6 +177,45 @@ class Finemoe(Policy):
     def size(self) -> int:
         """How many rows there are."""
         return min(self.number, self.capacity)
+
+    @property
+    def experience(self) -> int:
+        return self.number
+
+    def knowledge(self) -> Knowledge:
+        """The `Rows` by name, and what is known of all iterations.
+
+        `usual` `[L, E]`, of how many `iterations` `[L]`; `number` `[1]` of rows ever taken in; `active` `[1]`, K;
+        `lookahead` `[3]`, how far the gates ahead are trusted; `openings` and `opened`, of prompts, where these have
+        embeddings.
+        """
+        if self.trail is None:
+            return {}
+        rows = rows_of(self.trail, self.number)
+        return {
+            "ids": rows.ids,
+            "weights": rows.weights,
+            "tokens": rows.tokens,
+            "before": rows.before,
+            "usual": self._usual.copy(),
+            "iterations": self._iterations.copy(),
+            "number": np.array([self.number]),
+            "active": np.array([self.active.count]),
+            "lookahead": self.lookahead.weights.copy(),
+        } | self.openings.knowledge()
+
+    def recall(self, knowledge: Mapping[str, npt.NDArray[Any]]) -> None:
+        if not knowledge:
+            return
+        rows = Rows(knowledge["ids"], knowledge["weights"], knowledge["tokens"], knowledge["before"])
+        # a full ring goes on where it was, so that rows of equal scores keep their order
+        self.number = int(knowledge["number"][0]) if len(rows.tokens) >= self.capacity else len(rows.tokens)
+        self.trail = trail_of(rows, self.experts, self.capacity, self.number)
+        self._usual[:], self._iterations[:] = knowledge["usual"], knowledge["iterations"]
+        self.active.see(int(knowledge["active"][0]))
+        self.lookahead.weights[:] = knowledge["lookahead"]
+        self.openings.recall(knowledge)
+        self._running, self._steps = {}, ()
 
     def learn(self, recorded: Recorded) -> None:
         decode = recorded.phases == DECODE

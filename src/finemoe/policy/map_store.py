@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
+
+from finemoe.policy.base import Knowledge
 
 Floats = npt.NDArray[np.float32]
 
@@ -40,6 +45,34 @@ class MapStore:
         self._keys: Floats | None = None  # [S, D], of length 1, where embeddings are known
         self._born = np.zeros(capacity, np.int64)
         self._births = 0
+
+    @property
+    def births(self) -> int:
+        """How many maps were ever taken in."""
+        return self._births
+
+    def contents(self) -> Knowledge:
+        """`maps` `[n, L, E]`, `tokens` `[n]`, `born` `[n]` (higher is newer); `keys` `[n, D]` where there are any."""
+        held = slice(self.size)
+        found: Knowledge = {
+            "maps": np.ascontiguousarray(self.columns[:, :, held].transpose(2, 0, 1)),
+            "tokens": self._tokens[held].copy(),
+            "born": self._born[held].copy(),
+        }
+        return found if self._keys is None else found | {"keys": self._keys[held].copy()}
+
+    def refill(self, contents: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Holds these instead, or the newest of them, each in its row as far as there are as many."""
+        kept = np.sort(np.argsort(contents["born"], kind="stable")[-len(self._tokens) :])
+        self.size, held = len(kept), slice(len(kept))
+        maps = np.ascontiguousarray(contents["maps"][kept], np.float32)
+        self.columns[:, :, held] = maps.transpose(1, 2, 0)
+        self.inverse_norms[:, held] = _inverse_norms(maps).T
+        self._tokens[held], self._born[held] = contents["tokens"][kept], contents["born"][kept]
+        self._births = int(self._born[held].max(initial=0))
+        if "keys" in contents:
+            self._keys = np.zeros((len(self._tokens), contents["keys"].shape[1]), np.float32)
+            self._keys[held] = contents["keys"][kept]
 
     def closest(self, token: int, embedding: Floats | None) -> tuple[int, float]:
         """Semantic search: the row of the best match and its score; a score of 0 or less is no match.
@@ -82,8 +115,7 @@ class MapStore:
     ) -> None:
         """One map after the other, but with the matrix products of all of them at once."""
         flat = np.ascontiguousarray(maps.reshape(len(maps), -1), np.float32)
-        norms = np.sqrt(np.square(maps, dtype=np.float64).sum(axis=2).cumsum(axis=1))  # [n, L]
-        inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0).astype(np.float32)
+        inverse = _inverse_norms(maps)
         if self._keys is None and keys is not None:
             self._keys = np.zeros((len(self._tokens), keys.shape[1]), np.float32)
         redundancy = among = None
@@ -119,6 +151,13 @@ class MapStore:
     def _blend(self, semantic: npt.NDArray[np.generic], trajectory: Floats) -> Floats:
         share = np.float32(self._semantic_share)
         return np.asarray(share * semantic.astype(np.float32) + (1 - share) * trajectory, np.float32)
+
+
+def _inverse_norms(maps: Floats) -> Floats:
+    """`[n, L]`: of each map's first l + 1 layers, flattened."""
+    norms = np.sqrt(np.square(maps, dtype=np.float64).sum(axis=2).cumsum(axis=1))
+    inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
+    return np.asarray(inverse, np.float32)
 
 
 def _unit(vectors: Floats) -> Floats:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
+from finemoe.policy.base import Knowledge
 from finemoe.policy.book import Scores
 from finemoe.policy.trail import Floats
 
-_REQUESTS = 512  # remembered; the oldest make room
+REQUESTS = 512  # remembered; the oldest make room
 _ALIKE = 8  # requests that count
 _SHARPNESS = 0.1  # temperature of their weights, in cosines
 
@@ -25,7 +29,7 @@ class Openings:
         capacity: how many requests are remembered.
     """
 
-    def __init__(self, layers: int, experts: int, capacity: int = _REQUESTS) -> None:
+    def __init__(self, layers: int, experts: int, capacity: int = REQUESTS) -> None:
         self.number = 0  # requests that were ever taken in; request i lies in row `i % capacity`
         self.usage: Floats = np.zeros((capacity, layers, experts), np.float32)
         self.keys: Floats | None = None  # [capacity, D], made with the first
@@ -35,13 +39,25 @@ class Openings:
         """How many are remembered."""
         return min(self.number, len(self.usage))
 
-    def add(self, embedding: Floats, usage: Scores) -> None:
+    def add(self, embedding: Floats, usage: Scores | Floats) -> None:
         """Takes in a finished request: its prompt's embedding `[D]`, its share of tokens for each expert `[L, E]`."""
         if self.keys is None:
             self.keys = np.zeros((len(self.usage), len(embedding)), np.float32)
         row = self.number % len(self.usage)
         self.keys[row], self.usage[row] = embedding, usage
         self.number += 1
+
+    def knowledge(self) -> Knowledge:
+        """`openings` `[R, D]`, the embeddings, and `opened` `[R, L, E]`, the usage, oldest first; empty without any."""
+        if self.keys is None:
+            return {}
+        rows = np.arange(self.number - self.size, self.number) % len(self.usage)
+        return {"openings": self.keys[rows], "opened": self.usage[rows]}
+
+    def recall(self, knowledge: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Takes in what another one knew, if that is anything."""
+        for embedding, usage in zip(knowledge.get("openings", ()), knowledge.get("opened", ()), strict=True):
+            self.add(embedding, usage)
 
     def expect(self, embedding: Floats | None) -> tuple[Scores, float] | None:
         """The share of tokens `[L, E]` that requests with prompts like this `[D]` sent to each expert.

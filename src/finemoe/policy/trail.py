@@ -39,6 +39,49 @@ def make_trail(layers: int, experts: int, active: int, capacity: int) -> Trail:
     )
 
 
+class Rows(NamedTuple):
+    """The rows of a trail, `n` of them, oldest first: what is kept of it."""
+
+    ids: Ids  # [n, L, K], as in `Trail`
+    weights: npt.NDArray[np.uint8]  # [n, L, K], of each in `LEVELS`
+    tokens: npt.NDArray[np.int32]  # [n]
+    before: npt.NDArray[np.int32]  # [n], the place among these of the iteration before, always lower, or `NOBODY`
+
+
+def rows_of(trail: Trail, number: int) -> Rows:
+    """What a trail holds after `number` iterations were ever taken in."""
+    capacity, layers, active = trail.ids.shape
+    experts = trail.columns.shape[1]
+    size = min(number, capacity)
+    order = np.arange(number - size, number) % capacity
+    place = np.full(capacity + 1, NOBODY, np.int32)  # the last entry is nobody's
+    place[order] = np.arange(size)
+    ids, weights = trail.ids[order], np.zeros((size, layers, active), np.uint8)
+    for layer in range(layers):
+        for k in range(active):
+            there = np.flatnonzero(ids[:, layer, k] < experts)
+            weights[there, layer, k] = trail.columns[layer, ids[there, layer, k], order[there]]
+    return Rows(ids, weights, trail.tokens[order], place[trail.before[order]])
+
+
+def trail_of(rows: Rows, experts: int, capacity: int, number: int) -> Trail:
+    """A trail of the newest `capacity` rows, the last of which is the iteration `number - 1` that was taken in."""
+    left_out = max(0, len(rows.tokens) - capacity)
+    ids, weights, tokens, before = (array[left_out:] for array in rows)
+    (size, layers, active), place = ids.shape, np.where(before >= left_out, before - left_out, NOBODY)
+    trail = make_trail(layers, experts, active, capacity)
+    at = np.arange(number - size, number) % capacity
+    trail.ids[at], trail.tokens[at] = ids, tokens
+    follows = np.flatnonzero(place != NOBODY)
+    trail.before[at[follows]] = at[place[follows]]
+    trail.after[at[place[follows]]] = at[follows]
+    for layer in range(layers):
+        for k in range(active):
+            there = np.flatnonzero(ids[:, layer, k] < experts)
+            trail.columns[layer, ids[there, layer, k], at[there]] = weights[there, layer, k]
+    return trail
+
+
 @kernel
 def append(trail: Trail, number: int, tokens: npt.NDArray[np.int32], ids: Ids, weights: Ids, previous: int) -> None:
     """Takes in `n` successive iterations of a request; the oldest rows make room.

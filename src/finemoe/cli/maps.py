@@ -1,0 +1,147 @@
+"""`finemoe maps`: show, merge, prune and make files of expert maps."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from finemoe.cli.flags import Parser
+from finemoe.config import format_bytes
+from finemoe.errors import ConfigError
+from finemoe.maps import Maps, merge, prune, read_maps, write_maps
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's flags."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
+    info = actions.add_parser("info", help="say what a file holds")
+    merging = actions.add_parser("merge", help="put several files' maps into one, the newest of each in turn")
+    merging.add_argument("files", metavar="FILE", nargs="+")
+    merging.add_argument("--capacity", type=int, default=None, help="keep so many maps, the newest (default: all)")
+    pruning = actions.add_parser("prune", help="keep fewer maps, dropping the most redundant first")
+    pruning.add_argument("--keep", type=int, required=True, metavar="N", help="how many maps to keep")
+    learning = actions.add_parser("learn", help="fill a file from a recorded trace")
+    learning.add_argument("trace", metavar="TRACE")
+    learning.add_argument("--policy", default="finemoe", help="the policy that learns (default: %(default)s)")
+    learning.add_argument("--capacity", type=int, default=None, help="maps that it holds (default: the policy's own)")
+    for action in (info, pruning):
+        action.add_argument("file", metavar="FILE")
+    for action in (merging, learning):
+        action.add_argument("--out", required=True, metavar="OUT", help="the file to write")
+    pruning.add_argument("--out", default=None, metavar="OUT", help="the file to write (default: FILE is replaced)")
+    for action in (merging, pruning, learning):
+        action.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    for action in (info, merging, pruning, learning):
+        action.add_argument("--json", action="store_true", help="print one JSON document, and nothing else")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
+    return _ACTIONS[arguments.action](arguments)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    path = Path(arguments.file)
+    told = describe(path, read_maps(path))
+    print(json.dumps(told) if arguments.json else table(told))
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    out = _out(arguments)
+    if len(arguments.files) < 2:
+        raise ConfigError("FILE: give at least two files to merge")
+    _at_least_one("--capacity", arguments.capacity)
+    stores = [read_maps(Path(file)) for file in arguments.files]
+    for file, store in zip(arguments.files[1:], stores[1:], strict=True):
+        if difference := stores[0].difference(store):
+            raise ConfigError(f"{file} can't be merged with {arguments.files[0]}: another {difference}")
+    return _written(merge(stores, arguments.capacity), out, arguments, sum(map(len, stores)))
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    path = Path(arguments.file)
+    out = path if arguments.out is None else _out(arguments)
+    _at_least_one("--keep", arguments.keep)
+    maps = read_maps(path)
+    return _written(prune(maps, arguments.keep, tick=arguments.interrupts.check), out, arguments, len(maps))
+
+
+def _learn(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from finemoe.compiled import compiler
+    from finemoe.policy import FACTORIES, make_policy, policy_class
+    from finemoe.sim.evidence import Evidence
+    from finemoe.trace import open_trace
+
+    out = _out(arguments)
+    if not policy_class(arguments.policy).remembers:
+        able = ", ".join(name for name, kind in FACTORIES.items() if kind.remembers)
+        raise ConfigError(f"--policy: {arguments.policy} learns no maps that could be kept; choose one of {able}")
+    _at_least_one("--capacity", arguments.capacity)
+    with open_trace(arguments.trace) as trace:
+        header, evidence = trace.header, Evidence(trace)
+        if "gates" not in evidence.fields:
+            raise ConfigError(f"{arguments.trace}: has no gate distributions or weights to learn from")
+        options: dict[str, Any] = {} if arguments.capacity is None else {"capacity": arguments.capacity}
+        policy = make_policy(arguments.policy, header.layers, header.experts, jit=compiler(), **options)
+        requests = evidence.recorded(range(len(trace)))
+        for recorded in tqdm(requests, total=len(trace), desc="Learning", unit=" requests", leave=False, delay=1):
+            arguments.interrupts.check()
+            policy.learn(recorded)
+    if not policy.experience:
+        raise ConfigError(f"{arguments.trace}: has no decoded token to learn from")
+    maps = Maps(
+        arguments.policy, header.fingerprint or header.model, header.model, header.layers, header.experts,
+        policy.knowledge(),
+    )  # fmt: skip
+    return _written(maps, out, arguments, policy.experience)
+
+
+def describe(path: Path, maps: Maps) -> dict[str, Any]:
+    """What a file holds, ready for JSON."""
+    return {"path": str(path), "bytes": path.stat().st_size} | maps.about()
+
+
+def table(told: dict[str, Any]) -> str:
+    """What a file holds, for people."""
+    stretches = "" if told["stretches"] is None else f", in {told['stretches']} stretches of successive iterations"
+    keys = f", embeddings of {told['embedding_width']} numbers" if told["embedding_width"] else ""
+    return "\n".join(
+        [
+            f"{told['path']}: {told['maps']} expert maps of --policy {told['policy']}{stretches}",
+            f"model: {told['model']} (fingerprint {told['fingerprint']})",
+            f"{told['layers']} MoE layers, {told['experts']} experts each, {told['active']} active{keys}",
+            f"{format_bytes(told['bytes'])} on disk, {format_bytes(told['memory_bytes'])} in memory",
+        ]
+    )
+
+
+def _written(maps: Maps, out: Path, arguments: argparse.Namespace, before: int) -> int:
+    try:
+        write_maps(maps, out)
+    except OSError as error:
+        raise ConfigError(f"--out: {out} can't be written ({error.strerror or error})") from error
+    told = describe(out, maps) | {"maps_before": before}
+    print(json.dumps(told) if arguments.json else f"kept {len(maps)} of {before} maps\n{table(told)}")
+    return 0
+
+
+def _out(arguments: argparse.Namespace) -> Path:
+    out = Path(arguments.out)
+    if out.is_dir():
+        raise ConfigError(f"--out: {out} is a folder; give a file in it")
+    if out.exists() and not arguments.force:
+        raise ConfigError(f"--out: {out} exists; give --force to replace it")
+    return out
+
+
+def _at_least_one(flag: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ConfigError(f"{flag}: {value} is not at least 1")
+
+
+_ACTIONS = {"info": _info, "merge": _merge, "prune": _prune, "learn": _learn}

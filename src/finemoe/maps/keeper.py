@@ -1,0 +1,131 @@
+"""Brings a policy's maps back when its model is loaded, and keeps what it learned when that is closed."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from finemoe.errors import ConfigError, DamagedMapsError, FinemoeWarning, MapsError
+from finemoe.folders import user_maps
+from finemoe.maps.file import read_maps, write_maps
+from finemoe.maps.maps import Maps
+from finemoe.policy import policy_class
+from finemoe.policy.base import Policy
+
+NOWHERE = "none"
+
+
+class Keeper:
+    """One policy's file of maps for one model. Reads it now.
+
+    A damaged file is moved aside, with a warning. So is one of another model under a name that nobody chose.
+
+    Args:
+        path: of the file; it need not exist.
+        policy: name of the policy.
+        model: the model's fingerprint.
+        name: of the model, for people.
+        chosen: a user named the file: what does not fit is refused.
+
+    Raises:
+        ConfigError: a chosen file is of another model or policy, of another version, or no file of maps.
+    """
+
+    def __init__(self, path: Path, policy: str, model: str, name: str, *, chosen: bool) -> None:
+        self.path = path
+        self._policy, self._model, self._name = policy, model, name
+        self._experience = 0
+        self._gave_up = False
+        self._maps: Maps | None = None
+        if not path.exists():
+            return
+        try:
+            maps = read_maps(path)
+        except DamagedMapsError as error:
+            self._put_aside(str(error))
+            return
+        except MapsError as error:
+            if chosen:
+                raise ConfigError(f"--map-store: {error}") from error
+            self._gave_up = True
+            _warn(f"{error}; going on without")
+            return
+        if (maps.model, maps.policy) == (model, policy):
+            self._maps = maps
+            return
+        foreign = (
+            f"{path} has maps of another model, {maps.name} ({maps.model}); this is {name} ({model})"
+            if maps.model != model
+            else f"{path} has maps of --policy {maps.policy}, this is {policy}"
+        )
+        if chosen:
+            raise ConfigError(f"--map-store: {foreign}; give another file, or none")
+        self._put_aside(foreign)
+
+    def bring(self, policy: Policy) -> None:
+        """The policy starts from what the file held."""
+        maps, self._maps = self._maps, None
+        if maps is not None:
+            if (maps.layers, maps.experts) == (policy.layers, policy.experts):
+                policy.recall(maps.arrays)
+            else:
+                self._put_aside(f"{self.path}: the expert maps are damaged (of another shape than the model)")
+        self._experience = policy.experience
+
+    def keep(self, policy: Policy) -> None:
+        """Writes what the policy knows, if it has learned anything since. Failing to is a warning."""
+        if self._gave_up or policy.experience == self._experience:
+            return
+        policy.begin(())  # the requests are over
+        maps = Maps(self._policy, self._model, self._name, policy.layers, policy.experts, policy.knowledge())
+        try:
+            write_maps(maps, self.path)
+        except OSError as error:
+            _warn(
+                f"{self.path}: the expert maps can't be written ({error.strerror or error}); what was learned is lost"
+            )
+        self._experience = policy.experience
+
+    def _put_aside(self, reason: str) -> None:
+        aside = self.path.with_name(f"{self.path.name}.damaged")
+        try:
+            self.path.replace(aside)
+        except OSError as error:
+            self._gave_up = True
+            _warn(f"{reason}; it can't be moved aside ({error.strerror or error}), going on without")
+        else:
+            _warn(f"{reason}; moved to {aside.name}, starting anew")
+
+
+def open_keeper(choice: str | None, policy: str, model: str, name: str) -> Keeper | None:
+    """The keeper that `--map-store` asks for; `None` if nothing is to be kept.
+
+    Args:
+        choice: a file, `none`, or `None` for a file of this policy and model in the user's cache folder.
+        policy: name of the policy.
+        model: the model's fingerprint.
+        name: of the model, for people.
+
+    Raises:
+        ConfigError: a file is named that does not fit, or is a folder.
+    """
+    folder, policy = user_maps(), policy.partition("/")[0]  # settings do not change what maps are
+    if choice == NOWHERE or not policy_class(policy).remembers or (choice is None and folder is None):
+        return None
+    if choice is not None:
+        path = Path(choice).expanduser()
+        if path.is_dir():
+            raise ConfigError(f"--map-store: {path} is a folder; give a file in it, or none")
+        return Keeper(path, policy, model, name, chosen=True)
+    assert folder is not None
+    return Keeper(folder / f"{model}-{policy}.safetensors", policy, model, name, chosen=False)
+
+
+def refuse_useless(choice: str | None, policy: str) -> None:
+    """Raises `ConfigError` if a file is named for a policy that learns nothing."""
+    if choice not in {None, NOWHERE} and not policy_class(policy).remembers:
+        raise ConfigError(f"--map-store: --policy {policy} learns no maps that could be kept; leave it out")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, FinemoeWarning, stacklevel=2)
