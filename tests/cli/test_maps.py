@@ -14,6 +14,8 @@ from finemoe.maps import read_maps
 from tests.chat_model import make_chat_model
 from tests.cli.test_commands import Capture, _leave_this_process_as_it_is, answered, refused
 from tests.maps.make import make_file
+from tests.sim.traces import LAYERS
+from tests.sim.traces import make_trace as recorded_trace
 from tests.trace.make import make_header, make_trace
 
 __all__ = ["_leave_this_process_as_it_is"]  # a fixture, used by being here
@@ -107,3 +109,24 @@ def test_a_warning_is_one_line(capsys: Capture, monkeypatch: pytest.MonkeyPatch)
     _quieten()
     assert warnings.formatwarning("x is y", FinemoeWarning, "file", 1) == "finemoe: warning: x is y\n"
     assert "file:1: UserWarning: x is y" in warnings.formatwarning("x is y", UserWarning, "file", 1)
+
+
+def test_show_tells_and_draws_what_was_expected(tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("matplotlib")
+    trace = str(recorded_trace(tmp_path, requests=5).path)
+    command = ("maps", "show", trace, "--request", "2")
+    told = answered(capsys, *command, "--json", "--plot", str(tmp_path / "map.png"))
+    assert 0 < told["recall"] <= 1
+    assert len(told["recall_by_layer"]) == LAYERS
+    assert (tmp_path / "map.png").stat().st_size > 0
+    assert main([*command, "--iteration", "1"]) == 0
+    assert "foreseen by finemoe" in capsys.readouterr().out
+    for wrong, culprit in (
+        (("--iteration", "999"), "--iteration: 999"),
+        (("--policy", "lru"), "--policy"),
+        (("--policy", "promoe"), "--policy"),
+        (("--request", "9"), "--request: 9"),
+        (("--plot", str(tmp_path / "no" / "x.png")), "--plot"),
+        (("--map-store", str(tmp_path / "none")), "no such file"),
+    ):
+        assert culprit in refused(capsys, *command, *wrong)

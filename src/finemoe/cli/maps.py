@@ -26,6 +26,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     learning.add_argument("trace", metavar="TRACE")
     learning.add_argument("--policy", default="finemoe", help="the policy that learns (default: %(default)s)")
     learning.add_argument("--capacity", type=int, default=None, help="maps that it holds (default: the policy's own)")
+    showing = actions.add_parser("show", help="a recorded request's expert map: expected against needed")
+    showing.add_argument("trace", metavar="TRACE")
+    showing.add_argument("--request", type=int, required=True, metavar="N", help="which request, from 0 on")
+    showing.add_argument("--iteration", type=int, default=None, help="one of its iterations (default: all decoded)")
+    showing.add_argument("--policy", default="finemoe", help="whose expectations (default: %(default)s)")
+    showing.add_argument(
+        "--map-store", default=None, metavar="FILE", help="what it learned (default: TRACE's first 70%%, by the seed)"
+    )
+    showing.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
+    showing.add_argument("--plot", default=None, metavar="OUT.png", help="draw it; needs finemoe[plots]")
     for action in (info, pruning):
         action.add_argument("file", metavar="FILE")
     for action in (merging, learning):
@@ -33,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     pruning.add_argument("--out", default=None, metavar="OUT", help="the file to write (default: FILE is replaced)")
     for action in (merging, pruning, learning):
         action.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    for action in (info, merging, pruning, learning):
+    for action in (info, merging, pruning, learning, showing):
         action.add_argument("--json", action="store_true", help="print one JSON document, and nothing else")
 
 
@@ -101,6 +111,51 @@ def _learn(arguments: argparse.Namespace) -> int:
     return _written(maps, out, arguments, policy.experience)
 
 
+def _show(arguments: argparse.Namespace) -> int:
+    from finemoe.compiled import compiler
+    from finemoe.policy import make_policy, policy_class
+    from finemoe.sim.guess import guess
+    from finemoe.sim.guess_plot import draw_guess
+    from finemoe.sim.plot import check
+    from finemoe.trace import open_trace, split
+
+    if "predictors" in policy_class(arguments.policy).needs:
+        raise ConfigError(f"--policy: {arguments.policy} values experts, but makes no guess at a layer")
+    if arguments.plot is not None:
+        check(Path(arguments.plot))
+    with open_trace(arguments.trace) as trace:
+        header, jit = trace.header, compiler()
+        policy = make_policy(arguments.policy, header.layers, header.experts, jit=jit)
+        store: list[int] = []
+        if arguments.map_store is None:
+            store = split(len(trace), _STORE_SHARE, arguments.seed)[0].tolist()
+        else:
+            maps = read_maps(Path(arguments.map_store))
+            if (maps.policy, maps.layers, maps.experts) != (arguments.policy, header.layers, header.experts):
+                raise ConfigError(f"--map-store: {arguments.map_store} is of another policy or another shape of model")
+            policy.recall(maps.arrays)
+        found = guess(trace, policy, arguments.request, store, jit)
+    if arguments.iteration is not None and not 0 <= arguments.iteration < len(found.phases):
+        raise ConfigError(f"--iteration: {arguments.iteration} is not one of 0 to {len(found.phases) - 1}")
+    chosen = found.chosen(arguments.iteration)
+    recall = found.recall[chosen].mean(axis=0)
+    told = {
+        "trace": arguments.trace, "request": arguments.request, "policy": arguments.policy,
+        "iterations": int(chosen.sum()), "recall": float(recall.mean()), "recall_by_layer": recall.tolist(),
+    }  # fmt: skip
+    if arguments.plot is not None:
+        which = "" if arguments.iteration is None else f", iteration {arguments.iteration}"
+        title = f"{header.model}, request {arguments.request}{which}: {arguments.policy}"
+        draw_guess(found, title, Path(arguments.plot), arguments.iteration)
+    if arguments.json:
+        print(json.dumps(told))
+    else:
+        print(f"foreseen by {arguments.policy}, of what each layer needed: {recall.mean():.1%}")
+        for layer, share in enumerate(recall, 1):
+            print(f"layer {layer:3}  {share:6.1%}  {'#' * round(40 * share)}")
+    return 0
+
+
 def describe(path: Path, maps: Maps) -> dict[str, Any]:
     """What a file holds, ready for JSON."""
     return {"path": str(path), "bytes": path.stat().st_size} | maps.about()
@@ -144,4 +199,5 @@ def _at_least_one(flag: str, value: int | None) -> None:
         raise ConfigError(f"{flag}: {value} is not at least 1")
 
 
-_ACTIONS = {"info": _info, "merge": _merge, "prune": _prune, "learn": _learn}
+_ACTIONS = {"info": _info, "merge": _merge, "prune": _prune, "learn": _learn, "show": _show}
+_STORE_SHARE = 0.7  # of a trace's requests, as in finemoe simulate

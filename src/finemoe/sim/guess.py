@@ -15,7 +15,7 @@ from finemoe.policy.kernel import Jit, interpreted
 from finemoe.sim.evidence import Evidence
 from finemoe.sim.schedule import make_schedule
 from finemoe.trace import Trace
-from finemoe.types import Routed
+from finemoe.types import DECODE, Routed
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,13 @@ class Guess:
     expected: npt.NDArray[np.float32]
     needed: npt.NDArray[np.bool_]
     phases: npt.NDArray[np.uint8]
+
+    def chosen(self, iteration: int | None) -> npt.NDArray[np.bool_]:
+        """`[I]`: one iteration; or all that decode, or if none does, all."""
+        if iteration is not None:
+            return np.asarray(np.arange(len(self.phases)) == iteration)
+        decoding: npt.NDArray[np.bool_] = self.phases == DECODE
+        return decoding if decoding.any() else ~decoding
 
     @property
     def recall(self) -> npt.NDArray[np.float64]:

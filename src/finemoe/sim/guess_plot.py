@@ -8,7 +8,6 @@ import numpy as np
 
 from finemoe.sim.guess import Guess
 from finemoe.sim.plot import check, save
-from finemoe.types import DECODE
 
 
 def draw_guess(guess: Guess, title: str, path: Path, iteration: int | None = None) -> None:
@@ -26,10 +25,7 @@ def draw_guess(guess: Guess, title: str, path: Path, iteration: int | None = Non
     check(path)
     from matplotlib.figure import Figure
 
-    if iteration is None:
-        chosen = guess.phases == DECODE if (guess.phases == DECODE).any() else np.ones(len(guess.phases), bool)
-    else:
-        chosen = np.arange(len(guess.phases)) == iteration
+    chosen = guess.chosen(iteration)
     expected, needed = guess.expected[chosen].mean(axis=0), guess.needed[chosen].mean(axis=0)
     recall = guess.recall[chosen].mean(axis=0)
     layers, experts = expected.shape
