@@ -34,7 +34,7 @@ def answered(*answers: Answer) -> Answered:
 def report(*runs: Run) -> BenchReport:
     rows, fastest = summarise(list(runs))
     asked = {"requests": 1, "prompt_tokens": 4, "warm_requests": 0}
-    return BenchReport("m", {"cores": 2}, {}, True, (1e9,), rows, fastest, ANSWER_NAMES, asked)
+    return BenchReport("m", {"cores": 2}, {}, True, (1e9,), rows, fastest, names=ANSWER_NAMES, requests=asked)
 
 
 def run(subject: Subject, result: Answered | None, repeat: int = 0) -> Run:
@@ -161,8 +161,8 @@ def test_all_policies_and_budgets_answer_alike(folder: Path) -> None:
         baselines="eager",
         new_tokens=4,
         link_probe_mib=1,
+        link_bandwidth="64MiB",
         threads=1,
-        repeats=1,
     )
     made = run_bench(config, log.append)
     assert [row.error for row in made.rows] == [None] * 5
@@ -176,6 +176,7 @@ def test_all_policies_and_budgets_answer_alike(folder: Path) -> None:
     assert first.figure("precision") is None
     assert eager.figure("stall_share") is None
     assert "finemoe deepspeed 50%" in render(made)
+    assert "held to 64.0 MiB/s" in render(made)
     assert json.loads(json.dumps(made.as_dict()))["rows"][0]["decode_hit_rate"] >= 0
 
 

@@ -185,6 +185,7 @@ class _Prober:
     def __init__(self, order: Order) -> None:
         self._files = locate(str(order.load["model"])).files
         self._stretch_bytes = order.expert_bytes
+        self._held_bytes_s = LoadConfig(**order.load).link_bandwidth_bytes_s
         self._seed = 0
         self.reset()
 
@@ -199,7 +200,10 @@ class _Prober:
 
     @property
     def bandwidth_bytes_s(self) -> float | None:
-        return self.read_bytes / self._seconds if self._seconds else None
+        if not self._seconds:
+            return None
+        measured = self.read_bytes / self._seconds
+        return measured if self._held_bytes_s is None else min(measured, self._held_bytes_s)
 
 
 class _Meter:

@@ -18,7 +18,7 @@ class Run:
 
     subject: Subject
     repeat: int
-    link_bytes_s: float  # mean of the two probes around it
+    link_bytes_s: float  # mean of the two probes around it, or what the link is held to if that is less
     cached_share: float | None  # of the checkpoint's pages in the page cache at its start
     measured: Measured | Answered | None = None
     error: str | None = None  # one line
@@ -65,6 +65,7 @@ class BenchReport:
     link_bytes_s: tuple[float, ...]  # every probe, in order
     rows: tuple[Row, ...]
     fastest_resident: str | None  # name of the row
+    link_held_bytes_s: float | None = None  # finemoe's rows; None where it is not
     names: tuple[str, ...] = NAMES  # of the figures
     requests: dict[str, int] | None = None  # real prompts: how many, and their tokens; None where tokens were random
 
@@ -86,7 +87,11 @@ class BenchReport:
             "model": self.model,
             "host": self.host,
             "settings": self.settings,
-            "link": {"direct": self.link_direct, "probes_bytes_s": list(self.link_bytes_s)},
+            "link": {
+                "direct": self.link_direct,
+                "probes_bytes_s": list(self.link_bytes_s),
+                "held_bytes_s": self.link_held_bytes_s,
+            },
             "fastest_resident": self.fastest_resident,
             "requests": self.requests,
             "tokens_equal": self.tokens_equal,

@@ -51,6 +51,7 @@ def run_bench(config: BenchConfig, log: Log) -> BenchReport:
     return BenchReport(
         model=checkpoint.name,
         host=describe_host(),
+        link_held_bytes_s=config.link_bandwidth_bytes_s,
         settings={name: value for name, value in asdict(config).items() if name != "model"},
         link_direct=all(probe.direct for probe in bench.probes),
         link_bytes_s=tuple(probe.bandwidth_bytes_s for probe in bench.probes),
@@ -120,6 +121,9 @@ class _Bench:
         outcome = self._measure(subject)
         self._probe()
         link_bytes_s = sum(probe.bandwidth_bytes_s for probe in self.probes[-2:]) / 2
+        held = self._config.link_bandwidth_bytes_s
+        if held is not None and subject.kind == "finemoe":
+            link_bytes_s = min(link_bytes_s, held)
         if isinstance(outcome, str):
             self._log(f"  failed: {outcome}")
             return Run(subject, repeat, link_bytes_s, cached_share, error=outcome)

@@ -19,6 +19,7 @@ def render(report: BenchReport) -> str:
         f"model {report.model}",
         "host  " + ", ".join(f"{key} {value}" for key, value in report.host.items()),
         _link_line(report),
+        *_held_lines(report),
         *_request_lines(report),
         "",
         *_align([[title for title, _ in columns], *([cell(row) for _, cell in columns] for row in report.rows)]),
@@ -36,6 +37,11 @@ def _link_line(report: BenchReport) -> str:
         f"disk  {middle:.2f} GB/s ({low:.2f} to {high:.2f} in {len(report.link_bytes_s)} probes; "
         f"random {how} reads of 1 MiB, 4 threads)"
     )
+
+
+def _held_lines(report: BenchReport) -> list[str]:
+    held = report.link_held_bytes_s
+    return [] if held is None else [f"link  finemoe's held to {format_bytes(held)}/s (--link-bandwidth)"]
 
 
 def _request_lines(report: BenchReport) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 
 from finemoe.checkpoint import Catalog, Checkpoint
+from finemoe.config import LoadConfig
 from finemoe.engine import Engine
 from finemoe.errors import FinemoeError
 from finemoe.experts import ExpertLayer
@@ -28,11 +29,12 @@ class Offload:
         engine: Engine,
         layers: list[ExpertLayer],
         lock: threading.RLock,
-        policy: str,
+        config: LoadConfig,
     ) -> None:
         self.checkpoint = checkpoint
         self.catalog = catalog
-        self.policy = policy
+        self.policy = config.policy
+        self.link_bandwidth_bytes_s = config.link_bandwidth_bytes_s
         self._store = store
         self._engine = engine
         self._layers = layers
@@ -47,6 +49,7 @@ class Offload:
             model=self.checkpoint.name,
             policy=self.policy,
             io=self._store.io,
+            link_bandwidth_bytes_s=self.link_bandwidth_bytes_s,
             layers=len(self.catalog.layouts),
             experts=self.catalog.experts,
             expert_bytes=self.catalog.weight_bytes,
