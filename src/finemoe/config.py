@@ -69,6 +69,21 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def parse_bandwidth(text: str) -> float:
+    """Reads `500MiB`, `1.5GB/s` or a plain count of bytes, in bytes/s.
+
+    Raises:
+        ConfigError: not one of these, or nothing at all; the message names `--link-bandwidth`.
+    """
+    size = _SIZE.fullmatch(text.strip().lower().removesuffix("/s"))
+    if size is None or size[2] not in _UNITS:
+        raise ConfigError(f"--link-bandwidth: can't read {text!r}; give bytes per second (500MiB, 1.5GB)")
+    bandwidth_bytes_s = float(Decimal(size[1]) * _UNITS[size[2]])
+    if bandwidth_bytes_s < 1:
+        raise ConfigError(f"--link-bandwidth: {text!r} moves nothing; give bytes per second (500MiB, 1.5GB)")
+    return bandwidth_bytes_s
+
+
 @dataclass(frozen=True)
 class LoadConfig:
     """Which model to load, and how its experts are kept."""
@@ -103,12 +118,26 @@ class LoadConfig:
         default="auto", metadata={"help": "how experts are read; direct bypasses the page cache, auto does if it can"}
     )
     reader_threads: int = field(default=4, metadata={"help": "threads that read experts"})
+    link_bandwidth: str | None = field(
+        default=None,
+        metadata={
+            "help": "for experiments: move experts no faster than this many bytes per second (500MiB), as over a "
+            "slower link; all output says so"
+        },
+    )
     verify: bool = field(
         default=False, metadata={"help": "debug: re-read every landed expert by a second path and compare"}
     )
 
+    @property
+    def link_bandwidth_bytes_s(self) -> float | None:
+        """What the link is held to; `None` where it is not."""
+        return None if self.link_bandwidth is None else parse_bandwidth(self.link_bandwidth)
+
     def __post_init__(self) -> None:
         parse_budget(self.expert_memory)
+        if self.link_bandwidth is not None:
+            parse_bandwidth(self.link_bandwidth)
         if not 1 <= self.reader_threads <= 64:
             raise ConfigError(f"--reader-threads: {self.reader_threads} is not between 1 and 64")
         for name, allowed in (

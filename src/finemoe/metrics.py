@@ -37,6 +37,7 @@ class Stats:
     model: str
     policy: str
     io: str
+    link_bandwidth_bytes_s: float | None  # what the link is held to, for experiments; None where it is not
     layers: int
     experts: int
     expert_bytes: int  # all routed experts together

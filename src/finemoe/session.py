@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,6 +88,31 @@ def sampling_options(config: GenerateConfig) -> dict[str, Any]:
     return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model's folder.
+
+    Raises:
+        CheckpointError: there is none that can be used.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: can't load its tokenizer ({str(error).splitlines()[0]})") from error
+
+
+def encode(tokenizer: Any, prompt: str | Sequence[dict[str, str]], *, raw: bool = False) -> torch.Tensor:
+    """Token ids `[1, T]` of a conversation, or of a prompt: one user turn where there is a chat template."""
+    if not isinstance(prompt, str) or (tokenizer.chat_template and not raw):
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        encoded = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    ids: torch.Tensor = encoded["input_ids"]
+    return ids
+
+
 class Session:
     """A model and its tokenizer.
 
@@ -99,23 +125,11 @@ class Session:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        folder = model.finemoe.checkpoint.folder
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{folder}: can't load its tokenizer ({str(error).splitlines()[0]})") from error
+        self.tokenizer = load_tokenizer(model.finemoe.checkpoint.folder)
 
     def prompt_ids(self, prompt: str | Sequence[dict[str, str]], *, raw: bool = False) -> torch.Tensor:
         """Token ids `[1, T]` of a conversation, or of a prompt: one user turn where there is a chat template."""
-        if not isinstance(prompt, str) or (self.tokenizer.chat_template and not raw):
-            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            encoded = self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        else:
-            encoded = self.tokenizer(prompt, return_tensors="pt")
-        ids: torch.Tensor = encoded["input_ids"]
-        return ids
+        return encode(self.tokenizer, prompt, raw=raw)
 
     def reply(
         self,

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 
+from finemoe.pace import Pace
 from finemoe.store.disk import CHUNK_BYTES
 from finemoe.types import ExpertId, ExpertSource, Landed, Run, Withdrawn
 
@@ -33,18 +34,35 @@ class _Chunk:
     run: Run
     start_bytes: int
     into: memoryview
+    asked_s: float
 
 
 class ReaderThreads:
-    """A `Transfer` that reads with `threads` threads. `wait` belongs to one consumer thread."""
+    """A `Transfer` that reads with `threads` threads. `wait` belongs to one consumer thread.
 
-    def __init__(self, source: ExpertSource, threads: int = 4, chunk_bytes: int = CHUNK_BYTES) -> None:
+    Args:
+        source: where experts are read from.
+        threads: how many readers.
+        chunk_bytes: what is read at once.
+        bandwidth_bytes_s: never move more than this, as a slower link would; `None`: as fast as it goes.
+    """
+
+    def __init__(
+        self,
+        source: ExpertSource,
+        threads: int = 4,
+        chunk_bytes: int = CHUNK_BYTES,
+        bandwidth_bytes_s: float | None = None,
+    ) -> None:
         self._source = source
+        self._pace = None if bandwidth_bytes_s is None else Pace(bandwidth_bytes_s)
+        self._pacing = False  # a reader waits for the link to be free; the others wait for work
         self._chunk_bytes = chunk_bytes
         # always entered itself, never by way of its conditions: theirs is Python code, in which a Ctrl-C would leak it
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._done = threading.Condition(self._lock)
+        self._arrival = threading.Condition(self._lock)
         self._queue: list[tuple[bool, int, _Chunk]] = []  # urgent first, then in the order of submission
         self._order = itertools.count()
         self._landed: list[Landed] = []
@@ -75,6 +93,11 @@ class ReaderThreads:
         """Bytes read while `wait` blocked. A chunk that was under way before counts by the share of its time."""
         return self._waited_bytes
 
+    @property
+    def bandwidth_bytes_s(self) -> float | None:
+        """What the link is held to; `None` where it is not."""
+        return None if self._pace is None else self._pace.bandwidth_bytes_s
+
     def submit(self, expert: ExpertId, slot: memoryview, *, urgent: bool = True) -> None:
         """Start reading `expert` into `slot`. Returns at once."""
         chunks: list[tuple[Run, int, int]] = []
@@ -88,9 +111,10 @@ class ReaderThreads:
             self._under_way += 1
             self._jobs[expert] = job
             self._ask = True  # once this is under way, readers that find nothing more to do may ask
+            now_s = time.perf_counter()
             for run, start, length in chunks:
                 begin = run.slot_offset_bytes + start
-                chunk = _Chunk(job, run, start, slot[begin : begin + length])
+                chunk = _Chunk(job, run, start, slot[begin : begin + length], now_s)
                 heapq.heappush(self._queue, (not urgent, next(self._order), chunk))
             self._work.notify(len(chunks))
 
@@ -157,6 +181,7 @@ class ReaderThreads:
             self._queue.clear()
             self._jobs.clear()
             self._cancelling = True
+            self._arrival.notify_all()
             try:
                 while self._reading:
                     self._done.wait()
@@ -172,6 +197,7 @@ class ReaderThreads:
             self._closed = True
             self._queue.clear()
             self._work.notify_all()
+            self._arrival.notify_all()
             self._done.notify_all()
         for thread in self._threads:
             thread.join()
@@ -190,17 +216,20 @@ class ReaderThreads:
         self._landed.append(Landed(job.expert, job.error))
         self._done.notify_all()
 
-    def _next(self) -> _Chunk | None:
-        """The next chunk to read; `None` when the transfer is closed. Asks for prefetches before going idle."""
+    def _next(self) -> tuple[_Chunk, float] | None:
+        """The next chunk to read, and the time before which it can't have come; `None` when the transfer is closed.
+
+        Asks for prefetches before going idle. A chunk is chosen when the link is free, so that what is urgent overtakes
+        all that wait for a paced link.
+        """
         while True:
             with self._lock:
-                while not self._queue and not self._closed and not (self._ask and self.when_idle):
-                    self._work.wait()
+                while not (self._closed or self._may_begin() or (self._ask and self.when_idle and not self._queue)):
+                    self._rest()
                 if self._closed:
                     return None
                 if self._queue:
-                    self._reading += 1
-                    return heapq.heappop(self._queue)[2]
+                    return self._begin()
                 self._ask = False
                 ask = self.when_idle
             assert ask is not None
@@ -211,8 +240,33 @@ class ReaderThreads:
                     self._fault = fault
                     self._done.notify_all()
 
+    def _may_begin(self) -> bool:
+        """Whether there is a chunk, and a link free to move it."""
+        return bool(self._queue) and (self._pace is None or self._pace.delay_s(time.perf_counter()) <= 0)
+
+    def _rest(self) -> None:
+        """Waits until something may have changed. Of readers that wait for the link, only one keeps its time."""
+        if self._pace is None or not self._queue or self._pacing:
+            self._work.wait()
+            return
+        self._pacing = True
+        self._work.wait(max(0.0, self._pace.delay_s(time.perf_counter())))
+        self._pacing = False
+
+    def _begin(self) -> tuple[_Chunk, float]:
+        chunk = heapq.heappop(self._queue)[2]
+        self._reading += 1
+        if self._pace is None:
+            return chunk, 0.0
+        if self._queue and not self._pacing:
+            self._work.notify()  # another reader is to keep the time of the next chunk
+        if chunk.job.error is not None:  # it will not be read
+            return chunk, 0.0
+        return chunk, self._pace.begin(len(chunk.into), chunk.asked_s, time.perf_counter())
+
     def _run(self) -> None:
-        while (chunk := self._next()) is not None:
+        while (following := self._next()) is not None:
+            chunk, comes_s = following
             error: Exception | None = None
             moved_bytes, start_s = 0, time.perf_counter()
             if chunk.job.error is None:  # a failed expert's other chunks are not worth reading
@@ -222,6 +276,8 @@ class ReaderThreads:
                 except Exception as caught:  # noqa: BLE001 - handed to the consumer, whatever it is: a dead reader would hang it
                     error = caught
             with self._lock:
+                while not (self._cancelling or self._closed) and (left_s := comes_s - time.perf_counter()) > 0:
+                    self._arrival.wait(left_s)
                 self._reading -= 1
                 job = chunk.job
                 job.error = job.error or error

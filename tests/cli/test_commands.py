@@ -119,6 +119,9 @@ def test_every_setting_is_a_flag_with_its_default(capsys: Capture, command: str)
         (["generate", "Hi", "--expert-memory", "101%"], "--expert-memory"),
         (["generate", "Hi", "--reader-threads", "0"], "--reader-threads"),
         (["generate", "Hi", "--io", "fast"], "--io"),
+        (["generate", "Hi", "--link-bandwidth", "fast"], "--link-bandwidth"),
+        (["bench", "--link-bandwidth", "0"], "--link-bandwidth"),
+        (["bench", "--prompts-limit", "3"], "--prompts-limit"),
         (["generate", "Hi", "--dtype", "int3"], "--dtype"),
         (["generate", "Hi", "--policy", "fifo", "--model", "/no/where"], "--policy"),
         (["generate", "Hi", "--model", "/no/where"], "--model"),
@@ -148,6 +151,13 @@ def test_json_is_the_only_thing_on_standard_output(capsys: Capture, model: str) 
     output, errors = capsys.readouterr()
     assert output == table["text"] + "\n"
     assert "hits" in errors
+
+
+def test_a_link_that_is_held_back_is_marked(capsys: Capture, model: str) -> None:
+    flags = "--model", model, "--max-new-tokens", "3", "--link-bandwidth", "64MiB"
+    assert answered(capsys, "generate", "Hi", *flags, "--json")["link_bandwidth_bytes_s"] == 64 << 20
+    assert main(["generate", "Hi", *flags]) == 0
+    assert "link held to 64.0 MiB/s" in capsys.readouterr().err
 
 
 def test_the_budget_and_the_policy_do_not_change_the_answer(capsys: Capture, model: str) -> None:

@@ -20,9 +20,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig
 
+from finemoe.bench.answering import answer_all
+from finemoe.bench.answers import Answered
 from finemoe.bench.config import BATCHED
 from finemoe.bench.link import evict, probe
-from finemoe.bench.subject import Measured, Order, Phase
+from finemoe.bench.subject import COUNTED, Measured, Order, Phase
 from finemoe.checkpoint import locate, read_headers
 from finemoe.config import LoadConfig, format_bytes
 from finemoe.errors import BudgetError, FinemoeError
@@ -58,6 +60,36 @@ def measure(order: Order) -> Measured:
         logits=tuple(logits),
         dense_bytes=_memory_bytes([*model.parameters(), *model.buffers()]),
         pool_bytes=0 if offload is None else offload.stats().expert_memory_bytes,
+        peak_rss_bytes=own_peak_rss_bytes(),
+        torch_threads=torch.get_num_threads(),
+    )
+
+
+def measure_answers(order: Order) -> Answered:
+    """Loads the subject and answers its requests; those to warm up first, after which the pool is emptied again."""
+    if order.threads:
+        torch.set_num_threads(order.threads)
+    start_s = time.perf_counter()
+    model = _load(order)
+    if order.subject.kind == "finemoe":
+        unmap_idle_code()
+    load_s = time.perf_counter() - start_s
+    offload = getattr(model, "finemoe", None)
+    piece = BATCHED_PIECE if order.subject.implementation == BATCHED else None
+    answer_all(model, order.warm, order.new_tokens, piece)
+    if offload is not None:
+        offload.evict_all()  # what was learned stays
+        offload.reset_stats()
+    answers = answer_all(model, order.requests, order.new_tokens, piece)
+    stats = None if offload is None else offload.stats()
+    return Answered(
+        load_s=load_s,
+        answers=tuple(answers),
+        prefetched=stats.prefetched if stats else 0,
+        prefetched_used=stats.prefetched_used if stats else 0,
+        wasted=stats.wasted if stats else 0,
+        dense_bytes=_memory_bytes([*model.parameters(), *model.buffers()]),
+        pool_bytes=stats.expert_memory_bytes if stats else 0,
         peak_rss_bytes=own_peak_rss_bytes(),
         torch_threads=torch.get_num_threads(),
     )
@@ -153,6 +185,7 @@ class _Prober:
     def __init__(self, order: Order) -> None:
         self._files = locate(str(order.load["model"])).files
         self._stretch_bytes = order.expert_bytes
+        self._held_bytes_s = LoadConfig(**order.load).link_bandwidth_bytes_s
         self._seed = 0
         self.reset()
 
@@ -167,7 +200,10 @@ class _Prober:
 
     @property
     def bandwidth_bytes_s(self) -> float | None:
-        return self.read_bytes / self._seconds if self._seconds else None
+        if not self._seconds:
+            return None
+        measured = self.read_bytes / self._seconds
+        return measured if self._held_bytes_s is None else min(measured, self._held_bytes_s)
 
 
 class _Meter:
@@ -191,9 +227,9 @@ class _Meter:
         if self._offload is None:
             return Phase(tuple(self.seconds), disk_bytes)
         stats = self._offload.stats()
-        counted = {name: getattr(stats, name) for name in ("hits", "late", "bytes_read", "stall_s", "stalled_bytes")}
+        counted = {name: getattr(stats, name) for name in COUNTED}
         link_bytes_s = self._prober.bandwidth_bytes_s if self._prober else None
-        return Phase(tuple(self.seconds), disk_bytes, accesses=stats.accesses, link_bytes_s=link_bytes_s, **counted)
+        return Phase(tuple(self.seconds), disk_bytes, link_bytes_s=link_bytes_s, **counted)
 
 
 def _disk_bytes() -> int | None:
@@ -222,7 +258,7 @@ def main(order_path: str, result_path: str) -> int:
     if order.subject.kind == "finemoe":  # as its command line does; transformers runs as it comes
         return_freed_memory()
     try:
-        result = asdict(measure(order))
+        result = asdict(measure_answers(order) if order.requests else measure(order))
     except (FinemoeError, ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [""]
         sys.stderr.write(f"{type(error).__name__}: {lines[0]}\n")

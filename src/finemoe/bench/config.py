@@ -13,11 +13,14 @@ from finemoe.policy import policy_class
 BATCHED = "batched_mm"
 RESIDENT: tuple[str, ...] = ("eager", BATCHED, "grouped_mm")  # transformers' experts implementations
 DISK_OFFLOAD = "disk-offload"
+AUTO = "auto"
 BASELINES: tuple[str, ...] = (*RESIDENT, DISK_OFFLOAD)
 _LEAST = {
     "prompt_tokens": 1, "context_tokens": 1, "new_tokens": 2, "offload_tokens": 2, "repeats": 1, "threads": 0,
-    "link_probe_mib": 1,
+    "link_probe_mib": 1, "prompts_limit": 1, "warm_prompts_limit": 1,
 }  # fmt: skip
+_OF_PROMPTS = ("prompts_limit", "warm_prompts", "warm_prompts_limit", "prompt_field")
+_OF_RANDOM_TOKENS = ("prompt_tokens", "context_tokens", "offload_tokens")
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,30 @@ class BenchConfig(LoadConfig):
         metadata={"help": "file that rows of policies that learn start from, and add to, one row after the other"},
     )
     baselines: str = field(
-        default=",".join(BASELINES),
+        default=AUTO,
         metadata={
-            "help": "what of transformers to measure beside: experts implementations, with the whole model in memory, "
-            "and disk-offload, given the memory of the first budget; none for nothing"
+            "help": "what of transformers to measure beside: experts implementations, with the whole model in memory "
+            f"({', '.join(RESIDENT)}), and disk-offload, given the memory of the first budget; none for nothing; auto "
+            "for all of them, or with --prompts for none"
         },
     )
     prompt_tokens: int = field(default=256, metadata={"help": "length of the prompt whose first token is timed"})
     context_tokens: int = field(default=32, metadata={"help": "length of the prompt that is continued"})
     new_tokens: int = field(default=32, metadata={"help": "tokens to continue it by"})
     offload_tokens: int = field(default=3, metadata={"help": "the same for disk-offload, which is slow"})
+    prompts: str | None = field(
+        default=None,
+        metadata={
+            "help": "instead of random tokens, answer these prompts: a file as for finemoe record; each answer is "
+            "greedy, of at most --new-tokens tokens, and the policies learn from one to the next"
+        },
+    )
+    prompts_limit: int | None = field(default=None, metadata={"help": "answer at most this many of --prompts"})
+    warm_prompts: str | None = field(
+        default=None, metadata={"help": "prompts to answer first, unmeasured, for policies that learn"}
+    )
+    warm_prompts_limit: int | None = field(default=None, metadata={"help": "at most this many of --warm-prompts"})
+    prompt_field: str | None = field(default=None, metadata={"help": "the JSON field that holds the prompt"})
     repeats: int = field(default=1, metadata={"help": "how often to measure each row, in turn; medians are shown"})
     threads: int = field(default=0, metadata={"help": "torch's threads; 0 leaves the choice to torch"})
     seed: int = field(default=0, metadata={"help": "seed of the prompts' random tokens"})
@@ -63,10 +80,40 @@ class BenchConfig(LoadConfig):
         if unknown := sorted(set(self.baseline_names) - set(BASELINES)):
             raise ConfigError(f"--baselines: {unknown[0]!r} is not one of {', '.join(BASELINES)}")
         for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"--{name.replace('_', '-')}: {getattr(self, name)} is not at least {least}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{_flag(name)}: {value} is not at least {least}")
         if self.timeout_s <= 0:
             raise ConfigError(f"--timeout-s: {self.timeout_s} is not above 0")
+        self._check_predictors()
+        self._check_requests()
+
+    def _check_predictors(self) -> None:
+        """Refuses predictors that no policy takes, and a policy that lacks them."""
+        takers = [policy for policy in self.policies if "predictors" in policy_class(policy).needs]
+        if takers and self.predictors is None:
+            raise ConfigError(f"--policy {takers[0]}: needs --predictors FILE, from finemoe trace train")
+        if self.predictors is not None and not takers:
+            raise ConfigError(f"--predictors: none of --policy {self.policy} takes any")
+
+    def _check_requests(self) -> None:
+        """No flag is ignored: refuses those that mean nothing with, or without, `--prompts`."""
+        defaults = {f.name: f.default for f in fields(self)}
+        given = {name for name, default in defaults.items() if getattr(self, name) != default}
+        if self.prompts is None:
+            for name in _OF_PROMPTS:
+                if name in given:
+                    raise ConfigError(f"{_flag(name)}: has no effect without --prompts FILE")
+            return
+        for name in _OF_RANDOM_TOKENS:
+            if name in given:
+                raise ConfigError(f"{_flag(name)}: has no effect with --prompts")
+        if self.warm_prompts_limit is not None and self.warm_prompts is None:
+            raise ConfigError("--warm-prompts-limit: has no effect without --warm-prompts FILE")
+        if DISK_OFFLOAD in self.baseline_names:
+            raise ConfigError(
+                f"--baselines: {DISK_OFFLOAD} is not measured with --prompts; choose of {', '.join(RESIDENT)}"
+            )
 
     @property
     def budgets(self) -> tuple[str, ...]:
@@ -78,13 +125,23 @@ class BenchConfig(LoadConfig):
 
     @property
     def baseline_names(self) -> tuple[str, ...]:
-        return () if self.baselines.strip() == "none" else _split(self.baselines)
+        named = self.baselines.strip()
+        if named == AUTO:
+            return BASELINES if self.prompts is None else ()
+        return () if named == "none" else _split(named)
 
     def load_config(self, budget: str, policy: str) -> LoadConfig:
-        """How one row loads its model."""
+        """How one row loads its model. Predictors go to the policies that take them."""
         values = {f.name: getattr(self, f.name) for f in fields(LoadConfig)}
-        store = self.map_store if policy_class(policy).remembers else NOWHERE
-        return LoadConfig(**values | {"expert_memory": budget, "policy": policy, "map_store": store})
+        if "predictors" not in policy_class(policy).needs:
+            values["predictors"] = None
+        if not policy_class(policy).remembers:
+            values["map_store"] = NOWHERE
+        return LoadConfig(**values | {"expert_memory": budget, "policy": policy})
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _split(text: str) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from finemoe.bench.figures import NAMES, derive
+from finemoe.bench.answers import Answered
+from finemoe.bench.figures import NAMES, derive, derive_answers
 from finemoe.bench.subject import Measured, Subject
 
 
@@ -17,14 +18,16 @@ class Run:
 
     subject: Subject
     repeat: int
-    link_bytes_s: float  # mean of the two probes around it
+    link_bytes_s: float  # mean of the two probes around it, or what the link is held to if that is less
     cached_share: float | None  # of the checkpoint's pages in the page cache at its start
-    measured: Measured | None = None
+    measured: Measured | Answered | None = None
     error: str | None = None  # one line
 
     @property
     def figures(self) -> dict[str, float | None]:
-        """The figures of this run (see `figures.derive`); none if it failed."""
+        """The figures of this run (see `figures`); none if it failed."""
+        if isinstance(self.measured, Answered):
+            return derive_answers(self.measured)
         return {} if self.measured is None else derive(self.measured, self.link_bytes_s)
 
 
@@ -34,7 +37,8 @@ class Row:
 
     subject: Subject
     runs: tuple[Run, ...]
-    tokens_equal: bool | None  # to eager's, as far as this row went; None if there is nothing to compare with
+    # to eager's, as far as this row went, else, of real prompts, to those of the first run of all; None: of neither
+    tokens_equal: bool | None
     logits_equal: bool | None  # the same, bit for bit
     tpot_ratio: float | None  # to the fastest resident row; median of the ratios within each repeat
     ttft_ratio: float | None
@@ -61,6 +65,21 @@ class BenchReport:
     link_bytes_s: tuple[float, ...]  # every probe, in order
     rows: tuple[Row, ...]
     fastest_resident: str | None  # name of the row
+    link_held_bytes_s: float | None = None  # finemoe's rows; None where it is not
+    names: tuple[str, ...] = NAMES  # of the figures
+    requests: dict[str, int] | None = None  # real prompts: how many, and their tokens; None where tokens were random
+
+    @property
+    def tokens_equal(self) -> bool | None:
+        """Whether all rows that ran have equal tokens; `None` if there was nothing to compare with."""
+        said = [row.tokens_equal for row in self.rows if row.tokens_equal is not None]
+        return all(said) if said else None
+
+    @property
+    def tokens_digests(self) -> tuple[str, ...]:
+        """Of real prompts, the distinct digests of all output tokens: a single one, or something is wrong."""
+        runs = [run.measured for row in self.rows for run in row.runs]
+        return tuple(dict.fromkeys(m.tokens_digest for m in runs if isinstance(m, Answered)))
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON: medians in front, every run behind them."""
@@ -68,14 +87,21 @@ class BenchReport:
             "model": self.model,
             "host": self.host,
             "settings": self.settings,
-            "link": {"direct": self.link_direct, "probes_bytes_s": list(self.link_bytes_s)},
+            "link": {
+                "direct": self.link_direct,
+                "probes_bytes_s": list(self.link_bytes_s),
+                "held_bytes_s": self.link_held_bytes_s,
+            },
             "fastest_resident": self.fastest_resident,
+            "requests": self.requests,
+            "tokens_equal": self.tokens_equal,
+            "tokens_digests": list(self.tokens_digests),
             "rows": [
                 {
                     "name": row.subject.name,
                     **asdict(row.subject),
                     "error": row.error,
-                    **{name: row.figure(name) for name in NAMES},
+                    **{name: row.figure(name) for name in self.names},
                     "tokens_equal": row.tokens_equal,
                     "logits_equal": row.logits_equal,
                     "tpot_ratio": row.tpot_ratio,
@@ -96,9 +122,10 @@ def summarise(runs: list[Run]) -> tuple[tuple[Row, ...], str | None]:
     grouped: dict[Subject, list[Run]] = {}
     for run in runs:
         grouped.setdefault(run.subject, []).append(run)
-    reference = next(
-        (r.measured for r in runs if r.measured and r.subject == Subject("resident", implementation="eager")), None
-    )
+    eager = Subject("resident", implementation="eager")
+    reference = next((run.measured for run in runs if run.measured and run.subject == eager), None)
+    if reference is None:
+        reference = next((run.measured for run in runs if isinstance(run.measured, Answered)), None)
     speeds = {
         subject: median(run.figures["tpot_s"] or 0.0 for run in own if run.measured)
         for subject, own in grouped.items()
@@ -121,7 +148,9 @@ def summarise(runs: list[Run]) -> tuple[tuple[Row, ...], str | None]:
 
 
 def _equal(
-    runs: list[Run], reference: Measured | None, sequence: Callable[[Measured], tuple[int, ...] | tuple[str, ...]]
+    runs: list[Run],
+    reference: Measured | Answered | None,
+    sequence: Callable[[Measured | Answered], tuple[object, ...]],
 ) -> bool | None:
     """Whether all runs agree with the reference, over the tokens that both have."""
     own = [sequence(run.measured) for run in runs if run.measured]

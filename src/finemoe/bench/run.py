@@ -14,19 +14,20 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import psutil
 
 from finemoe.bench import link
+from finemoe.bench.answers import Answered
 from finemoe.bench.config import BATCHED, DISK_OFFLOAD, BenchConfig
+from finemoe.bench.figures import ANSWER_NAMES, NAMES
 from finemoe.bench.report import BenchReport, Run, summarise
+from finemoe.bench.requests import Requests, read_requests
 from finemoe.bench.subject import Measured, Order, Subject, subjects
 from finemoe.checkpoint import Checkpoint, locate
 from finemoe.errors import CheckpointError
 from finemoe.model import describe, read_config, reference_model
-from finemoe.policy import policy_class
 
 Log = Callable[[str], None]
 
@@ -40,23 +41,33 @@ def run_bench(config: BenchConfig, log: Log) -> BenchReport:
     Raises:
         FinemoeError: there is nothing to measure: no such model, policy or weights.
     """
-    for policy in config.policies:
-        policy_class(policy)  # an unknown policy is refused before anything is read
     checkpoint = locate(config.model or reference_model(), config.revision)
     catalog = describe(str(checkpoint.folder), trust_remote_code=config.trust_remote_code).catalog
     expert_bytes = catalog.weight_bytes // catalog.experts
-    bench = _Bench(replace(config, model=str(checkpoint.folder)), checkpoint, expert_bytes, log)
+    requests = read_requests(config, checkpoint, log)
+    bench = _Bench(replace(config, model=str(checkpoint.folder)), checkpoint, expert_bytes, requests, log)
     runs = [bench.run(subject, repeat) for repeat in range(config.repeats) for subject in bench.due(repeat)]
     rows, fastest = summarise(runs)
     return BenchReport(
         model=checkpoint.name,
         host=describe_host(),
+        link_held_bytes_s=config.link_bandwidth_bytes_s,
         settings={name: value for name, value in asdict(config).items() if name != "model"},
         link_direct=all(probe.direct for probe in bench.probes),
         link_bytes_s=tuple(probe.bandwidth_bytes_s for probe in bench.probes),
         rows=rows,
         fastest_resident=fastest,
+        names=ANSWER_NAMES if requests.measured else NAMES,
+        requests=_sizes(requests) if requests.measured else None,
     )
+
+
+def _sizes(requests: Requests) -> dict[str, int]:
+    return {
+        "requests": len(requests.measured),
+        "prompt_tokens": sum(map(len, requests.measured)),
+        "warm_requests": len(requests.warm),
+    }
 
 
 def describe_host() -> dict[str, str | int]:
@@ -80,11 +91,14 @@ def describe_host() -> dict[str, str | int]:
 class _Bench:
     """One benchmark under way."""
 
-    def __init__(self, config: BenchConfig, checkpoint: Checkpoint, expert_bytes: int, log: Log) -> None:
+    def __init__(
+        self, config: BenchConfig, checkpoint: Checkpoint, expert_bytes: int, requests: Requests, log: Log
+    ) -> None:
         self.probes: list[link.LinkProbe] = []
         self._config = config
         self._checkpoint = checkpoint
         self._expert_bytes = expert_bytes
+        self._requests = requests
         self._log = log
         self._memory_bytes = 0  # dense weights and pool of the first finemoe row that ran
         text = read_config(checkpoint.folder, trust_remote_code=config.trust_remote_code).get_text_config()
@@ -107,16 +121,19 @@ class _Bench:
         outcome = self._measure(subject)
         self._probe()
         link_bytes_s = sum(probe.bandwidth_bytes_s for probe in self.probes[-2:]) / 2
-        measured = outcome if isinstance(outcome, Measured) else None
-        run = Run(subject, repeat, link_bytes_s, cached_share, measured, None if measured else str(outcome))
-        if measured is None:
-            self._log(f"  failed: {run.error}")
-            return run
+        held = self._config.link_bandwidth_bytes_s
+        if held is not None and subject.kind == "finemoe":
+            link_bytes_s = min(link_bytes_s, held)
+        if isinstance(outcome, str):
+            self._log(f"  failed: {outcome}")
+            return Run(subject, repeat, link_bytes_s, cached_share, error=outcome)
+        run = Run(subject, repeat, link_bytes_s, cached_share, outcome)
         if subject.kind == "finemoe" and not self._memory_bytes:
-            self._memory_bytes = measured.weight_bytes
+            self._memory_bytes = outcome.weight_bytes
+        ttft_s, tpot_s = run.figures["ttft_s"], run.figures["tpot_s"]
         self._log(
-            f"  load {measured.load_s:.1f} s, TTFT {measured.prompt.total_s:.2f} s, "
-            f"TPOT {1000 * median(measured.decode.seconds):.1f} ms, disk {link_bytes_s / 1e9:.2f} GB/s"
+            f"  load {outcome.load_s:.1f} s, TTFT {ttft_s or 0:.2f} s, TPOT {1000 * (tpot_s or 0):.1f} ms, "
+            f"disk {link_bytes_s / 1e9:.2f} GB/s"
         )
         return run
 
@@ -128,7 +145,7 @@ class _Bench:
         except OSError as error:
             raise CheckpointError(f"{error.filename or self._checkpoint.folder}: can't be read ({error})") from error
 
-    def _measure(self, subject: Subject) -> Measured | str:
+    def _measure(self, subject: Subject) -> Measured | Answered | str:
         """Runs a row in a process of its own. Returns one line if it fails."""
         config = self._config
         if subject.kind == "disk-offload" and not self._memory_bytes:
@@ -145,11 +162,13 @@ class _Bench:
                 expert_bytes=self._expert_bytes,
                 memory_bytes=self._memory_bytes,
                 offload_folder=scratch,
+                requests=self._requests.measured,
+                warm=self._requests.warm,
             )
             return run_order(order, Path(scratch), config.timeout_s)
 
 
-def run_order(order: Order, scratch: Path, timeout_s: float) -> Measured | str:
+def run_order(order: Order, scratch: Path, timeout_s: float) -> Measured | Answered | str:
     """Runs an order in a process of its own. Returns the last line of its complaint if it fails."""
     order_file, result_file = scratch / "order.json", scratch / "result.json"
     order_file.write_text(json.dumps(asdict(order)))
@@ -170,7 +189,7 @@ def run_order(order: Order, scratch: Path, timeout_s: float) -> Measured | str:
         lines = stderr.read().strip().splitlines()
     if done.returncode == 0 and result_file.exists():
         raw: dict[str, Any] = json.loads(result_file.read_text())
-        return Measured.from_dict(raw)
+        return Answered.from_dict(raw) if order.requests else Measured.from_dict(raw)
     if done.returncode == -signal.SIGKILL:
         return "killed, perhaps for want of memory"
     return lines[-1] if lines else f"ended with exit status {done.returncode}"

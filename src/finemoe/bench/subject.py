@@ -8,6 +8,7 @@ from typing import Any, Literal
 from finemoe.bench.config import DISK_OFFLOAD, BenchConfig
 
 Kind = Literal["finemoe", "resident", "disk-offload"]
+COUNTED = ("accesses", "hits", "late", "bytes_read", "stall_s", "stalled_bytes")  # of the engine's, for each phase
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,14 @@ class Order:
     expert_bytes: int = 1 << 20  # finemoe: how much the disk is asked for in a row, to measure it
     memory_bytes: int = 0  # disk-offload: for weights
     offload_folder: str = ""
+    requests: tuple[tuple[int, ...], ...] = ()  # real prompts, instead of `prompt` and `context`
+    warm: tuple[tuple[int, ...], ...] = ()  # to answer before them, unmeasured
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Order:
-        prompt, context = tuple(raw.pop("prompt")), tuple(raw.pop("context"))
-        return cls(subject=Subject(**raw.pop("subject")), prompt=prompt, context=context, **raw)
+        given: dict[str, Any] = {name: tuple(raw.pop(name)) for name in ("prompt", "context")}
+        given |= {name: tuple(tuple(ids) for ids in raw.pop(name)) for name in ("requests", "warm")}
+        return cls(subject=Subject(**raw.pop("subject")), **given, **raw)
 
 
 @dataclass(frozen=True)

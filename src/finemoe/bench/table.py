@@ -14,12 +14,15 @@ MIB = 1 << 20
 
 def render(report: BenchReport) -> str:
     """The whole report as text, with a legend."""
+    columns = _COLUMNS if report.requests is None else _ANSWER_COLUMNS
     lines = [
         f"model {report.model}",
         "host  " + ", ".join(f"{key} {value}" for key, value in report.host.items()),
         _link_line(report),
+        *_held_lines(report),
+        *_request_lines(report),
         "",
-        *_align([[title for title, _ in _COLUMNS], *([cell(row) for _, cell in _COLUMNS] for row in report.rows)]),
+        *_align([[title for title, _ in columns], *([cell(row) for _, cell in columns] for row in report.rows)]),
     ]
     lines += [f"{row.subject.name}: {row.error}" for row in report.rows if row.error]
     return "\n".join([*lines, "", *_legend(report)])
@@ -36,7 +39,37 @@ def _link_line(report: BenchReport) -> str:
     )
 
 
+def _held_lines(report: BenchReport) -> list[str]:
+    held = report.link_held_bytes_s
+    return [] if held is None else [f"link  finemoe's held to {format_bytes(held)}/s (--link-bandwidth)"]
+
+
+def _request_lines(report: BenchReport) -> list[str]:
+    if report.requests is None:
+        return []
+    sizes = report.requests
+    warm = f", after {sizes['warm_requests']} unmeasured ones" if sizes["warm_requests"] else ""
+    return [f"asked {sizes['requests']} prompts of {sizes['prompt_tokens']} tokens in all{warm}; greedy answers"]
+
+
+def _answer_legend(report: BenchReport) -> list[str]:
+    digests = report.tokens_digests
+    same = "all rows have the same" if len(digests) == 1 else "THE ROWS DIFFER IN THEIR"
+    lines = [
+        "TTFT: first token; TPOT: a request's mean time per later token. Mean, median and p95 over requests.",
+        "prefill, decode: hits / late / misses among the experts that first tokens needed, and later ones.",
+        "stall: share of the time that layers waited for experts. used: of what was prefetched; wasted: experts.",
+        "Each row began with an empty pool; its policy learned from one request to the next.",
+        f"output tokens: {same} (digest {', '.join(digests)})" if digests else "output tokens: none",
+    ]
+    if report.fastest_resident:
+        lines.append(f"x: times the fastest resident one, {report.fastest_resident}, in the same repeat.")
+    return lines
+
+
 def _legend(report: BenchReport) -> list[str]:
+    if report.requests is not None:
+        return _answer_legend(report)
     lines = [
         "TTFT: first token of a prompt after a cold start. TPOT: a later token's time, median and mean.",
         "hits, MiB/tok, stall, link: while decoding. stall: share of the time that layers waited for experts.",
@@ -89,6 +122,14 @@ def _weights(row: Row) -> str:
     return "-" if dense is None or pool is None else format_bytes(dense + pool)
 
 
+def _outcomes(phase: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        rates = [row.figure(f"{phase}_{outcome}_rate") for outcome in ("hit", "late", "miss")]
+        return "-" if None in rates else " / ".join(f"{100 * (rate or 0):.1f}" for rate in rates) + "%"
+
+    return cell
+
+
 def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
@@ -113,6 +154,27 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("peak RSS", _size("peak_rss_bytes")),
     ("dense+pool", _weights),
     ("over", _size("overhead_bytes")),
+    ("tokens", lambda row: _yes(row.tokens_equal)),
+    ("logits", lambda row: _yes(row.logits_equal)),
+)
+
+_ANSWER_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("", lambda row: row.subject.name + (" FAILED" if row.error else "")),
+    ("TTFT s", _number("ttft_s", ".2f")),
+    ("p50", _number("ttft_p50_s", ".2f")),
+    ("p95", _number("ttft_p95_s", ".2f")),
+    ("TPOT ms", _number("tpot_s", ".1f", 1000)),
+    ("p50", _number("tpot_p50_s", ".1f", 1000)),
+    ("p95", _number("tpot_p95_s", ".1f", 1000)),
+    ("x", lambda row: _ratio(row.tpot_ratio)),
+    ("prefill", _outcomes("prefill")),
+    ("decode", _outcomes("decode")),
+    ("stall", _number("stall_share", ".0%")),
+    ("MiB/tok", _number("bytes_per_token", ".0f", 1 / MIB)),
+    ("read", _size("bytes_read")),
+    ("used", _number("precision", ".0%")),
+    ("wasted", _number("wasted", ".0f")),
+    ("peak RSS", _size("peak_rss_bytes")),
     ("tokens", lambda row: _yes(row.tokens_equal)),
     ("logits", lambda row: _yes(row.logits_equal)),
 )

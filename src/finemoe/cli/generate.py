@@ -63,8 +63,10 @@ def summary(reply: Reply) -> str:
     )
     if stats.precision is not None:
         experts += f"; {stats.prefetched} prefetched, {stats.precision:.1%} of them used"
+    held = stats.link_bandwidth_bytes_s
+    how = f"{stats.io} I/O" if held is None else f"{stats.io} I/O, link held to {format_bytes(held)}/s"
     transfer = (
-        f"read {format_bytes(stats.bytes_read)} ({stats.io} I/O), waited for it {reply.stall_share:.0%} of the time; "
+        f"read {format_bytes(stats.bytes_read)} ({how}), waited for it {reply.stall_share:.0%} of the time; "
         f"peak memory {format_bytes(stats.peak_rss_bytes)}"
     )
     return f"\n{tokens}\n{experts}\n{transfer}"

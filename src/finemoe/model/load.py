@@ -47,6 +47,7 @@ def load(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | torch.dtype = "auto",
     io: Literal["auto", "direct", "buffered"] = "auto",
     reader_threads: int = 4,
+    link_bandwidth: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     predictors: str | Path | None = None,
@@ -65,6 +66,7 @@ def load(
         dtype: of computation; `auto` takes the checkpoint's.
         io: `direct` reads past the page cache, `buffered` through it, `auto` chooses.
         reader_threads: threads that read experts.
+        link_bandwidth: for experiments: move experts no faster than this many bytes per second (`500MiB`).
         revision: hub revision.
         trust_remote_code: run modelling code that the model's repository ships.
         predictors: the file that `finemoe trace train` wrote, of a policy that needs one.
@@ -90,6 +92,7 @@ def load(
             map_store=None if map_store is None else str(map_store),
             io=io,
             reader_threads=reader_threads,
+            link_bandwidth=link_bandwidth,
             verify=verify,
         )
     )
@@ -228,7 +231,8 @@ class _Loading:
         assert self._catalog is not None and self._store is not None and self._pool is not None
         # requires_grad stays as transformers set it: torch's matmul picks its kernel, and so its rounding, by it
         shape = len(self._catalog.layouts), max(layout.experts for layout in self._catalog.layouts)
-        self._transfer = ReaderThreads(self._store, self._config.reader_threads)
+        bandwidth_bytes_s = self._config.link_bandwidth_bytes_s
+        self._transfer = ReaderThreads(self._store, self._config.reader_threads, bandwidth_bytes_s=bandwidth_bytes_s)
         verify = self._verifier() if self._config.verify else None
         # experts are tried under another controller: what the policy learns is what the model does
         trial = Engine(self._pool, make_controller("lru", *shape, self._pool.slots), self._transfer, verify)
@@ -260,9 +264,8 @@ class _Loading:
         if seen:
             Observer(model, engine, layers, lookahead=int("lookahead" in seen)).attach()
         offload = Offload(
-            self._checkpoint, self._catalog, self._store, engine, handles, lock, policy=self._config.policy,
-            keeper=self.keeper,
-        )  # fmt: skip
+            self._checkpoint, self._catalog, self._store, engine, handles, lock, self._config, keeper=self.keeper
+        )
         offload.reset_stats()
         kind = type(model)
         members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}

@@ -10,6 +10,7 @@ import torch
 
 from finemoe.beside import Beside
 from finemoe.checkpoint import Catalog, Checkpoint
+from finemoe.config import LoadConfig
 from finemoe.engine import Engine
 from finemoe.errors import FinemoeError
 from finemoe.experts import ExpertLayer
@@ -30,13 +31,14 @@ class Offload:
         engine: Engine,
         layers: list[ExpertLayer],
         lock: threading.RLock,
+        config: LoadConfig,
         *,
-        policy: str,
         keeper: Keeper | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.catalog = catalog
-        self.policy = policy
+        self.policy = config.policy
+        self.link_bandwidth_bytes_s = config.link_bandwidth_bytes_s
         self._store = store
         self._engine = engine
         self._layers = layers
@@ -53,6 +55,7 @@ class Offload:
             model=self.checkpoint.name,
             policy=self.policy,
             io=self._store.io,
+            link_bandwidth_bytes_s=self.link_bandwidth_bytes_s,
             layers=len(self.catalog.layouts),
             experts=self.catalog.experts,
             expert_bytes=self.catalog.weight_bytes,

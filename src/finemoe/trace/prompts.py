@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finemoe.errors import ConfigError
 
@@ -25,7 +25,16 @@ class Prompts:
     skipped: int
 
 
-def read_prompts(path: Path, field: str | None = None, limit: int | None = None, skip: int = 0) -> Prompts:
+class PromptFlags(NamedTuple):
+    """What a command calls its flags for prompts."""
+
+    file: str = "--prompts"
+    field: str = "--field"
+
+
+def read_prompts(
+    path: Path, field: str | None = None, limit: int | None = None, skip: int = 0, flags: PromptFlags | None = None
+) -> Prompts:
     """The prompts of a file: of a conversation, what the person said first.
 
     Args:
@@ -33,16 +42,18 @@ def read_prompts(path: Path, field: str | None = None, limit: int | None = None,
         field: which field of an object to take; by default the first of `FIELDS` that it has.
         limit: stop after this many prompts.
         skip: pass over this many first.
+        flags: what errors are to name; by default those of `finemoe record`.
 
     Raises:
         ConfigError: the file is missing, damaged or holds no prompt; the message names line and fields.
     """
+    flags = flags or PromptFlags()
     skipped = 0
 
     def texts() -> Iterator[str]:
         nonlocal skipped
-        for place, entry in _entries(path):
-            text = _text(entry, field, place)
+        for place, entry in _entries(path, flags):
+            text = _text(entry, field, place, flags)
             if text.strip():
                 yield text
             else:
@@ -51,15 +62,17 @@ def read_prompts(path: Path, field: str | None = None, limit: int | None = None,
     try:
         found = tuple(islice(texts(), skip, None if limit is None else skip + limit))
     except (OSError, EOFError) as error:
-        raise ConfigError(f"--prompts: {path} can't be read ({getattr(error, 'strerror', None) or error})") from error
+        raise ConfigError(
+            f"{flags.file}: {path} can't be read ({getattr(error, 'strerror', None) or error})"
+        ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompts: {path} is neither JSON nor text ({error.reason})") from error
+        raise ConfigError(f"{flags.file}: {path} is neither JSON nor text ({error.reason})") from error
     if not found:
-        raise ConfigError(f"--prompts: {path} holds no prompt{f' beyond the {skip} to skip' if skip else ''}")
+        raise ConfigError(f"{flags.file}: {path} holds no prompt{f' beyond the {skip} to skip' if skip else ''}")
     return Prompts(found, skipped)
 
 
-def _entries(path: Path) -> Iterator[tuple[str, Any]]:
+def _entries(path: Path, flags: PromptFlags) -> Iterator[tuple[str, Any]]:
     """Place and content of each entry."""
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8") as file:
@@ -71,7 +84,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 entries = json.load(file)
             except ValueError as error:
-                raise ConfigError(f"--prompts: {path} is damaged JSON ({error})") from error
+                raise ConfigError(f"{flags.file}: {path} is damaged JSON ({error})") from error
             yield from ((f"{path}: entry {number}", entry) for number, entry in enumerate(entries))
             return
         for number, line in enumerate(file, 1):
@@ -83,24 +96,24 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield f"{path}:{number}", json.loads(line)
             except ValueError as error:
-                raise ConfigError(f"--prompts: {path}:{number} is damaged JSON ({error})") from error
+                raise ConfigError(f"{flags.file}: {path}:{number} is damaged JSON ({error})") from error
 
 
-def _text(entry: Any, field: str | None, place: str) -> str:
+def _text(entry: Any, field: str | None, place: str, flags: PromptFlags) -> str:
     """The prompt of an entry; empty if it has a conversation in which no person speaks."""
     if isinstance(entry, str):
         return entry
     if not isinstance(entry, dict):
-        raise ConfigError(f"--prompts: {place} is neither an object nor a string")
+        raise ConfigError(f"{flags.file}: {place} is neither an object nor a string")
     name = field if field is not None else next((name for name in FIELDS if name in entry), None)
     if name not in entry:
         wanted = f"no field {field!r}" if field else f"none of the fields {', '.join(FIELDS)}"
-        raise ConfigError(f"--prompts: {place} has {wanted}, but {', '.join(map(repr, entry))}; give --field")
+        raise ConfigError(f"{flags.file}: {place} has {wanted}, but {', '.join(map(repr, entry))}; give {flags.field}")
     value = entry[name]
     if isinstance(value, list):
         return next((text for turn in value if (text := _said(turn)) is not None), "")
     if not isinstance(value, str):
-        raise ConfigError(f"--prompts: {place}: its {name} is neither text nor a conversation")
+        raise ConfigError(f"{flags.file}: {place}: its {name} is neither text nor a conversation")
     return value
 
 
