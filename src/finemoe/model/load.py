@@ -49,6 +49,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     predictors: str | Path | None = None,
+    explain: bool = False,
     verify: bool = False,
 ) -> Any:
     """A transformers model whose routed experts live in a bounded pool.
@@ -67,6 +68,7 @@ def load(
         revision: hub revision.
         trust_remote_code: run modelling code that the model's repository ships.
         predictors: the file that `finemoe trace train` wrote, of a policy that needs one.
+        explain: count by layer and by source, for `model.finemoe.explain()`.
         verify: debug: read every landed expert a second time, by another path, and compare.
 
     Raises:
@@ -87,6 +89,7 @@ def load(
             io=io,
             reader_threads=reader_threads,
             link_bandwidth=link_bandwidth,
+            explain=explain,
             verify=verify,
         )
     )
@@ -240,7 +243,9 @@ class _Loading:
         handles = list(layers.values())
         self._choose_paths(handles, model.dtype)
         trial.clear()
-        controller = make_controller(self._config.policy, *shape, self._pool.slots, **self.options)
+        controller = make_controller(
+            self._config.policy, *shape, self._pool.slots, explain=self._config.explain, **self.options
+        )
         engine = Engine(self._pool, controller, self._transfer, verify)
         for handle in handles:
             handle.engine = engine
