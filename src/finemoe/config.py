@@ -125,6 +125,10 @@ class LoadConfig:
             "slower link; all output says so"
         },
     )
+    explain: bool = field(
+        default=False,
+        metadata={"help": "tell by layer and by source what was predicted, hit, late, missed and wasted"},
+    )
     verify: bool = field(
         default=False, metadata={"help": "debug: re-read every landed expert by a second path and compare"}
     )

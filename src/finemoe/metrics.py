@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from finemoe.explain import Explained
 
 
 @dataclass
@@ -58,6 +61,7 @@ class Stats:
     stall_s: float
     stalled_bytes: int
     peak_rss_bytes: int
+    explained: tuple[Explained, ...] | None = None  # None where it was not asked for
 
     @property
     def accesses(self) -> int:
@@ -80,7 +84,7 @@ class Stats:
         """Prefetched and used / prefetched; `None` without a prefetch."""
         return self.prefetched_used / self.prefetched if self.prefetched else None
 
-    def as_dict(self) -> dict[str, str | int | float | None]:
+    def as_dict(self) -> dict[str, Any]:
         """All fields and rates, ready for JSON."""
         rates: dict[str, float | None] = {
             "hit_rate": self.hit_rate,

@@ -160,6 +160,19 @@ def test_a_link_that_is_held_back_is_marked(capsys: Capture, model: str) -> None
     assert "link held to 64.0 MiB/s" in capsys.readouterr().err
 
 
+def test_an_answer_can_be_explained(capsys: Capture, model: str) -> None:
+    flags = "--model", model, "--max-new-tokens", "4", "--policy", "deepspeed", "--expert-memory", "50%"
+    assert answered(capsys, "generate", "Hi", *flags, "--json")["explained"] is None
+    table = answered(capsys, "generate", "Hi", *flags, "--json", "--explain")
+    for name, total in (("hits", "hits"), ("late", "late"), ("misses", "misses"), ("predicted", "prefetched")):
+        assert sum(row[name] for row in table["explained"]) == table[total]
+    assert main(["generate", "Hi", *flags, "--explain"]) == 0
+    output, errors = capsys.readouterr()
+    assert "prefetched" not in output
+    assert "experts from" in errors
+    assert "layer 2" in errors
+
+
 def test_the_budget_and_the_policy_do_not_change_the_answer(capsys: Capture, model: str) -> None:
     flags = "--model", model, "--max-new-tokens", "6", "--json"
     texts = {

@@ -6,7 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from finemoe.bench.subject import Phase
+from finemoe.bench.subject import Phase, explained_from
+from finemoe.explain import Explained
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Answered:
     pool_bytes: int
     peak_rss_bytes: int
     torch_threads: int
+    explained: tuple[Explained, ...] | None = None  # with --explain
 
     @property
     def tokens(self) -> tuple[tuple[int, ...], ...]:
@@ -59,4 +61,6 @@ class Answered:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Answered:
-        return cls(answers=tuple(Answer.from_dict(answer) for answer in raw.pop("answers")), **raw)
+        answers = tuple(Answer.from_dict(answer) for answer in raw.pop("answers"))
+        explained = explained_from(raw.pop("explained"))
+        return cls(answers=answers, explained=explained, **raw)

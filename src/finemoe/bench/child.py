@@ -62,6 +62,7 @@ def measure(order: Order) -> Measured:
         pool_bytes=0 if offload is None else offload.stats().expert_memory_bytes,
         peak_rss_bytes=own_peak_rss_bytes(),
         torch_threads=torch.get_num_threads(),
+        explained=None if offload is None else offload.stats().explained,  # it was reset before decoding
     )
 
 
@@ -92,6 +93,7 @@ def measure_answers(order: Order) -> Answered:
         pool_bytes=stats.expert_memory_bytes if stats else 0,
         peak_rss_bytes=own_peak_rss_bytes(),
         torch_threads=torch.get_num_threads(),
+        explained=stats.explained if stats else None,
     )
 
 

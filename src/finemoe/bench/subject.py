@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finemoe.bench.config import DISK_OFFLOAD, BenchConfig
+from finemoe.explain import Explained
 
 Kind = Literal["finemoe", "resident", "disk-offload"]
 COUNTED = ("accesses", "hits", "late", "bytes_read", "stall_s", "stalled_bytes")  # of the engine's, for each phase
@@ -97,6 +98,7 @@ class Measured:
     pool_bytes: int
     peak_rss_bytes: int
     torch_threads: int
+    explained: tuple[Explained, ...] | None = None  # of decoding, with --explain
 
     @property
     def weight_bytes(self) -> int:
@@ -107,4 +109,10 @@ class Measured:
     def from_dict(cls, raw: dict[str, Any]) -> Measured:
         prompt, decode = Phase.from_dict(raw.pop("prompt")), Phase.from_dict(raw.pop("decode"))
         tokens, logits = tuple(raw.pop("tokens")), tuple(raw.pop("logits"))
-        return cls(prompt=prompt, decode=decode, tokens=tokens, logits=logits, **raw)
+        explained = explained_from(raw.pop("explained"))
+        return cls(prompt=prompt, decode=decode, tokens=tokens, logits=logits, explained=explained, **raw)
+
+
+def explained_from(raw: list[dict[str, Any]] | None) -> tuple[Explained, ...] | None:
+    """What `--explain` tells, out of JSON."""
+    return None if raw is None else tuple(Explained.from_dict(row) for row in raw)

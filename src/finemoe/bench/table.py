@@ -8,6 +8,7 @@ from statistics import median
 from finemoe.bench.config import BATCHED
 from finemoe.bench.report import BenchReport, Row
 from finemoe.config import format_bytes
+from finemoe.explain import explain_table
 
 MIB = 1 << 20
 
@@ -25,7 +26,17 @@ def render(report: BenchReport) -> str:
         *_align([[title for title, _ in columns], *([cell(row) for _, cell in columns] for row in report.rows)]),
     ]
     lines += [f"{row.subject.name}: {row.error}" for row in report.rows if row.error]
-    return "\n".join([*lines, "", *_legend(report)])
+    return "\n".join([*lines, "", *_legend(report), *_explanations(report)])
+
+
+def _explanations(report: BenchReport) -> list[str]:
+    """Of each row's last run, where it was asked for."""
+    lines = []
+    for row in report.rows:
+        explained = [m.explained for run in row.runs if (m := run.measured) and m.explained is not None]
+        if explained:
+            lines += ["", row.subject.name, explain_table(explained[-1])]
+    return lines
 
 
 def _link_line(report: BenchReport) -> str:

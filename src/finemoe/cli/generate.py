@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from finemoe.cli.flags import add_flags, read_flags
 from finemoe.config import GenerateConfig, LoadConfig, format_bytes
+from finemoe.explain import explain_table
 from finemoe.process import unmap_idle_code
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def summary(reply: Reply) -> str:
-    """What an answer took, in three lines for people."""
+    """What an answer took, in three lines for people; then, where it was asked for, why."""
     stats = reply.stats
     tokens = (
         f"{len(reply.token_ids)} tokens at {reply.tok_s:.2f} tok/s; first after {reply.ttft_s:.2f} s, "
@@ -69,4 +70,5 @@ def summary(reply: Reply) -> str:
         f"read {format_bytes(stats.bytes_read)} ({how}), waited for it {reply.stall_share:.0%} of the time; "
         f"peak memory {format_bytes(stats.peak_rss_bytes)}"
     )
-    return f"\n{tokens}\n{experts}\n{transfer}"
+    explained = "" if stats.explained is None else f"\n\n{explain_table(stats.explained)}"
+    return f"\n{tokens}\n{experts}\n{transfer}{explained}"

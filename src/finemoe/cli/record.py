@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finemoe.cli.flags import add_flags, read_flags
 from finemoe.config import GenerateConfig, LoadConfig, format_bytes
 from finemoe.errors import ConfigError
+from finemoe.explain import explain_table
 from finemoe.trace import TraceWriter, refuse_existing
 from finemoe.trace.prompts import read_prompts
 from finemoe.trace.settings import RecordConfig
@@ -90,6 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
             if recorded:
                 print(f"\n{out} keeps the {recorded} requests that were finished; --append adds to it", file=sys.stderr)
             raise
+        if load_config.explain:
+            print(explain_table(model.finemoe.explain()), file=sys.stderr)
         summary = {
             "trace": str(out),
             "recorded": recorded,

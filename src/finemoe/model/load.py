@@ -52,6 +52,7 @@ def load(
     trust_remote_code: bool = False,
     predictors: str | Path | None = None,
     map_store: str | Path | None = None,
+    explain: bool = False,
     verify: bool = False,
 ) -> Any:
     """A transformers model whose routed experts live in a bounded pool.
@@ -72,6 +73,7 @@ def load(
         predictors: the file that `finemoe trace train` wrote, of a policy that needs one.
         map_store: the file that a policy that learns starts from, and that `close()` leaves what it learned in; by
             default one for each model and policy in the user's cache folder, `none` for nothing.
+        explain: count by layer and by source, for `model.finemoe.explain()`.
         verify: debug: read every landed expert a second time, by another path, and compare.
 
     Raises:
@@ -93,6 +95,7 @@ def load(
             io=io,
             reader_threads=reader_threads,
             link_bandwidth=link_bandwidth,
+            explain=explain,
             verify=verify,
         )
     )
@@ -256,7 +259,7 @@ class _Loading:
             self.keeper.bring(policy)
         if policy.compiles:  # it takes long enough to wait for
             policy = Beside(policy, self._transfer.nudge)
-        controller = Controller(*shape, self._pool.slots, policy)
+        controller = Controller(*shape, self._pool.slots, policy, explain=self._config.explain)
         engine = Engine(self._pool, controller, self._transfer, verify, experts=self._catalog.experts)
         for handle in handles:
             handle.engine = engine

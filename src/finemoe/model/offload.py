@@ -12,8 +12,9 @@ from finemoe.beside import Beside
 from finemoe.checkpoint import Catalog, Checkpoint
 from finemoe.config import LoadConfig
 from finemoe.engine import Engine
-from finemoe.errors import FinemoeError
+from finemoe.errors import ConfigError, FinemoeError
 from finemoe.experts import ExpertLayer
+from finemoe.explain import Explained
 from finemoe.maps import Keeper
 from finemoe.metrics import Stats
 from finemoe.policy.book import PREFETCHED, PREFETCHED_USED, WASTED
@@ -51,6 +52,7 @@ class Offload:
         """What happened since loading, or since `reset_stats`."""
         policy = self._engine.controller.policy
         counters, pool, tally = self._engine.counters, self._engine.pool, self._engine.controller.book.tally
+        ledger = self._engine.controller.ledger
         return Stats(
             model=self.checkpoint.name,
             policy=self.policy,
@@ -76,7 +78,19 @@ class Offload:
             stall_s=counters.stall_s,
             stalled_bytes=counters.stalled_bytes,
             peak_rss_bytes=peak_rss_bytes(),
+            explained=None if ledger is None else ledger.explained(),
         )
+
+    def explain(self) -> tuple[Explained, ...]:
+        """What was predicted, hit, late, missed and wasted, by layer and by what had brought the experts in.
+
+        Raises:
+            ConfigError: it was not asked for when the model was loaded.
+        """
+        ledger = self._engine.controller.ledger
+        if ledger is None:
+            raise ConfigError("explain: was not asked for; load the model with explain=True, or --explain")
+        return ledger.explained()
 
     def reset_stats(self) -> None:
         """Start counting anew; what is resident stays."""
@@ -85,6 +99,8 @@ class Offload:
         policy = self._engine.controller.policy
         if isinstance(policy, Beside):
             policy.searches = policy.late = 0
+        if self._engine.controller.ledger is not None:
+            self._engine.controller.ledger.counts[:] = 0
         self._read_before = self._engine.transfer.moved_bytes
 
     def evict_all(self) -> None:

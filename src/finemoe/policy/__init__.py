@@ -76,14 +76,16 @@ def make_policy(policy: str, layers: int, experts: int, *, jit: Jit[Any] = inter
     return make(layers, experts, **options)
 
 
-def make_controller(policy: str, layers: int, experts: int, capacity: int, **options: Any) -> Controller:
+def make_controller(
+    policy: str, layers: int, experts: int, capacity: int, *, explain: bool = False, **options: Any
+) -> Controller:
     """A cache of `capacity` slots under the policy of a name; the bounds are not among them.
 
     Raises:
         ConfigError: no policy of that name; the message lists those that are.
     """
     policy_class(policy)
-    return Controller(layers, experts, capacity, make_policy(policy, layers, experts, **options))
+    return Controller(layers, experts, capacity, make_policy(policy, layers, experts, **options), explain=explain)
 
 
 __all__ = [

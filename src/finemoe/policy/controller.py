@@ -22,6 +22,7 @@ from finemoe.policy.book import (
     LOADING,
     NONE,
     RESIDENT,
+    WASTED,
     begin_prefetch,
     choose_prefetch,
     give_up,
@@ -30,6 +31,7 @@ from finemoe.policy.book import (
     still_wanted,
     take_slot,
 )
+from finemoe.policy.ledger import Ledger
 from finemoe.types import ExpertId, Fetch, Plan, Routed, Step
 
 
@@ -42,14 +44,18 @@ class Controller:
         capacity: `C`, the number of slots; in-flight experts own one too.
         policy: keeps the scores.
         devices: the slots are spread over so many; experts live on them round-robin.
+        explain: keep a `ledger`.
     """
 
-    def __init__(self, layers: int, experts: int, capacity: int, policy: Policy, devices: int = 1) -> None:
+    def __init__(
+        self, layers: int, experts: int, capacity: int, policy: Policy, devices: int = 1, *, explain: bool = False
+    ) -> None:
         if capacity < devices:
             raise InvariantError(f"a pool needs at least one slot a device, got {capacity} for {devices}")
         self.capacity = capacity
         self.policy = policy
         self.book = make_book(layers, experts, capacity, devices)
+        self.ledger = Ledger(layers, experts) if explain else None
         self._experts = experts
         self._worth, self._want = policy.worth.reshape(-1), policy.want.reshape(-1)
         self._waiting: deque[int] = deque()  # needed, not resident, no slot to be had yet
@@ -57,6 +63,8 @@ class Controller:
     def begin(self, steps: Sequence[Step]) -> None:
         """An iteration begins."""
         self.policy.begin(steps)
+        if self.ledger is not None:
+            self.ledger.begin()
 
     def routed(self, event: Routed, *, observe: bool = True) -> Plan:
         """A layer's needs are known: pins them, and plans the fetch of each that is neither resident nor in flight.
@@ -69,8 +77,12 @@ class Controller:
         """
         if observe:
             self.policy.routed(event)
+        if self.ledger is not None:
+            self.ledger.gate(event.layer)
         for expert in event.experts:
             index = event.layer * self._experts + int(expert)
+            if self.ledger is not None:
+                self.ledger.access(index, int(self.book.status[index]), fresh=bool(self.book.fresh[index]))
             if need(self.book, index) == ABSENT:
                 self._waiting.append(index)
         return self._fill()
@@ -88,7 +100,9 @@ class Controller:
     def failed(self, expert: ExpertId) -> None:
         """A planned fetch came to nothing: its slot is free again. The expert is not retried by itself."""
         self._leave_flight(expert)
-        give_up(self.book, self._index(expert))
+        index, wasted = self._index(expert), self.book.tally[WASTED]
+        give_up(self.book, index)
+        self._note_waste(index, wasted)
 
     def retry(self) -> Plan:
         """After `failed`: plans what is needed and neither here nor on its way, and what waited for a slot."""
@@ -108,7 +122,11 @@ class Controller:
         index = choose_prefetch(self.book, self._worth, self._want, self.policy.margin, device)
         if index == NONE:
             return None
+        wasted = self.book.tally[WASTED]
         victim = begin_prefetch(self.book, self._worth, index)
+        self._note_waste(victim, wasted)
+        if self.ledger is not None:
+            self.ledger.prefetched(index)
         return Fetch(self._id(index), self._id(victim) if victim >= 0 else None, urgent=False)
 
     def still_wanted(self, expert: ExpertId) -> bool:
@@ -163,14 +181,23 @@ class Controller:
         stuck: deque[int] = deque()
         while self._waiting:
             index = self._waiting.popleft()
+            wasted = self.book.tally[WASTED]
             victim = take_slot(self.book, self._worth, int(self.book.device[index]))
             if victim == NONE:
                 stuck.append(index)
                 continue
+            self._note_waste(victim, wasted)
+            if self.ledger is not None:
+                self.ledger.demanded(index)
             self.book.status[index] = LOADING
             fetches.append(Fetch(self._id(index), self._id(victim) if victim >= 0 else None))
         self._waiting = stuck
         return Plan(tuple(fetches))
+
+    def _note_waste(self, index: int, before: int) -> None:
+        """`index` lost its slot: was it a prefetch that nobody needed? The tally tells, as it was and as it is."""
+        if self.ledger is not None and self.book.tally[WASTED] > before:
+            self.ledger.wasted(index)
 
     def _index(self, expert: ExpertId) -> int:
         return expert.layer * self._experts + expert.expert

@@ -1,0 +1,122 @@
+"""What the ledger says of each access adds up to what the engine counts, whatever runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finemoe.explain import Explained, explain_table
+from finemoe.policy import Controller, make_policy
+from finemoe.policy.book import PREFETCHED, PREFETCHED_USED, WASTED
+from finemoe.policy.ledger import Ledger
+from finemoe.sim.evidence import Evidence
+from finemoe.sim.schedule import make_schedule
+from finemoe.trace import open_trace
+from finemoe.types import DECODE, ExpertId, Routed, Step
+from tests.sim.traces import EXPERTS, LAYERS, make_trace
+from tests.sim.virtual_link import EngineReplay, VirtualLink
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("traces")
+
+
+def total(rows: tuple[Explained, ...], count: str) -> int:
+    return sum(getattr(row, count) for row in rows)
+
+
+@pytest.mark.parametrize("policy", ["lfru", "deepspeed", "moe-infinity", "expert-map", "finemoe"])
+@settings(max_examples=12)
+@given(
+    st.integers(0, 5), st.integers(3, LAYERS * EXPERTS), st.sampled_from([0.07, 0.3, 1.0, 4.1]),
+    st.sampled_from([0, 5]), st.integers(1, 3), st.sampled_from([0, 70]),
+)  # fmt: skip
+def test_sums_are_the_engines_own_counters(
+    folder: Path, policy: str, seed: int, capacity: int, link_ratio: float, chunks: int, interleave: int, prompt: int
+) -> None:
+    path = folder / f"walk-{seed}-4-12-{prompt}.safetensors"
+    with make_trace(folder, seed, prompt=prompt) if not path.exists() else open_trace(path) as trace:
+        schedule, evidence = make_schedule(trace, range(4), interleave), Evidence(trace)
+        link = VirtualLink(link_ratio, link_ratio / chunks if chunks else 0.0)
+        driven = EngineReplay.make(schedule, make_policy(policy, LAYERS, EXPERTS), capacity, link)
+        driven.engine.controller.ledger = Ledger(LAYERS, EXPERTS)
+        driven.run(schedule, evidence)
+    rows, counters = driven.engine.controller.ledger.explained(), driven.engine.counters
+    assert (total(rows, "hits"), total(rows, "late"), total(rows, "misses")) == (
+        counters.hits, counters.late, counters.misses,
+    )  # fmt: skip
+    tally = driven.engine.controller.book.tally
+    assert (total(rows, "predicted"), total(rows, "wasted")) == (tally[PREFETCHED], tally[WASTED])
+    prefetches = tuple(row for row in rows if row.source.startswith("prefetch"))
+    assert total(prefetches, "hits") + total(prefetches, "late") == tally[PREFETCHED_USED]
+    fresh = int(driven.engine.controller.book.fresh.sum())
+    assert tally[PREFETCHED] == tally[PREFETCHED_USED] + tally[WASTED] + fresh
+    assert total(rows, "misses") == total(tuple(row for row in rows if row.source == "demand"), "misses")
+    for row in prefetches:  # of each source on its own, nothing is used that was not predicted
+        assert row.hits + row.late + row.wasted <= row.predicted
+        assert row.distance is None or 1 <= row.distance <= row.layer + 1
+
+
+def make(want: dict[tuple[int, int], float]) -> Controller:
+    policy = make_policy("lru", 3, 4)
+    for place, value in want.items():
+        policy.want[place] = value
+    return Controller(3, 4, 6, policy, explain=True)
+
+
+def begin(controller: Controller) -> None:
+    controller.begin([Step(0, DECODE, [1])])  # type: ignore[arg-type] # nobody looks
+
+
+def test_an_expert_is_told_by_how_it_came() -> None:
+    controller = make({(2, 1): 3.0, (0, 2): 2.0})
+    assert controller.ledger is not None
+    begin(controller)
+    controller.routed(Routed(0, [0]))
+    controller.landed(ExpertId(0, 0))
+    controller.used(ExpertId(0, 0))
+    for expected in (ExpertId(2, 1), ExpertId(0, 2)):  # two layers ahead; the next iteration's
+        fetch = controller.prefetch()
+        assert fetch is not None and fetch.expert == expected
+    controller.landed(ExpertId(2, 1))
+    controller.routed(Routed(2, [1]))
+    controller.used(ExpertId(2, 1))
+    begin(controller)
+    controller.routed(Routed(0, [0, 2]))
+    controller.routed(Routed(2, [1]))
+    assert controller.ledger.explained() == (
+        Explained(0, "demand", None, predicted=0, hits=1, late=0, misses=1, wasted=0),
+        Explained(0, "prefetch-next", None, predicted=1, hits=0, late=1, misses=0, wasted=0),
+        Explained(2, "kept", None, predicted=0, hits=1, late=0, misses=0, wasted=0),
+        Explained(2, "prefetch", 2, predicted=1, hits=1, late=0, misses=0, wasted=0),
+    )
+
+
+def test_a_withdrawn_prefetch_is_wasted() -> None:
+    controller = make({(0, 0): 1.0})
+    assert controller.ledger is not None
+    begin(controller)
+    assert controller.prefetch() is not None
+    controller.failed(ExpertId(0, 0))
+    assert controller.ledger.explained() == (Explained(0, "prefetch", 1, 1, 0, 0, 0, 1),)
+
+
+def test_nothing_is_kept_unless_asked_for() -> None:
+    assert Controller(3, 4, 6, make_policy("lru", 3, 4)).ledger is None
+
+
+def test_the_table_sums_by_source_and_by_layer() -> None:
+    rows = (
+        Explained(0, "demand", None, 0, 5, 0, 2, 0),
+        Explained(0, "prefetch", 1, 4, 2, 1, 0, 1),
+        Explained(1, "prefetch", 1, 3, 3, 0, 0, 0),
+        Explained(1, "prefetch-next", None, 1, 0, 0, 0, 1),
+    )
+    lines = [line.split() for line in explain_table(rows).splitlines()]
+    assert ["prefetched", "1", "ahead", "7", "5", "1", "0", "1"] in lines
+    assert ["layer", "0", "4", "7", "1", "2", "1"] in lines
+    assert explain_table(()).startswith("experts from")
