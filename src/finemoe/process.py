@@ -1,8 +1,9 @@
-"""Settings for a process that is ours alone: the command line, a benchmark's child."""
+"""The process: its cores, and settings for one that is ours alone (the command line, a benchmark's child)."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,6 +14,11 @@ _M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3
 _MADV_DONTNEED = 4
 _LARGE_BYTES = 1 << 20
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+)")
+
+
+def available_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def return_freed_memory() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 from finemoe.pace import Pace
+from finemoe.process import available_cores
 from finemoe.store.disk import CHUNK_BYTES
 from finemoe.types import ExpertId, ExpertSource, Landed, Run, Withdrawn
 
@@ -28,13 +29,14 @@ class _Job:
     error: Exception | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Chunk:
     job: _Job
     run: Run
     start_bytes: int
     into: memoryview
     asked_s: float
+    aside: bool = False  # read as a prefetch
 
 
 class ReaderThreads:
@@ -45,6 +47,8 @@ class ReaderThreads:
         threads: how many readers.
         chunk_bytes: what is read at once.
         bandwidth_bytes_s: never move more than this, as a slower link would; `None`: as fast as it goes.
+        prefetch_threads: of the readers, how many may read prefetches at a time; by default half as many as there are
+            cores. Prefetches are read while the model computes: more readers than that take its cores from it.
     """
 
     def __init__(
@@ -53,8 +57,11 @@ class ReaderThreads:
         threads: int = 4,
         chunk_bytes: int = CHUNK_BYTES,
         bandwidth_bytes_s: float | None = None,
+        prefetch_threads: int | None = None,
     ) -> None:
         self._source = source
+        self._prefetch_threads = prefetch_threads or max(1, available_cores() // 2)
+        self._prefetching = 0  # readers inside a chunk of a prefetch
         self._pace = None if bandwidth_bytes_s is None else Pace(bandwidth_bytes_s)
         self._pacing = False  # a reader waits for the link to be free; the others wait for work
         self._chunk_bytes = chunk_bytes
@@ -127,6 +134,7 @@ class ReaderThreads:
             job.urgent = True
             self._queue = [(late and entry.job is not job, order, entry) for late, order, entry in self._queue]
             heapq.heapify(self._queue)
+            self._work.notify(job.left)
 
     def withdraw(self, expert: ExpertId) -> None:
         """A prefetch under way is not wanted any more. It is reported as `Withdrawn`, unless it was complete."""
@@ -241,12 +249,18 @@ class ReaderThreads:
                     self._done.notify_all()
 
     def _may_begin(self) -> bool:
-        """Whether there is a chunk, and a link free to move it."""
-        return bool(self._queue) and (self._pace is None or self._pace.delay_s(time.perf_counter()) <= 0)
+        """Whether there is a chunk, a link free to move it, and, for a prefetch, fewer readers at that than may be."""
+        if not self._queue or self._held():
+            return False
+        return self._pace is None or self._pace.delay_s(time.perf_counter()) <= 0
+
+    def _held(self) -> bool:
+        """Whether prefetches are all there is to read, and enough readers are at that."""
+        return self._queue[0][0] and self._prefetching >= self._prefetch_threads
 
     def _rest(self) -> None:
         """Waits until something may have changed. Of readers that wait for the link, only one keeps its time."""
-        if self._pace is None or not self._queue or self._pacing:
+        if self._pace is None or not self._queue or self._pacing or self._held():
             self._work.wait()
             return
         self._pacing = True
@@ -254,8 +268,10 @@ class ReaderThreads:
         self._pacing = False
 
     def _begin(self) -> tuple[_Chunk, float]:
-        chunk = heapq.heappop(self._queue)[2]
+        late, _, chunk = heapq.heappop(self._queue)
         self._reading += 1
+        chunk.aside = late
+        self._prefetching += late
         if self._pace is None:
             return chunk, 0.0
         if self._queue and not self._pacing:
@@ -279,6 +295,7 @@ class ReaderThreads:
                 while not (self._cancelling or self._closed) and (left_s := comes_s - time.perf_counter()) > 0:
                     self._arrival.wait(left_s)
                 self._reading -= 1
+                self._prefetching -= chunk.aside
                 job = chunk.job
                 job.error = job.error or error
                 job.left -= 1

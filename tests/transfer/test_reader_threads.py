@@ -252,3 +252,53 @@ def test_a_read_that_comes_up_short_is_an_error() -> None:
     with reading(source, chunk_bytes=25) as transfer:
         submit(transfer, slots_for(source))
         assert "short.safetensors" in str(transfer.wait()[0].error)
+
+
+class Crowd:
+    """Counts how many readers are inside a read at the same time, of prefetches and of urgent experts."""
+
+    def __init__(self, urgent: set[ExpertId]) -> None:
+        self.urgent, self.lock = urgent, threading.Lock()
+        self.inside, self.most = {True: 0, False: 0}, {True: 0, False: 0}
+
+    def read(self, expert: ExpertId) -> None:
+        kind = expert in self.urgent
+        with self.lock:
+            self.inside[kind] += 1
+            self.most[kind] = max(self.most[kind], self.inside[kind])
+        time.sleep(0.003)
+        with self.lock:
+            self.inside[kind] -= 1
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_prefetches_leave_readers_to_the_model_and_urgent_experts_take_all(limit: int) -> None:
+    urgent = {ExpertId(0, 2), ExpertId(0, 3)}
+    crowd = Crowd(urgent)
+    source = MemorySource(experts(4, 160), before=lambda expert, *_: crowd.read(expert))
+    slots = slots_for(source)
+    transfer = ReaderThreads(source, 4, 16, prefetch_threads=limit)
+    try:
+        submit(transfer, {e: s for e, s in slots.items() if e not in urgent}, urgent=False)
+        submit(transfer, {e: s for e, s in slots.items() if e in urgent})
+        collect(transfer, 4)
+    finally:
+        transfer.close()
+    assert crowd.most[False] == limit
+    assert crowd.most[True] > 2
+    assert all(bytes(slot) == source.experts[expert] for expert, slot in slots.items())
+
+
+def test_a_hastened_prefetch_gets_all_readers() -> None:
+    crowd = Crowd(set())
+    source = MemorySource(experts(1, 320), before=lambda expert, *_: crowd.read(expert))
+    slots = slots_for(source)
+    transfer = ReaderThreads(source, 4, 16, prefetch_threads=1)
+    try:
+        submit(transfer, slots, urgent=False)
+        time.sleep(0.005)
+        transfer.hasten(ExpertId(0, 0))
+        collect(transfer, 1)
+    finally:
+        transfer.close()
+    assert crowd.most[False] > 2

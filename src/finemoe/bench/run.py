@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import random
 import signal
@@ -28,6 +27,7 @@ from finemoe.bench.subject import Measured, Order, Subject, subjects
 from finemoe.checkpoint import Checkpoint, locate
 from finemoe.errors import CheckpointError
 from finemoe.model import describe, read_config, reference_model
+from finemoe.process import available_cores
 
 Log = Callable[[str], None]
 
@@ -80,7 +80,7 @@ def describe_host() -> dict[str, str | int]:
         pass
     return {
         "cpu": model,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
+        "cores": available_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "platform": platform.system(),
         "python": platform.python_version(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -20,6 +19,7 @@ import numpy as np
 from finemoe.compiled import compiler
 from finemoe.errors import ConfigError
 from finemoe.policy import Policy, any_class, foresee, make_policy
+from finemoe.process import available_cores
 from finemoe.sim.config import SimulateConfig
 from finemoe.sim.evidence import Evidence
 from finemoe.sim.replay import Machine, Outcome, Replay
@@ -110,7 +110,7 @@ def run_cells(
     header = _subject(trace, config).trace.header
     for cell in cells:
         _slots(cell, header, config)
-    workers = min(config.workers or _cores(), len(cells))
+    workers = min(config.workers or available_cores(), len(cells))
     if workers == 1:
         for cell in cells:
             yield run_cell(trace, config, cell, progress)
@@ -277,7 +277,3 @@ def _tell(queue: Any) -> None:
 
 def _run(trace: str, config: SimulateConfig, cell: Cell) -> Row:
     return run_cell(trace, config, cell, _told.put)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
