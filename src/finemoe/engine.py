@@ -58,6 +58,11 @@ class Engine:
         if controller.policy.prefetches:
             transfer.when_idle = self._prefetch
 
+    @property
+    def lock(self) -> threading.RLock:
+        """Held by whoever wants counts that belong together: prefetches go on after an answer."""
+        return self._lock
+
     def begin(self, steps: Sequence[Step]) -> None:
         """An iteration begins: what the running requests bring to it."""
         with self._lock:

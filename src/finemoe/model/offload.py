@@ -50,6 +50,10 @@ class Offload:
 
     def stats(self) -> Stats:
         """What happened since loading, or since `reset_stats`."""
+        with self._engine.lock:
+            return self._stats()
+
+    def _stats(self) -> Stats:
         policy = self._engine.controller.policy
         counters, pool, tally = self._engine.counters, self._engine.pool, self._engine.controller.book.tally
         ledger = self._engine.controller.ledger
@@ -94,14 +98,15 @@ class Offload:
 
     def reset_stats(self) -> None:
         """Start counting anew; what is resident stays."""
-        self._engine.counters.reset()
-        self._engine.controller.book.tally[:] = 0
-        policy = self._engine.controller.policy
-        if isinstance(policy, Beside):
-            policy.searches = policy.late = 0
-        if self._engine.controller.ledger is not None:
-            self._engine.controller.ledger.counts[:] = 0
-        self._read_before = self._engine.transfer.moved_bytes
+        with self._engine.lock:
+            self._engine.counters.reset()
+            self._engine.controller.book.tally[:] = 0
+            policy = self._engine.controller.policy
+            if isinstance(policy, Beside):
+                policy.searches = policy.late = 0
+            if self._engine.controller.ledger is not None:
+                self._engine.controller.ledger.counts[:] = 0
+            self._read_before = self._engine.transfer.moved_bytes
 
     def evict_all(self) -> None:
         """Empty the pool, as after loading. For measurements of a cold start."""
