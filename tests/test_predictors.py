@@ -126,7 +126,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("finemoe.predictors.os.fsync", fail)
+    monkeypatch.setattr("finemoe.folders.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         save(untrained(SHAPE), path, "new")
     assert path.read_bytes() == before

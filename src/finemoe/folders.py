@@ -1,8 +1,9 @@
-"""Where this program keeps what it made for a user."""
+"""Where this program keeps what it made for a user, and how it replaces a file."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -20,3 +21,22 @@ def user_maps() -> Path | None:
     if own == "none":
         return None
     return Path(own).expanduser() if own else user_cache() / "maps"
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees the older one or this one, never a part; makes its folder.
+
+    Raises:
+        OSError: it can't be written; an older file is left as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
 from finemoe.errors import FinemoeError
+from finemoe.folders import replace_file
 from finemoe.policy.stride import Floats, Predictors, chances, faded, inputs
 from finemoe.types import Recorded
 
@@ -125,17 +124,7 @@ def save(predictors: Predictors, path: Path, model: str) -> None:
     arrays = {name: np.ascontiguousarray(getattr(predictors, name), np.float32) for name in _ARRAYS}
     about = {"stride": predictors.stride, "history": predictors.history, "sha256": _digest(arrays)}
     content = to_bytes(arrays, {"format": _FORMAT, "model": model, "about": json.dumps(about)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    replace_file(path, content)
 
 
 def load(path: Path, model: str | None = None) -> Predictors:

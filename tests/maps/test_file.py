@@ -126,7 +126,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("finemoe.maps.file.os.fsync", fail)
+    monkeypatch.setattr("finemoe.folders.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         make_file(path, seeds=(5,))
     assert path.read_bytes() == before

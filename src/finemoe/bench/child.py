@@ -36,15 +36,20 @@ PROBE_BYTES = 48 << 20  # before each token
 BATCHED_PIECE = 16  # tokens at once: batched_mm copies an expert's weights for every token that it is routed to
 
 
-def measure(order: Order) -> Measured:
-    """Loads the subject, times a cold prompt, then the continuation of another."""
+def _loaded(order: Order) -> tuple[Any, float]:
+    """The model, and how long that took."""
     if order.threads:
         torch.set_num_threads(order.threads)
     start_s = time.perf_counter()
     model = _load(order)
     if order.subject.kind == "finemoe":
         unmap_idle_code()
-    load_s = time.perf_counter() - start_s
+    return model, time.perf_counter() - start_s
+
+
+def measure(order: Order) -> Measured:
+    """Loads the subject, times a cold prompt, then the continuation of another."""
+    model, load_s = _loaded(order)
     offload = getattr(model, "finemoe", None)
     prober = _Prober(order) if order.subject.kind == "finemoe" else None
     between = prober.probe if prober else _evictor(order)
@@ -68,13 +73,7 @@ def measure(order: Order) -> Measured:
 
 def measure_answers(order: Order) -> Answered:
     """Loads the subject and answers its requests; those to warm up first, after which the pool is emptied again."""
-    if order.threads:
-        torch.set_num_threads(order.threads)
-    start_s = time.perf_counter()
-    model = _load(order)
-    if order.subject.kind == "finemoe":
-        unmap_idle_code()
-    load_s = time.perf_counter() - start_s
+    model, load_s = _loaded(order)
     offload = getattr(model, "finemoe", None)
     piece = BATCHED_PIECE if order.subject.implementation == BATCHED else None
     answer_all(model, order.warm, order.new_tokens, piece)

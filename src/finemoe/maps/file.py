@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
 from finemoe.errors import DamagedMapsError, MapsError
+from finemoe.folders import replace_file
 from finemoe.maps.check import fault
 from finemoe.maps.maps import Maps
 from finemoe.policy.base import Knowledge
@@ -38,17 +37,7 @@ def write_maps(maps: Maps, path: Path) -> None:
     content = to_bytes(
         arrays, {"format": _FORMAT, "version": str(_VERSION), "header": about, "sha256": _digest(about, arrays)}
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    replace_file(path, content)
 
 
 def read_maps(path: Path) -> Maps:
