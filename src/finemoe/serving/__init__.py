@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: jobs at the border, one thread that runs the model."""
