@@ -34,7 +34,7 @@ class Beside(Policy):
         self.inner = policy
         self.published = published
         self.margin, self.switch = policy.margin, policy.switch
-        kind = ("prefetches", "needs", "uses", "substitutes", "clairvoyant", "compiles")
+        kind = ("prefetches", "needs", "uses", "substitutes", "clairvoyant", "compiles", "pauses")
         self.__dict__.update({name: getattr(policy, name) for name in kind})
         if policy.want is policy.worth:
             self.want = self.worth

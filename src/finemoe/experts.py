@@ -55,7 +55,7 @@ class ExpertLayer:
         self._said: tuple[Floats | None, Floats | None] = None, None
         self._lock = lock
         self._dtypes = dtypes
-        self._views: dict[int, dict[str, Tensor]] = {}
+        self._views: dict[tuple[int, tuple[int, ...]], dict[str, Tensor]] = {}  # of a slot, by its parameters' offsets
         self._held: tuple[int, int, Iterator[tuple[int, int]]] | None = None  # twin: expert, slot, its serving
 
     def run(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -77,12 +77,14 @@ class ExpertLayer:
         assert self.engine is not None
         return self.engine.serve(Routed(self.layer, experts, *self._said))
 
-    def parameters(self, slot: int) -> dict[str, Tensor]:
+    def parameters(self, expert: int, slot: int) -> dict[str, Tensor]:
         """One expert's parameters by name, out of its slot; without a copy wherever the checkpoint's layout allows."""
-        views = self._views.get(slot)
+        offsets_bytes = self.layout.offsets_bytes[expert]
+        views = self._views.get((slot, offsets_bytes))
         if views is None:
             assert self.engine is not None
-            views = self._views[slot] = slot_views(self.engine.pool, slot, self.layout)
+            views = slot_views(self.engine.pool, slot, self.layout.fields, offsets_bytes)
+            self._views[slot, offsets_bytes] = views
         parameters = {}
         for field in self.layout.fields:
             view = views[field.name]
@@ -98,7 +100,7 @@ class ExpertLayer:
             serving = self.serve([expert])
             _, slot = next(serving)
             self._held = expert, slot, serving
-        return self.parameters(self._held[1])
+        return self.parameters(expert, self._held[1])
 
     def release(self) -> None:
         """Twin: let go of the held expert."""
@@ -135,14 +137,12 @@ class LazyParameter:
         return self.ndim
 
 
-def slot_views(pool: Pool, slot: int, layout: LayerLayout) -> dict[str, Tensor]:
+def slot_views(pool: Pool, slot: int, fields: Sequence[Field], offsets_bytes: Sequence[int]) -> dict[str, Tensor]:
     """A slot's bytes as the tensors that the checkpoint stores, by parameter name. Shared, not copied."""
     raw = pool.bytes_of(slot)
     return {
-        field.name: raw[field.offset_bytes : field.offset_bytes + field.length_bytes]
-        .view(field.dtype)
-        .view(field.stored_shape)
-        for field in layout.fields
+        field.name: raw[offset_bytes : offset_bytes + field.length_bytes].view(field.dtype).view(field.stored_shape)
+        for field, offset_bytes in zip(fields, offsets_bytes, strict=True)
     }
 
 
@@ -202,7 +202,7 @@ def run_ready_first(
     with closing(layer.serve(tuple(rows))) as serving:  # type: ignore[type-var] # a generator
         for expert, slot in serving:
             k, t = rows[expert]
-            result = apply_expert(module, layer.parameters(slot), hidden[t])
+            result = apply_expert(module, layer.parameters(expert, slot), hidden[t])
             early[expert] = (result * weights[t, k, None]).to(dtype)
             while turn in early:
                 output.index_add_(0, rows[turn][1], early.pop(turn))

@@ -55,6 +55,8 @@ class Stats:
     prefetched: int  # fetches begun before they were needed
     prefetched_used: int  # of these, needed later, complete or not
     wasted: int  # of these, evicted or withdrawn without having been needed
+    regretted: int  # misses of experts that had made room for a prefetch
+    paused: int  # iterations without prefetches, as these did not pay
     searches: int  # events that a policy's scores were asked of, where it runs beside the model
     searches_late: int  # of these, dropped: newer events had come
     bytes_read: int

@@ -12,10 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass
+from itertools import pairwise
 
 from finemoe.pace import Pace
 from finemoe.process import available_cores
-from finemoe.store.disk import CHUNK_BYTES
+from finemoe.store.disk import CHUNK_BYTES, PAGE_BYTES
 from finemoe.types import ExpertId, ExpertSource, Landed, Run, Withdrawn
 
 
@@ -109,8 +110,10 @@ class ReaderThreads:
         """Start reading `expert` into `slot`. Returns at once."""
         chunks: list[tuple[Run, int, int]] = []
         for run in self._source.runs(expert):
-            starts = range(0, run.length_bytes, self._chunk_bytes)
-            chunks += [(run, start, min(self._chunk_bytes, run.length_bytes - start)) for start in starts]
+            # cut at borders of the file's pages, so that no two chunks share one
+            first_bytes = self._chunk_bytes - run.file_offset_bytes % min(PAGE_BYTES, self._chunk_bytes)
+            cuts = [0, *range(first_bytes, run.length_bytes, self._chunk_bytes), run.length_bytes]
+            chunks += [(run, start, end - start) for start, end in pairwise(cuts)]
         job = _Job(expert, len(chunks), urgent)
         with self._lock:
             if self._closed:

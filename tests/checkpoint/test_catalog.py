@@ -39,7 +39,7 @@ def gathered_equals_loaded(folder: Path, loaded: Path | None = None) -> None:
                 n for n, p in twin.named_parameters(recurse=False)
             }
             for expert, slot in handle.serve(range(handle.layout.experts)):
-                for name, parameter in handle.parameters(slot).items():
+                for name, parameter in handle.parameters(expert, slot).items():
                     assert torch.equal(parameter, getattr(twin, name)[expert]), (name, expert)
 
 
@@ -48,6 +48,21 @@ def gathered_equals_loaded(folder: Path, loaded: Path | None = None) -> None:
 def test_gathered_bytes_are_the_loaded_tensors(tiny: Make, layout: str, dtype: str) -> None:
     family, options = LAYOUTS[layout]
     gathered_equals_loaded(tiny(family, dtype, **options))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parameters_may_keep_their_place_in_a_page_of_the_file(
+    tiny: Make, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finemoe.checkpoint.catalog.PLACED_BYTES", 1)
+    family, options = LAYOUTS[layout]
+    folder = tiny(family, "bfloat16", **options)
+    gathered_equals_loaded(folder)
+    with finemoe.load(folder) as model:
+        catalog = model.finemoe.catalog
+        runs = [run for at in range(catalog.layouts[0].experts) for run in catalog.runs(ExpertId(0, at))]
+        placed = [run for run in runs if (run.file_offset_bytes - run.slot_offset_bytes) % 4096 == 0]
+        assert len(placed) >= len(runs) / 2
 
 
 def transpose_experts(tensors: Tensors) -> None:
@@ -89,11 +104,12 @@ def test_an_experts_runs_fill_its_slot_and_never_overlap(tiny: Make, family: str
         assert sum(end - start for spans in taken.values() for start, end in spans) == catalog.weight_bytes
 
 
-def test_parameters_start_where_torch_would_put_them(tiny: Make) -> None:
+def test_small_parameters_start_where_torch_would_put_them(tiny: Make) -> None:
     with finemoe.load(tiny("gpt_oss")) as model:
         catalog = model.finemoe.catalog
         assert catalog.slot_bytes % 64 == 0
-        assert all(field.offset_bytes % 64 == 0 for layout in catalog.layouts for field in layout.fields)
+        for layout in catalog.layouts:
+            assert all(offset % 64 == 0 for offsets in layout.offsets_bytes for offset in offsets)
 
 
 def test_the_order_of_tensors_in_the_file_does_not_matter(tiny: Make, tmp_path: Path) -> None:

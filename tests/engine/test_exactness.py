@@ -149,9 +149,9 @@ def test_resident_experts_are_computed_before_missing_ones_have_landed(
         order: list[tuple[int, int]] = []
         parameters = layer.parameters
 
-        def note(slot: int) -> dict[str, Tensor]:
+        def note(expert: int, slot: int) -> dict[str, Tensor]:
             order.append((slot, len(transfer.in_flight)))
-            return parameters(slot)
+            return parameters(expert, slot)
 
         monkeypatch.setattr(layer, "parameters", note)
         run_ready_first(layer, case.module, hidden, torch.tensor([[0, 5, 7]]), weights, layer.accumulator)

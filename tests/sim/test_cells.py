@@ -76,13 +76,15 @@ def test_emulation_stands_in_for_lookahead(ids_only: str) -> None:
 def test_rates_follow_from_counts() -> None:
     outcome = Outcome(
         iterations=2, layers=5, hits=6, late=1, misses=3, evictions=4, prefetched=4, prefetched_used=3, wasted=1,
-        moved=12.0, total=20.0, stall=10.0, iteration_times=np.array([5.0, 15.0]), log=np.zeros((0, 3), np.int64),
+        regretted=2, paused=1, moved=12.0, total=20.0, stall=10.0,
+        iteration_times=np.array([5.0, 15.0]), log=np.zeros((0, 3), np.int64),
     )  # fmt: skip
     row = summarise(Cell("lru", 0.5, 2.0), Machine(20, 2.0, devices=2), outcome, None)
     assert (row.hit_rate, row.late_rate, row.miss_rate) == (0.6, 0.1, 0.3)
     assert (row.time_per_layer, row.stall_per_layer) == (2.0, 1.0)
     assert (row.time_per_layer_p50, row.time_per_layer_p99) == pytest.approx((2.0, 2.98))
     assert (row.transfers_per_layer, row.wasted_per_layer, row.precision) == (0.7, 0.1, 0.75)
+    assert (row.regretted_per_layer, row.paused) == (0.2, 0.5)
     assert (row.capacity, row.iterations, row.link_busy) == (20, 2, 0.3)
 
 

@@ -65,7 +65,8 @@ def replayed(
 def assert_alike(one: Outcome, other: Outcome) -> None:
     np.testing.assert_array_equal(one.log, other.log)
     np.testing.assert_allclose(one.iteration_times, other.iteration_times, rtol=1e-9)
-    for name in ("hits", "late", "misses", "evictions", "prefetched", "prefetched_used", "wasted"):
+    counts = "hits late misses evictions prefetched prefetched_used wasted regretted paused"
+    for name in counts.split():
         assert getattr(one, name) == getattr(other, name), name
     for name in ("moved", "total", "stall"):
         assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-9), name

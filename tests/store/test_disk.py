@@ -72,6 +72,39 @@ def test_any_stretch_is_read_as_it_is(store: DiskStore, file: Path, offset: int,
     assert read(store, offset - start, length, start) == expected
 
 
+@given(st.integers(0, SIZE_BYTES - 1), st.integers(1, CHUNK_BYTES))
+@example(0, CHUNK_BYTES)
+@example(PAGE_BYTES - 1, PAGE_BYTES + 2)
+@example(PAGE_BYTES - 1, CHUNK_BYTES)
+@example(SIZE_BYTES - 3 * PAGE_BYTES, 3 * PAGE_BYTES)
+def test_a_stretch_at_its_files_place_in_a_page_is_read_there_and_nothing_beside_it(
+    store: DiskStore, file: Path, offset: int, length: int
+) -> None:
+    length = min(length, SIZE_BYTES - offset)
+    memory = bytearray(mmap.mmap(-1, CHUNK_BYTES + 4 * PAGE_BYTES))
+    shift = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % PAGE_BYTES
+    begin = shift + PAGE_BYTES + offset % PAGE_BYTES
+    memory[:] = b"?" * len(memory)
+    store.read(Run(0, offset, length, 0), 0, memoryview(memory)[begin : begin + length])
+    assert memory[begin : begin + length] == file.read_bytes()[offset : offset + length]
+    assert not memory[:begin].strip(b"?")
+    assert not memory[begin + length :].strip(b"?")
+
+
+def test_whole_pages_at_their_files_place_are_not_copied(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(file, "direct")
+    around: list[int] = []
+    monkeypatch.setattr(store, "_read_around", lambda *_: around.append(1))
+    memory = mmap.mmap(-1, 20 * PAGE_BYTES)
+    with memoryview(memory) as view:
+        store.read(Run(0, 77, 10 * PAGE_BYTES, 0), 0, view[77 : 77 + 10 * PAGE_BYTES])
+        assert bytes(view[77 : 77 + 10 * PAGE_BYTES]) == file.read_bytes()[77 : 77 + 10 * PAGE_BYTES]
+        assert not around
+        store.read(Run(0, 77, 10 * PAGE_BYTES, 0), 0, view[78 : 78 + 10 * PAGE_BYTES])
+        assert around
+    store.close()
+
+
 @pytest.mark.parametrize("offset", [SIZE_BYTES - 10, SIZE_BYTES - PAGE_BYTES, SIZE_BYTES, SIZE_BYTES + 5 * PAGE_BYTES])
 def test_a_read_past_the_end_is_an_error_that_names_the_file(store: DiskStore, file: Path, offset: int) -> None:
     with pytest.raises(OSError, match="file ends before byte") as caught:
@@ -113,9 +146,13 @@ def test_reads_that_the_kernel_cuts_short_are_continued(file: Path, monkeypatch:
 
     for io in ("direct", "buffered"):
         store = open_store(file, io)
-        with monkeypatch.context() as patch:
+        memory = mmap.mmap(-1, 8 * PAGE_BYTES)
+        with monkeypatch.context() as patch, memoryview(memory) as view:
             patch.setattr(os, "preadv", short)
-            assert read(store, 77, 5 * PAGE_BYTES) == file.read_bytes()[77 : 77 + 5 * PAGE_BYTES]
+            expected = file.read_bytes()[77 : 77 + 5 * PAGE_BYTES]
+            assert read(store, 77, 5 * PAGE_BYTES) == expected
+            store.read(Run(0, 77, 5 * PAGE_BYTES, 0), 0, view[77 : 77 + 5 * PAGE_BYTES])
+            assert view[77 : 77 + 5 * PAGE_BYTES] == expected
         store.close()
 
 

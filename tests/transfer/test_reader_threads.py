@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -302,3 +303,23 @@ def test_a_hastened_prefetch_gets_all_readers() -> None:
     finally:
         transfer.close()
     assert crowd.most[False] > 2
+
+
+def test_chunks_meet_where_pages_of_the_file_do() -> None:
+    expert, reads = ExpertId(0, 0), []
+
+    class Noting(MemorySource):
+        def runs(self, expert: ExpertId) -> Sequence[Run]:
+            return [replace(run, file_offset_bytes=run.file_offset_bytes + 100) for run in super().runs(expert)]
+
+        def read(self, run: Run, start_bytes: int, into: memoryview) -> None:
+            reads.append((run.file_offset_bytes + start_bytes, len(into)))
+            super().read(run, start_bytes, into)
+
+    source = Noting({expert: b"x" * 30_000})
+    slots = slots_for(source)
+    with reading(source, threads=1, chunk_bytes=8192) as transfer:
+        submit(transfer, slots)
+        collect(transfer, 1)
+    assert slots == source.experts
+    assert sorted(reads) == [(100, 8092), (8192, 8192), (16384, 8192), (24576, 5524)]

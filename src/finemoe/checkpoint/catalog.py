@@ -7,8 +7,9 @@ code that defines it. Addresses stand for rows: a tensor `[.., R, C]` of weights
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -16,8 +17,9 @@ import torch
 from finemoe.errors import CheckpointError, UnsupportedModelError
 from finemoe.types import ExpertId, Run
 
-ALIGN_BYTES = 64  # of every parameter inside a slot: what torch's own allocator gives
+ALIGN_BYTES = 64  # of a small parameter inside a slot: what torch's own allocator gives
 PAGE_BYTES = 4096
+PLACED_BYTES = 16 * PAGE_BYTES  # a parameter this long keeps its place within a page of its file
 _MANY_BREAKS = 8  # jumps in one parameter's rows beyond which they are read in file order instead
 _FILE_SHIFT = 44  # an address is file << 44 | offset: 16 TiB a file
 _OFFSET_MASK = (1 << _FILE_SHIFT) - 1
@@ -36,7 +38,6 @@ class Field:
     shape: tuple[int, ...]
     stored_shape: tuple[int, ...]
     dtype: torch.dtype
-    offset_bytes: int
     length_bytes: int
     transposed: bool = False
     order: torch.Tensor | None = None  # int64 [rows]
@@ -49,12 +50,17 @@ class Field:
 
 @dataclass(frozen=True, eq=False)
 class LayerLayout:
-    """What all experts of one MoE layer have in common."""
+    """What all experts of one MoE layer have in common, and where in a slot each keeps its parameters.
+
+    Large parameters keep the place within a page that they have in their file, so that whole pages are read straight
+    into the slot. Experts differ in that; `offsets_bytes` `[expert]` has, for each of `fields`, its start in the slot.
+    """
 
     module: str  # name of the experts module
     experts: int
     fields: tuple[Field, ...]
-    length_bytes: int  # of one expert, padding between parameters included
+    offsets_bytes: tuple[tuple[int, ...], ...]
+    length_bytes: int  # of the longest expert, padding included
 
     @property
     def weight_bytes(self) -> int:
@@ -86,7 +92,7 @@ class Catalog:
     def slot_bytes(self) -> int:
         """Bytes of one slot: the largest expert; whole pages unless experts are tiny."""
         largest = max(layout.length_bytes for layout in self.layouts)
-        return _round_up(largest, PAGE_BYTES if largest >= 16 * PAGE_BYTES else ALIGN_BYTES)
+        return _round_up(largest, PAGE_BYTES if largest >= PLACED_BYTES else ALIGN_BYTES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,12 +159,12 @@ class LayerBuilder:
         self._module = module
         self._experts = experts
         self._fields: list[Field] = []
+        self._offsets: list[list[int]] = [[] for _ in range(experts)]
         self._runs: list[list[Run]] = [[] for _ in range(experts)]
-        self._end_bytes = 0
+        self._ends = [0] * experts  # of each expert's bytes
 
     def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, stored: _Addresses) -> None:
         """Append a parameter (`shape` is one expert's) whose rows are where `stored` says."""
-        offset_bytes = _round_up(self._end_bytes, ALIGN_BYTES)
         rows = stored.rows
         order = None
         if _most_breaks(rows, stored.row_bytes) > _MANY_BREAKS:
@@ -169,16 +175,36 @@ class LayerBuilder:
             stored_shape: tuple[int, ...] = (len(order), 1)
         else:
             stored_shape = stored.stored_shape
-        self._fields.append(
-            Field(name, shape, stored_shape, dtype, offset_bytes, length_bytes, stored.transposed, order)
-        )
+        self._fields.append(Field(name, shape, stored_shape, dtype, length_bytes, stored.transposed, order))
         for expert in range(self._experts):
-            self._runs[expert].extend(_join(rows[expert], stored.row_bytes, offset_bytes))
-        self._end_bytes = offset_bytes + length_bytes
+            runs = _join(rows[expert], stored.row_bytes)
+            offset_bytes = _place(self._ends[expert], runs, length_bytes, dtype.itemsize)
+            self._offsets[expert].append(offset_bytes)
+            self._runs[expert].extend(
+                replace(run, slot_offset_bytes=run.slot_offset_bytes + offset_bytes) for run in runs
+            )
+            self._ends[expert] = offset_bytes + length_bytes
 
     def build(self) -> tuple[LayerLayout, dict[ExpertId, tuple[Run, ...]]]:
-        layout = LayerLayout(self._module, self._experts, tuple(self._fields), self._end_bytes)
+        offsets_bytes = tuple(map(tuple, self._offsets))
+        layout = LayerLayout(self._module, self._experts, tuple(self._fields), offsets_bytes, max(self._ends))
         return layout, {ExpertId(self._layer, e): tuple(runs) for e, runs in enumerate(self._runs)}
+
+
+def _place(end_bytes: int, runs: Sequence[Run], length_bytes: int, item_bytes: int) -> int:
+    """Where in a slot a parameter starts: after `end_bytes`, and where most of its bytes are within a page of the file.
+
+    Args:
+        runs: the parameter's stretches, counted from its own start.
+    """
+    if length_bytes >= PLACED_BYTES:
+        fits: Counter[int] = Counter()
+        for run in runs:
+            fits[(run.file_offset_bytes - run.slot_offset_bytes) % PAGE_BYTES] += run.length_bytes
+        place = fits.most_common(1)[0][0]
+        if place % item_bytes == 0:
+            return end_bytes + (place - end_bytes) % PAGE_BYTES
+    return _round_up(end_bytes, ALIGN_BYTES)
 
 
 def _most_breaks(rows: torch.Tensor, row_bytes: int) -> int:
@@ -199,8 +225,8 @@ def _common_order(name: str, ranks: torch.Tensor) -> torch.Tensor | None:
     return torch.argsort(ranks[0])
 
 
-def _join(addresses: torch.Tensor, row_bytes: int, slot_offset_bytes: int) -> list[Run]:
-    """Ascending row addresses of one expert, joined into as few stretches as possible."""
+def _join(addresses: torch.Tensor, row_bytes: int) -> list[Run]:
+    """Row addresses of one expert's parameter, joined into as few stretches as possible, counted from its start."""
     breaks = (torch.nonzero(addresses[1:] - addresses[:-1] != row_bytes).flatten() + 1).tolist()
     bounds = [0, *breaks, len(addresses)]
     runs = []
@@ -211,7 +237,7 @@ def _join(addresses: torch.Tensor, row_bytes: int, slot_offset_bytes: int) -> li
                 address >> _FILE_SHIFT,
                 address & _OFFSET_MASK,
                 (end - start) * row_bytes,
-                slot_offset_bytes + start * row_bytes,
+                start * row_bytes,
             )
         )
     return runs

@@ -64,6 +64,8 @@ def summary(reply: Reply) -> str:
     )
     if stats.precision is not None:
         experts += f"; {stats.prefetched} prefetched, {stats.precision:.1%} of them used"
+    if stats.paused:
+        experts += f"; paused for {stats.paused} tokens, as they did not pay"
     held = stats.link_bandwidth_bytes_s
     how = f"{stats.io} I/O" if held is None else f"{stats.io} I/O, link held to {format_bytes(held)}/s"
     transfer = (

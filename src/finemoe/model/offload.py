@@ -17,7 +17,7 @@ from finemoe.experts import ExpertLayer
 from finemoe.explain import Explained
 from finemoe.maps import Keeper
 from finemoe.metrics import Stats
-from finemoe.policy.book import PREFETCHED, PREFETCHED_USED, WASTED
+from finemoe.policy.book import PAUSED, PREFETCHED, PREFETCHED_USED, REGRETTED, WASTED
 from finemoe.store import DiskStore, peak_rss_bytes
 
 
@@ -76,6 +76,8 @@ class Offload:
             prefetched=int(tally[PREFETCHED]),
             prefetched_used=int(tally[PREFETCHED_USED]),
             wasted=int(tally[WASTED]),
+            regretted=int(tally[REGRETTED]),
+            paused=int(tally[PAUSED]),
             searches=policy.searches if isinstance(policy, Beside) else 0,
             searches_late=policy.late if isinstance(policy, Beside) else 0,
             bytes_read=self._engine.transfer.moved_bytes - self._read_before,

@@ -34,6 +34,7 @@ class Policy:
         needs: what it predicts from, of `gates`, `lookahead` and `predictors`; without it, it only evicts.
         uses: what it does better with, where there is any: of `gates` and `lookahead`.
         substitutes: what stands in where an input of the published policy is missing, by that input's name.
+        pauses: does not prefetch while that does not pay (`book.review`).
         remembers: what it learns is worth keeping: `knowledge` hands it out, `recall` takes it in.
         clairvoyant: knows the future: a bound, for the simulator alone.
         compiles: its constructor takes `jit`.
@@ -53,6 +54,7 @@ class Policy:
     needs: ClassVar[frozenset[str]] = frozenset()
     uses: ClassVar[frozenset[str]] = frozenset()
     substitutes: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    pauses: bool = False
     remembers: ClassVar[bool] = False
     clairvoyant: ClassVar[bool] = False
     compiles: ClassVar[bool] = False

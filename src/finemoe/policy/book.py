@@ -17,7 +17,10 @@ Scores = npt.NDArray[np.float64]
 
 ABSENT, LOADING, RESIDENT = 0, 1, 2
 FREE, NONE = -1, -2  # instead of a victim's index: a free slot was there; there is nothing to be had
-EVICTED, PREFETCHED, PREFETCHED_USED, WASTED = range(4)  # of Book.tally
+EVICTED, PREFETCHED, PREFETCHED_USED, WASTED, REGRETTED, PAUSED = range(6)  # of Book.tally
+TRIED, GAINED, LOST, PAUSE = range(4)  # of Book.account
+WINDOW = 256  # prefetches over which it is judged whether they pay: a few iterations' worth
+PAUSE_ITERATIONS = 64  # then they are tried again: other requests may be more predictable
 
 
 class Book(NamedTuple):
@@ -26,9 +29,11 @@ class Book(NamedTuple):
     status: npt.NDArray[np.uint8]
     pinned: npt.NDArray[np.bool_]  # needed by the layer under way, and not used yet
     fresh: npt.NDArray[np.bool_]  # came, or is coming, by prefetch, and was not needed yet
+    displaced: npt.NDArray[np.bool_]  # absent, because its slot went to a prefetch
     device: npt.NDArray[np.uint8]  # where it lives: round-robin
     room: npt.NDArray[np.int64]  # [devices], free slots
-    tally: npt.NDArray[np.int64]  # [4], see above
+    tally: npt.NDArray[np.int64]  # [6], see above
+    account: npt.NDArray[np.int64]  # [4]: what prefetches brought and cost, see `review`
 
 
 def make_book(layers: int, experts: int, capacity: int, devices: int = 1) -> Book:
@@ -38,9 +43,11 @@ def make_book(layers: int, experts: int, capacity: int, devices: int = 1) -> Boo
         status=np.zeros(size, np.uint8),
         pinned=np.zeros(size, np.bool_),
         fresh=np.zeros(size, np.bool_),
+        displaced=np.zeros(size, np.bool_),
         device=(np.arange(size) % devices).astype(np.uint8),
         room=np.array([(capacity + devices - 1 - i) // devices for i in range(devices)], np.int64),
-        tally=np.zeros(4, np.int64),
+        tally=np.zeros(6, np.int64),
+        account=np.zeros(4, np.int64),
     )
 
 
@@ -88,6 +95,11 @@ def need(book: Book, expert: int) -> int:
     if book.fresh[expert]:
         book.fresh[expert] = False
         book.tally[PREFETCHED_USED] += 1
+        book.account[GAINED] += 1
+    elif book.displaced[expert]:
+        book.displaced[expert] = False
+        book.tally[REGRETTED] += 1
+        book.account[LOST] += 1
     return int(book.status[expert])
 
 
@@ -97,8 +109,28 @@ def begin_prefetch(book: Book, worth: Scores, expert: int) -> int:
     victim = take_slot(book, worth, book.device[expert])
     book.status[expert] = LOADING
     book.fresh[expert] = True
+    book.displaced[expert] = False
+    if victim >= 0:
+        book.displaced[victim] = True
     book.tally[PREFETCHED] += 1
+    book.account[TRIED] += 1
     return victim
+
+
+@kernel
+def review(book: Book) -> None:
+    """An iteration begins: after every `WINDOW` prefetches, pauses them if they did not pay.
+
+    They pay if more of them were needed than of the experts that had made room for them. Moving them costs nothing
+    here, as they only use a link that is idle.
+    """
+    if book.account[PAUSE] > 0:
+        book.account[PAUSE] -= 1
+    elif book.account[TRIED] >= WINDOW:
+        if book.account[GAINED] <= book.account[LOST]:
+            book.account[PAUSE] = PAUSE_ITERATIONS
+        book.account[:PAUSE] = 0
+    book.tally[PAUSED] += book.account[PAUSE] > 0
 
 
 @kernel
@@ -131,12 +163,12 @@ def most_wanted(book: Book, want: Scores, device: int) -> int:
 
 @kernel
 def choose_prefetch(book: Book, worth: Scores, want: Scores, margin: float, device: int) -> int:
-    """The absent expert that is wanted most (`want` above 0; it may be empty), or `NONE`. Changes nothing.
+    """The absent expert that is wanted most (`want` above 0; it may be empty), or `NONE`, as while paused.
 
     It must be worth its victim: wanted by more than `margin` above the victim's worth. With a margin of `-inf` the two
     scores are not comparable; then it must only be wanted more than its victim is.
     """
-    best = most_wanted(book, want, device) if len(want) else NONE
+    best = most_wanted(book, want, device) if len(want) and book.account[PAUSE] == 0 else NONE
     if best == NONE:
         return NONE
     if book.room[device] > 0:

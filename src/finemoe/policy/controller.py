@@ -28,6 +28,7 @@ from finemoe.policy.book import (
     give_up,
     make_book,
     need,
+    review,
     still_wanted,
     take_slot,
 )
@@ -62,6 +63,8 @@ class Controller:
 
     def begin(self, steps: Sequence[Step]) -> None:
         """An iteration begins."""
+        if self.policy.pauses:
+            review(self.book)
         self.policy.begin(steps)
         if self.ledger is not None:
             self.ledger.begin()
@@ -148,6 +151,7 @@ class Controller:
         book.status[:] = ABSENT
         book.pinned[:] = False
         book.fresh[:] = False
+        book.displaced[:] = False
         book.room[:] = make_book(1, 1, self.capacity, len(book.room)).room
         self._waiting.clear()
 

@@ -125,7 +125,8 @@ class Finemoe(Policy):
         without: parts to leave out, to see what they are good for. `prefetch`: eviction alone. `own`: a request's
             iterations enter the store when it ends. `neighbours`: the nearest row alone. `successors`: nothing said of
             the next tokens but frequencies. `context`, `tokens`: nothing of the iteration before, or the input token.
-            `lookahead`, `prompts`: gates ahead, and prompts' embeddings, are not looked at.
+            `lookahead`, `prompts`: gates ahead, and prompts' embeddings, are not looked at. `pause`: goes on with
+            prefetches that do not pay.
         jit: compiles the search.
     """
 
@@ -133,7 +134,7 @@ class Finemoe(Policy):
     prefetches = True
     remembers = True
     compiles = True
-    parts = ("prefetch", "own", "neighbours", "successors", "context", "tokens", "lookahead", "prompts")
+    parts = ("prefetch", "own", "neighbours", "successors", "context", "tokens", "lookahead", "prompts", "pause")
     settings = ("capacity",)
     margin = 0.1
     switch = 1.25
@@ -153,6 +154,7 @@ class Finemoe(Policy):
         self.without = without
         if "prefetch" not in without:
             self.want = self.worth  # one scale
+        self.pauses = "pause" not in without
         self.capacity = capacity or max(1, min(_MOST_ROWS, _STORE_BYTES // (layers * experts)))
         self.active = Active(active)
         self.constants = constants._replace(  # noqa: SLF001 - a named tuple's way

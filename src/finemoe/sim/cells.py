@@ -45,9 +45,11 @@ class Row:
     Times are per layer and in units of one layer's compute for one token, half of it before the gate and half after;
     `link_ratio` is the time to move one expert in the same unit. Rates are of all accesses; `precision` is prefetched
     and used / prefetched, `None` without a prefetch. `wasted` counts what was prefetched and evicted, or given up,
-    unused. `link_busy` is the share of the time that a link moves something, the mean over devices. `emulated` names
-    what was made up from the truth, and how. Percentiles are of whole iterations, per layer. `time_per_layer_low` and
-    `_high` are a 95% interval of `time_per_layer`, bootstrapped over requests; `None` where requests are interleaved.
+    unused; `regretted`, misses of experts that had made room for a prefetch. `paused` is the share of iterations in
+    which a policy did not prefetch because that did not pay. `link_busy` is the share of the time that a link moves
+    something, the mean over devices. `emulated` names what was made up from the truth, and how. Percentiles are of
+    whole iterations, per layer. `time_per_layer_low` and `_high` are a 95% interval of `time_per_layer`, bootstrapped
+    over requests; `None` where requests are interleaved.
     """
 
     policy: str
@@ -65,6 +67,8 @@ class Row:
     time_per_layer_p99: float
     transfers_per_layer: float
     wasted_per_layer: float
+    regretted_per_layer: float
+    paused: float
     precision: float | None
     link_busy: float
     emulated: str | None = None
@@ -197,6 +201,8 @@ def summarise(cell: Cell, machine: Machine, outcome: Outcome, emulated: str | No
         time_per_layer_p99=float(p99),
         transfers_per_layer=(outcome.misses + outcome.prefetched) / layers,
         wasted_per_layer=outcome.wasted / layers,
+        regretted_per_layer=outcome.regretted / layers,
+        paused=outcome.paused / max(1, outcome.iterations),
         precision=outcome.prefetched_used / outcome.prefetched if outcome.prefetched else None,
         link_busy=outcome.moved / (outcome.total * machine.devices) if outcome.total else 0.0,
         emulated=emulated,

@@ -10,7 +10,17 @@ import numpy as np
 
 from finemoe.errors import InvariantError
 from finemoe.policy import Policy
-from finemoe.policy.book import EVICTED, PREFETCHED, PREFETCHED_USED, WASTED, Scores, make_book
+from finemoe.policy.book import (
+    EVICTED,
+    PAUSED,
+    PREFETCHED,
+    PREFETCHED_USED,
+    REGRETTED,
+    WASTED,
+    Scores,
+    make_book,
+    review,
+)
 from finemoe.policy.cache import OnDemand
 from finemoe.policy.kernel import Jit, interpreted
 from finemoe.sim.evidence import Evidence
@@ -57,6 +67,8 @@ class Outcome:
     prefetched: int
     prefetched_used: int
     wasted: int  # prefetched, and evicted or withdrawn without having been needed
+    regretted: int  # misses of experts that had made room for a prefetch
+    paused: int  # iterations without prefetches, as these did not pay
     moved: float  # link time used
     total: float
     stall: float
@@ -121,14 +133,15 @@ class Replay:
             iterations=len(self.schedule), layers=self.schedule.layers, hits=int(counts[HITS]),
             late=int(counts[LATE]), misses=int(counts[MISSES]), evictions=int(book.tally[EVICTED]),
             prefetched=int(book.tally[PREFETCHED]), prefetched_used=int(book.tally[PREFETCHED_USED]),
-            wasted=int(book.tally[WASTED]), moved=float(wire.sums[MOVED]), total=float(clock[NOW]),
+            wasted=int(book.tally[WASTED]), regretted=int(book.tally[REGRETTED]),
+            paused=int(book.tally[PAUSED]), moved=float(wire.sums[MOVED]), total=float(clock[NOW]),
             stall=float(clock[STALL]), iteration_times=self.iteration_times, log=wire.log[: wire.logged[0]],
         )  # fmt: skip
 
     def _run(self, progress: Progress) -> None:
         schedule, policy, world = self.schedule, self.policy, self.world
         seen = policy.needs | policy.uses
-        pass_time_, serve_ = self._jit(pass_time), self._jit(serve)
+        pass_time_, serve_, review_ = self._jit(pass_time), self._jit(serve), self._jit(review)
         layers = schedule.layers
         bounds = schedule.ptr.tolist()
         offsets = [layer * schedule.experts for layer in range(layers)]
@@ -136,6 +149,8 @@ class Replay:
             begin, half = float(world.clock[NOW]), 0.5 * float(self.scales[iteration])
             gates = self.evidence.gates(schedule, iteration) if "gates" in seen else None
             lookahead = self.evidence.lookahead(schedule, iteration) if "lookahead" in seen else None
+            if policy.pauses:
+                review_(world.book)
             policy.begin(self.evidence.steps(schedule, iteration))
             pass_time_(world, half)
             for layer in range(layers):
