@@ -56,6 +56,7 @@ class ExpertLayer:
         self._lock = lock
         self._dtypes = dtypes
         self._views: dict[tuple[int, tuple[int, ...]], dict[str, Tensor]] = {}  # of a slot, by its parameters' offsets
+        self._as_stored = all(field.in_place and field.dtype == dtypes[field.name] for field in layout.fields)
         self._held: tuple[int, int, Iterator[tuple[int, int]]] | None = None  # twin: expert, slot, its serving
 
     def run(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -85,6 +86,8 @@ class ExpertLayer:
             assert self.engine is not None
             views = slot_views(self.engine.pool, slot, self.layout.fields, offsets_bytes)
             self._views[slot, offsets_bytes] = views
+        if self._as_stored:
+            return views
         parameters = {}
         for field in self.layout.fields:
             view = views[field.name]

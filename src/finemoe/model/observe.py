@@ -152,6 +152,9 @@ class Observer:
     def _mean(self, values: Tensor) -> Floats:
         """`[B, S, X]` to `[B, X]`, over the tokens that are no padding."""
         assert self._mask is not None
+        if self._mask.numel() == 1:  # decoding one request
+            only: Floats = values[:, 0].numpy()
+            return only
         mask = self._mask[:, :, None]
         means: Floats = ((values * mask).sum(1) / mask.sum(1).clamp_min(1)).numpy()
         return means

@@ -25,7 +25,7 @@ from finemoe.checkpoint import Catalog
 from finemoe.types import ExpertId, Run
 
 PAGE_BYTES = 4096
-CHUNK_BYTES = 1 << 20  # the largest read that callers should ask for at once
+CHUNK_BYTES = 2 << 20  # the largest read that callers should ask for at once
 
 
 class _Buffers(threading.local):
