@@ -23,7 +23,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 ORDER = (
     "errors", "types", "process", "folders", "config", "explain", "metrics", "checkpoint", "store", "policy",
     "compiled", "predictors", "maps", "pace", "transfer", "beside", "engine", "experts", "reference", "model",
-    "session", "forecast", "trace", "sim", "serving", "bench", "cli",
+    "session", "forecast", "trace", "replay", "sim", "serving", "bench", "cli",
 )  # fmt: skip
 ALONE = {"errors", "types"}  # the vocabulary rests on nothing
 REFERENCE_KNOWS = {"errors", "types", "config", "folders"}

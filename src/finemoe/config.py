@@ -19,6 +19,11 @@ for _power, _prefix in enumerate("kmgt", start=1):
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 _SHARE = re.compile(r"(-?\d+(?:\.\d+)?)\s*%")
 
+REPLAY_HELP = (
+    "for benchmarks: the trace whose recorded routing is forced onto the model, so that a model of random weights has "
+    "real locality; what it says means nothing, and all output says so"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -172,3 +177,10 @@ class GenerateConfig:
             raise ConfigError(f"--top-p: {self.top_p} is not above 0 and at most 1")
         if self.top_p < 1 and self.temperature == 0:
             raise ConfigError("--top-p: has no effect without sampling; give --temperature too")
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """Routing from a file instead of the model's own."""
+
+    replay_routing: str | None = field(default=None, metadata={"help": REPLAY_HELP})

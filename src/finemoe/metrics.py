@@ -64,6 +64,7 @@ class Stats:
     stalled_bytes: int
     peak_rss_bytes: int
     explained: tuple[Explained, ...] | None = None  # None where it was not asked for
+    replayed_routing: str | None = None  # the trace that was forced onto the model, for experiments
 
     @property
     def accesses(self) -> int:

@@ -47,6 +47,7 @@ def test_a_row_loads_as_the_settings_say() -> None:
         ({"threads": -1}, "--threads"),
         ({"timeout_s": 0.0}, "--timeout-s"),
         ({"reader_threads": 0}, "--reader-threads"),
+        ({"replay_routing": "t", "map_store": "m"}, "--map-store"),
     ],
 )
 def test_a_bad_value_is_refused_by_the_name_of_its_flag(values: dict[str, object], flag: str) -> None:

@@ -12,7 +12,9 @@ from finemoe.bench.run import run_bench, run_order
 from finemoe.bench.subject import Order, Subject
 from finemoe.bench.table import render
 from finemoe.errors import CheckpointError, ConfigError
+from finemoe.model import describe
 from tests.tiny import Make
+from tests.trace.make import make_header, make_trace
 
 
 def settings(folder: Path, **values: object) -> BenchConfig:
@@ -58,3 +60,30 @@ def test_a_missing_model_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_policy_is_refused(tiny: Make) -> None:
     with pytest.raises(ConfigError, match="--policy"):
         run_bench(settings(tiny(), policy="lucky"), lambda _: None)
+
+
+@pytest.mark.slow
+def test_all_rows_replay_the_same_routing(tiny: Make, tmp_path: Path) -> None:
+    folder, trace = tiny(dtype="bfloat16"), tmp_path / "trace"
+    sizes = describe(str(folder))
+    header = make_header(
+        ("weights",), layers=sizes.layers, experts=sizes.catalog.layouts[0].experts, active=sizes.active
+    )
+    make_trace(trace, 2, header)
+    config = settings(folder, expert_memory="75%", baselines="eager,grouped_mm,disk-offload", replay_routing=str(trace))
+    report = run_bench(config, lambda _: None)
+    assert [row.error for row in report.rows] == [None] * 4
+    assert [row.tokens_equal for row in report.rows] == [True] * 4
+    assert f"routing  of all rows replayed from {trace}" in render(report)
+    assert report.as_dict()["replayed_routing"] == str(trace)
+    plain = run_bench(settings(folder, expert_memory="75%", baselines="none"), lambda _: None)
+    assert "replayed" not in render(plain)
+    ours = [report.rows[0].runs[0].measured, plain.rows[0].runs[0].measured]
+    assert ours[0] is not None and ours[1] is not None
+    assert ours[0].logits != ours[1].logits
+
+
+def test_routing_of_another_shape_is_refused_before_anything_runs(tiny: Make, tmp_path: Path) -> None:
+    make_trace(tmp_path / "trace", 1, make_header(("weights",), layers=1, experts=3))
+    with pytest.raises(ConfigError, match=r"--replay-routing: .* routes to 2 of 3"):
+        run_bench(settings(tiny(), replay_routing=str(tmp_path / "trace")), lambda _: None)

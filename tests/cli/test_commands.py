@@ -19,6 +19,7 @@ from finemoe.cli import COMMANDS, INTERRUPTED, main
 from finemoe.config import GenerateConfig, LoadConfig
 from finemoe.store import DiskStore
 from tests.chat_model import make_chat_model
+from tests.trace.make import make_header, make_trace
 
 Capture = pytest.CaptureFixture[str]
 CONTRACT = {
@@ -268,3 +269,17 @@ def test_a_conversation_remembers_and_forgets(capsys: Capture, model: str, monke
     assert replies[0]["token_ids"] == replies[2]["token_ids"]
     assert "hits" in errors
     assert "no command /fly" in errors
+
+
+def test_replayed_routing_is_marked_in_all_output(model: str, capsys: Capture, tmp_path: Path) -> None:
+    trace = str(tmp_path / "trace")
+    make_trace(Path(trace), 2, make_header(("weights", "probs"), active=3))
+    given = ("generate", "Hello", "--model", model, "--max-new-tokens", "3", "--policy", "finemoe")
+    assert answered(capsys, *given, "--json", "--replay-routing", trace)["replayed_routing"] == trace
+    assert answered(capsys, *given, "--json")["replayed_routing"] is None
+    assert main([*given, "--replay-routing", trace]) == 0
+    assert f"routing replayed from {trace}" in capsys.readouterr().err
+    named = refused(capsys, *given, "--replay-routing", trace, "--map-store", str(tmp_path / "maps"))
+    assert named.startswith("--map-store: maps of replayed routing")
+    assert refused(capsys, *given, "--replay-routing", "nowhere") == "--replay-routing: nowhere: there is no such trace"
+    assert "replay-routing" in refused(capsys, "chat", "--replay-routing", trace)

@@ -50,13 +50,19 @@ def _answer(model: Any, request: Request, new_tokens: int, ends: set[int | None]
         return taken_s
 
     count = _Count(model)
-    seconds = [step(torch.tensor([request]).split(piece, dim=1))]
+    seconds = [step(pieces(request, piece))]
     prompt = count.phase(seconds)
     seconds = []
     while len(tokens) < new_tokens and tokens[-1] not in ends:
         seconds.append(step([torch.tensor([tokens[-1:]])]))
     decode = count.phase(seconds)
     return Answer(len(request), prompt, decode, tuple(tokens), logits.hexdigest()[:16])
+
+
+def pieces(prompt: Sequence[int], most: int) -> list[Tensor]:
+    """A prompt's ids `[1, n]`, at most so many at a time; none alone after others, which would look like decoding."""
+    ids = torch.tensor([list(prompt)])
+    return list(ids.tensor_split(-(-ids.shape[1] // most), dim=1))
 
 
 class _Count:

@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig
 
-from finemoe.bench.answering import answer_all
+from finemoe.bench.answering import answer_all, pieces
 from finemoe.bench.answers import Answered
 from finemoe.bench.config import BATCHED
 from finemoe.bench.link import evict, probe
@@ -30,6 +30,7 @@ from finemoe.config import LoadConfig, format_bytes
 from finemoe.errors import BudgetError, FinemoeError
 from finemoe.model import load_config, model_class
 from finemoe.process import return_freed_memory, unmap_idle_code
+from finemoe.replay import replay_routing
 from finemoe.store import available_bytes, peak_rss_bytes
 
 PROBE_BYTES = 48 << 20  # before each token
@@ -42,6 +43,8 @@ def _loaded(order: Order) -> tuple[Any, float]:
         torch.set_num_threads(order.threads)
     start_s = time.perf_counter()
     model = _load(order)
+    if order.replay_routing is not None:
+        replay_routing(model, order.replay_routing)
     if order.subject.kind == "finemoe":
         unmap_idle_code()
     return model, time.perf_counter() - start_s
@@ -164,7 +167,7 @@ def _generate(
         return last, last.argmax(-1)
 
     phases: list[Phase] = []
-    inputs = list(torch.tensor([list(prompt)]).split(piece, dim=1))
+    inputs = pieces(prompt, piece)
     for steps in (1, new_tokens - 1):
         meter = _Meter(model, prober)
         for _ in range(steps):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from itertools import product
 
-from finemoe.config import LoadConfig
+from finemoe.config import REPLAY_HELP, LoadConfig
 from finemoe.errors import ConfigError
 from finemoe.maps import NOWHERE
 from finemoe.policy import policy_class
@@ -60,6 +60,7 @@ class BenchConfig(LoadConfig):
     )
     warm_prompts_limit: int | None = field(default=None, metadata={"help": "at most this many of --warm-prompts"})
     prompt_field: str | None = field(default=None, metadata={"help": "the JSON field that holds the prompt"})
+    replay_routing: str | None = field(default=None, metadata={"help": REPLAY_HELP})
     repeats: int = field(default=1, metadata={"help": "how often to measure each row, in turn; medians are shown"})
     threads: int = field(default=0, metadata={"help": "torch's threads; 0 leaves the choice to torch"})
     seed: int = field(default=0, metadata={"help": "seed of the prompts' random tokens"})
@@ -85,6 +86,8 @@ class BenchConfig(LoadConfig):
                 raise ConfigError(f"{_flag(name)}: {value} is not at least {least}")
         if self.timeout_s <= 0:
             raise ConfigError(f"--timeout-s: {self.timeout_s} is not above 0")
+        if self.replay_routing is not None and self.map_store != NOWHERE:
+            raise ConfigError("--map-store: maps of --replay-routing are not this model's; leave it out")
         self._check_predictors()
         self._check_requests()
 

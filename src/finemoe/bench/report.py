@@ -66,6 +66,7 @@ class BenchReport:
     rows: tuple[Row, ...]
     fastest_resident: str | None  # name of the row
     link_held_bytes_s: float | None = None  # finemoe's rows; None where it is not
+    replayed_routing: str | None = None  # the trace whose routing was forced onto all rows
     names: tuple[str, ...] = NAMES  # of the figures
     requests: dict[str, int] | None = None  # real prompts: how many, and their tokens; None where tokens were random
 
@@ -92,6 +93,7 @@ class BenchReport:
                 "probes_bytes_s": list(self.link_bytes_s),
                 "held_bytes_s": self.link_held_bytes_s,
             },
+            "replayed_routing": self.replayed_routing,
             "fastest_resident": self.fastest_resident,
             "requests": self.requests,
             "tokens_equal": self.tokens_equal,

@@ -28,6 +28,7 @@ from finemoe.checkpoint import Checkpoint, locate
 from finemoe.errors import CheckpointError
 from finemoe.model import describe, read_config, reference_model
 from finemoe.process import available_cores
+from finemoe.replay import check_fit, open_routing
 
 Log = Callable[[str], None]
 
@@ -42,7 +43,12 @@ def run_bench(config: BenchConfig, log: Log) -> BenchReport:
         FinemoeError: there is nothing to measure: no such model, policy or weights.
     """
     checkpoint = locate(config.model or reference_model(), config.revision)
-    catalog = describe(str(checkpoint.folder), trust_remote_code=config.trust_remote_code).catalog
+    described = describe(str(checkpoint.folder), trust_remote_code=config.trust_remote_code)
+    catalog = described.catalog
+    if config.replay_routing is not None:
+        experts = [layout.experts for layout in catalog.layouts]
+        with open_routing(config.replay_routing) as trace:
+            check_fit(trace, checkpoint.name, described.layers, experts, described.active)
     expert_bytes = catalog.weight_bytes // catalog.experts
     requests = read_requests(config, checkpoint, log)
     bench = _Bench(replace(config, model=str(checkpoint.folder)), checkpoint, expert_bytes, requests, log)
@@ -52,6 +58,7 @@ def run_bench(config: BenchConfig, log: Log) -> BenchReport:
         model=checkpoint.name,
         host=describe_host(),
         link_held_bytes_s=config.link_bandwidth_bytes_s,
+        replayed_routing=config.replay_routing,
         settings={name: value for name, value in asdict(config).items() if name != "model"},
         link_direct=all(probe.direct for probe in bench.probes),
         link_bytes_s=tuple(probe.bandwidth_bytes_s for probe in bench.probes),
@@ -164,6 +171,7 @@ class _Bench:
                 offload_folder=scratch,
                 requests=self._requests.measured,
                 warm=self._requests.warm,
+                replay_routing=config.replay_routing,
             )
             return run_order(order, Path(scratch), config.timeout_s)
 

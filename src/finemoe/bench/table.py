@@ -21,6 +21,7 @@ def render(report: BenchReport) -> str:
         "host  " + ", ".join(f"{key} {value}" for key, value in report.host.items()),
         _link_line(report),
         *_held_lines(report),
+        *_replay_lines(report),
         *_request_lines(report),
         "",
         *_align([[title for title, _ in columns], *([cell(row) for _, cell in columns] for row in report.rows)]),
@@ -53,6 +54,13 @@ def _link_line(report: BenchReport) -> str:
 def _held_lines(report: BenchReport) -> list[str]:
     held = report.link_held_bytes_s
     return [] if held is None else [f"link  finemoe's held to {format_bytes(held)}/s (--link-bandwidth)"]
+
+
+def _replay_lines(report: BenchReport) -> list[str]:
+    trace = report.replayed_routing
+    return (
+        [] if trace is None else [f"routing  of all rows replayed from {trace} (--replay-routing); words mean nothing"]
+    )
 
 
 def _request_lines(report: BenchReport) -> list[str]:

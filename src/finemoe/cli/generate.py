@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from finemoe.cli.flags import add_flags, read_flags
-from finemoe.config import GenerateConfig, LoadConfig, format_bytes
+from finemoe.config import GenerateConfig, LoadConfig, ReplayConfig, format_bytes
 from finemoe.explain import explain_table
+from finemoe.maps import NOWHERE
 from finemoe.process import unmap_idle_code
 
 if TYPE_CHECKING:
@@ -22,14 +24,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document, and nothing else")
     add_flags(parser, LoadConfig)
     add_flags(parser, GenerateConfig)
+    add_flags(parser, ReplayConfig)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit status."""
     load_config, generate_config = read_flags(arguments, LoadConfig), read_flags(arguments, GenerateConfig)
+    trace = read_flags(arguments, ReplayConfig).replay_routing
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     from finemoe.model import load_config as load
+    from finemoe.replay import open_routing, replay_routing
     from finemoe.session import Session
+
+    routing = None if trace is None else open_routing(trace)
+    if routing is not None and load_config.map_store is None:
+        load_config = replace(load_config, map_store=NOWHERE)  # what is learned is not this model's
 
     def show(text: str) -> None:
         arguments.interrupts.check()
@@ -37,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
             print(text, end="", flush=True)
 
     with load(load_config) as model:
+        if routing is not None:
+            replay_routing(model, routing)
         session = Session(model)
         unmap_idle_code()
         arguments.interrupts.check()
@@ -72,5 +83,10 @@ def summary(reply: Reply) -> str:
         f"read {format_bytes(stats.bytes_read)} ({how}), waited for it {reply.stall_share:.0%} of the time; "
         f"peak memory {format_bytes(stats.peak_rss_bytes)}"
     )
+    replayed = (
+        ""
+        if stats.replayed_routing is None
+        else f"\nrouting replayed from {stats.replayed_routing}: words mean nothing"
+    )
     explained = "" if stats.explained is None else f"\n\n{explain_table(stats.explained)}"
-    return f"\n{tokens}\n{experts}\n{transfer}{explained}"
+    return f"\n{tokens}\n{experts}\n{transfer}{replayed}{explained}"

@@ -1,15 +1,14 @@
 """Tells the engine of a running model what policies listen to: iterations, gate distributions, lookahead.
 
 Nothing that the model computes is changed. Where a gate can't be tapped, the executed weights stand in for its
-distribution: the selected experts alone, summing to 1.
+distribution: the selected experts alone, summing to 1. Where routing is forced, so is what the gates say (`Evidence`).
 """
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +17,23 @@ from torch import Tensor, nn
 
 from finemoe.engine import Engine
 from finemoe.experts import ExpertLayer
+from finemoe.model.passes import read_pass
 from finemoe.model.routers import Router, Scale, find_routers, normalise, scale_of, scores_of
 from finemoe.types import DECODE, PREFILL, Step
 
 Floats = npt.NDArray[np.float32]
+
+
+class Evidence(Protocol):
+    """What stands in for the gates of a model whose routing is forced. Of the pass that runs, `T` tokens."""
+
+    lookahead: int  # for how many layers ahead it knows
+
+    def gates(self, layer: int) -> Tensor | None:
+        """Distributions `[T, E]`; `None` where they are not known."""
+
+    def ahead(self, layer: int, distance: int) -> Tensor | None:
+        """Distributions `[T, E]` of the layer `distance` on; `None` where they are not known."""
 
 
 class Observer:
@@ -53,6 +65,12 @@ class Observer:
         self._scores: dict[int, Tensor] = {}  # by layer, of the pass
         self._ahead: dict[tuple[int, int], Tensor] = {}  # by layer and distance, of the pass
         self._scale: Scale | None = None
+        self._evidence: Evidence | None = None
+
+    def stand_in(self, evidence: Evidence) -> None:
+        """Show this from now on instead of what the model's own gates say."""
+        self._evidence = evidence
+        self.lookahead = min(self.lookahead, evidence.lookahead)
 
     def attach(self) -> None:
         """Start listening."""
@@ -65,11 +83,7 @@ class Observer:
                 router.module.register_forward_hook(self._on_router(layer, router), with_kwargs=True)
 
     def _on_pass(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        given = inspect.signature(module.forward).bind_partial(*arguments, **keywords).arguments
-        given |= given.pop("kwargs", {})
-        mask, past = given.get("attention_mask"), given.get("past_key_values")
-        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        self._fresh = past is None or not hasattr(past, "get_seq_length") or past.get_seq_length() == 0
+        self._mask, self._fresh = read_pass(module, arguments, keywords)
         self._running = False
         self._scores.clear()
         self._ahead.clear()
@@ -101,7 +115,7 @@ class Observer:
 
     def _on_router(self, layer: int, router: Router) -> Callable[..., None]:
         def collect(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-            if not self._running:
+            if not self._running or self._evidence is not None:
                 return
             self._scores[layer] = scores_of(router, output)
             for distance in range(1, min(self.lookahead, len(self._handles) - 1 - layer) + 1):
@@ -123,15 +137,24 @@ class Observer:
                 return gates, None
             ahead = np.zeros((len(gates), self.lookahead, self.experts), np.float32)
             for distance in range(1, self.lookahead + 1):
-                scores = self._ahead.get((layer, distance))
-                if scores is not None and scores.shape[-1] == self.experts:
-                    ahead[:, distance - 1] = self._mean(self._split(normalise(scores, self._scale or "softmax")))
+                foreseen = self._foreseen(layer, distance)
+                if foreseen is not None and foreseen.shape[-1] == self.experts:
+                    ahead[:, distance - 1] = self._mean(self._split(foreseen))
             return gates, ahead
 
         return listen
 
+    def _foreseen(self, layer: int, distance: int) -> Tensor | None:
+        """`[T, E]`: what the gate `distance` layers on says of this layer's hidden states."""
+        if self._evidence is not None:
+            return self._evidence.ahead(layer, distance)
+        scores = self._ahead.get((layer, distance))
+        return None if scores is None else normalise(scores, self._scale or "softmax")
+
     def _distribution(self, layer: int, ids: Tensor, weights: Tensor) -> Tensor:
         """`[T, E]`: the gate's, or what the executed weights say of it."""
+        if self._evidence is not None and (recorded := self._evidence.gates(layer)) is not None:
+            return recorded / recorded.sum(1, keepdim=True).clamp_min(1e-30)
         scores = self._scores.get(layer)
         if scores is not None and scores.shape == (ids.shape[0], self.experts):
             if self._scale is None:

@@ -17,6 +17,7 @@ from finemoe.experts import ExpertLayer
 from finemoe.explain import Explained
 from finemoe.maps import Keeper
 from finemoe.metrics import Stats
+from finemoe.model.observe import Evidence, Observer
 from finemoe.policy.book import PAUSED, PREFETCHED, PREFETCHED_USED, REGRETTED, WASTED
 from finemoe.store import DiskStore, peak_rss_bytes
 
@@ -35,6 +36,7 @@ class Offload:
         config: LoadConfig,
         *,
         keeper: Keeper | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.catalog = catalog
@@ -45,6 +47,8 @@ class Offload:
         self._layers = layers
         self._lock = lock
         self._keeper = keeper
+        self._observer = observer
+        self.replayed_routing: str | None = None  # the trace that stands in for the routers
         self._closed = False
         self._read_before = 0
 
@@ -85,7 +89,22 @@ class Offload:
             stalled_bytes=counters.stalled_bytes,
             peak_rss_bytes=peak_rss_bytes(),
             explained=None if ledger is None else ledger.explained(),
+            replayed_routing=self.replayed_routing,
         )
+
+    def stand_in(self, evidence: Evidence, name: str) -> None:
+        """The model's routing is forced: policies hear `evidence`, and statistics name the trace that it comes from.
+
+        Raises:
+            ConfigError: the policy needs what the trace lacks, or would keep what it learns as if it were this model's.
+        """
+        if "lookahead" in self._engine.controller.policy.needs and not evidence.lookahead:
+            raise ConfigError(f"--replay-routing: {name} has no lookahead, which --policy {self.policy} needs")
+        if self._keeper is not None:
+            raise ConfigError(f"--map-store: maps of replayed routing are not this model's; give none ({name})")
+        self.replayed_routing = name
+        if self._observer is not None:
+            self._observer.stand_in(evidence)
 
     def explain(self) -> tuple[Explained, ...]:
         """What was predicted, hit, late, missed and wasted, by layer and by what had brought the experts in.
