@@ -1,16 +1,22 @@
 """Writes a Mixture-of-Experts checkpoint of real shape with random weights, to measure the data path on.
 
-    python scripts/make_checkpoint.py OUT [--shape olmoe-1b-7b] [--layers N] [--seed 0] [--check]
+    python scripts/make_checkpoint.py OUT [--shape olmoe-1b-7b] [--layers N] [--routing uniform] [--seed 0] [--check]
 
-The weights are noise, but the routing is uniform by construction; plain random weights route with extreme skew. Token
-embeddings are random vectors of RMS 1, attention and experts add little to them (`BRANCH_RMS`), and routers are random:
-so every layer routes every token by a random projection of its own, and a router sees something new with every token.
+The weights are noise, but the routing is uniform by construction (`--routing uniform`); plain random weights route with
+extreme skew. Token embeddings are random vectors of RMS 1, attention and experts add little to them (`BRANCH_RMS`), and
+routers are random: so every layer routes every token by a random projection of its own, and a router sees something new
+with every token.
 The head is random and not tied, so that greedy decoding wanders through the vocabulary. What experts add still decides
 between its first two candidates every few tokens, so that a wrong expert shows.
 
 Good for throughput only. Nothing about caching policies follows from it: no expert is ever more likely than another.
 
-Memory: one block of `BLOCK_ITEMS` weights; shards are written front to back, never held.
+With `--routing local` embeddings and head make routing balanced in the long run and local from token to token
+(`topics.py`), for engines that can't replay recorded routing. There is a tokenizer too (`t17` is token 17), and
+`prompts.txt`, one prompt a line.
+
+Memory: one block of `BLOCK_ITEMS` weights, with local routing three times the embeddings in float32; shards are written
+front to back, never held.
 """
 
 from __future__ import annotations
@@ -27,13 +33,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from topics import Topics, make_topics
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.core_model_loading import revert_weight_conversion
 
 BLOCK_ITEMS = 1 << 24  # weights drawn at a time: 64 MiB in float32
 SHARD_BYTES = 1 << 30
 BRANCH_RMS = 0.1  # of what one attention or experts block adds to the residual stream, whose RMS is 1
+BRANCH_LAYERS = 6  # with more layers each adds less, so that all together add as much
+PROMPTS, PROMPT_TOKENS = 32, 64
 ROUTER_STD = 1.5  # of router logits
 
 # the published shapes; only the number of layers is cut, to at least 4 GiB of experts
@@ -72,6 +82,17 @@ SHAPES: dict[str, tuple[str, int, dict[str, Any]]] = {  # name -> (model type, l
             "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
         },
     ),
+    # gpt-oss-20b's layers, experts and top-k, so that its recorded routing can be replayed; a third of its width, and
+    # Qwen3's modules, which other engines know
+    "gpt-oss-20b-narrow": (
+        "qwen3_moe",
+        24,
+        {
+            "hidden_size": 1024, "intermediate_size": 4096, "moe_intermediate_size": 1024, "num_experts": 32,
+            "num_experts_per_tok": 4, "norm_topk_prob": True, "num_attention_heads": 16, "num_key_value_heads": 4,
+            "head_dim": 64, "vocab_size": 32768, "max_position_embeddings": 4096,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -98,8 +119,11 @@ def tensor_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in sorted(stored.items())}
 
 
-def draw(name: str, shape: tuple[int, ...], seed: int) -> Iterator[torch.Tensor]:
+def draw(name: str, shape: tuple[int, ...], seed: int, layers: int, topics: Topics | None) -> Iterator[torch.Tensor]:
     """A tensor's values, a block of rows after another, in bfloat16. The same for the same name and seed."""
+    if topics is not None and name in {"model.embed_tokens.weight", "lm_head.weight"}:
+        yield (topics.embedding() if "embed" in name else topics.head()).to(torch.bfloat16)
+        return
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     if len(shape) == 1:
         yield torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
@@ -108,19 +132,20 @@ def draw(name: str, shape: tuple[int, ...], seed: int) -> Iterator[torch.Tensor]
     block = max(1, BLOCK_ITEMS // columns)
     for start in range(0, rows, block):
         values = torch.randn(min(block, rows - start), columns, generator=generator)
-        yield values.mul_(spread(name, columns)).to(torch.bfloat16)
+        yield values.mul_(spread(name, columns, layers)).to(torch.bfloat16)
 
 
-def spread(name: str, columns: int) -> float:
+def spread(name: str, columns: int, layers: int) -> float:
     """Standard deviation of a matrix: keeps a unit input's RMS, but for the few that shape the routing."""
+    branch_rms = BRANCH_RMS * min(1.0, BRANCH_LAYERS / layers) ** 0.5
     if "embed_tokens" in name:
         return 1.0
     if name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight")):
         return ROUTER_STD / math.sqrt(columns)
     if name.endswith("o_proj.weight"):
-        return BRANCH_RMS / math.sqrt(columns)
+        return branch_rms / math.sqrt(columns)
     if name.endswith(("down_proj.weight", ".w2.weight")):
-        return 6 * BRANCH_RMS / math.sqrt(columns)  # gated activations have RMS 0.5, gate weights an RMS sum below 0.5
+        return 6 * branch_rms / math.sqrt(columns)  # gated activations have RMS 0.5, gate weights an RMS sum below 0.5
     return 1 / math.sqrt(columns)
 
 
@@ -138,7 +163,9 @@ def shards(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
     return files
 
 
-def write_shard(path: Path, names: Iterable[str], shapes: dict[str, tuple[int, ...]], seed: int) -> None:
+def write_shard(
+    path: Path, names: Iterable[str], shapes: dict[str, tuple[int, ...]], seed: int, layers: int, topics: Topics | None
+) -> None:
     """One safetensors file: eight bytes of header length, the header, the tensors in its order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -150,7 +177,7 @@ def write_shard(path: Path, names: Iterable[str], shapes: dict[str, tuple[int, .
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for name in names:
-            for block in draw(name, shapes[name], seed):
+            for block in draw(name, shapes[name], seed, layers, topics):
                 file.write(block.view(torch.uint8).numpy())
         finish(file)
 
@@ -163,15 +190,30 @@ def finish(file: BinaryIO) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def write(folder: Path, config: PreTrainedConfig, seed: int) -> None:
+def write_words(folder: Path, topics: Topics, seed: int) -> None:
+    """A tokenizer that calls token 17 `t17`, and prompts that go as the model's own answers do."""
+    words = {f"t{token}": token for token in range(len(topics.topic))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    generator = torch.Generator().manual_seed(seed + 1)
+    walks = [topics.walk(PROMPT_TOKENS, generator) for _ in range(PROMPTS)]
+    lines = [" ".join(f"t{token}" for token in walk) for walk in walks]
+    (folder / "prompts.txt").write_text("\n".join(lines) + "\n")
+
+
+def write(folder: Path, config: PreTrainedConfig, seed: int, *, local: bool) -> None:
     """The whole checkpoint, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
+    topics = make_topics(config.vocab_size, config.hidden_size, seed) if local else None
+    if topics is not None:
+        write_words(folder, topics, seed)
     shapes = tensor_shapes(config)
     files = shards(shapes)
     where: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
         file = f"model-{number:05}-of-{len(files):05}.safetensors"
-        write_shard(folder / file, names, shapes, seed)
+        write_shard(folder / file, names, shapes, seed, config.num_hidden_layers, topics)
         where |= dict.fromkeys(names, file)
         print(f"{file}: {len(names)} tensors", file=sys.stderr)
     config.save_pretrained(folder)
@@ -257,13 +299,14 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="olmoe-1b-7b")
     parser.add_argument("--layers", type=int, help="by default as many as make 4 GiB of experts")
+    parser.add_argument("--routing", choices=("uniform", "local"), default="uniform", help="what routers will choose")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", action="store_true", help="run the model afterwards and print how it routes")
     parser.add_argument("--check-tokens", type=int, default=128, help="how many tokens the check decodes")
     parser.add_argument("--check-only", action="store_true", help="check a checkpoint that exists")
     args = parser.parse_args()
     if not args.check_only:
-        write(args.out, make_config(args.shape, args.layers), args.seed)
+        write(args.out, make_config(args.shape, args.layers), args.seed, local=args.routing == "local")
     if args.check or args.check_only:
         check(args.out, args.check_tokens, args.seed)
 

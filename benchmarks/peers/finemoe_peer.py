@@ -1,0 +1,51 @@
+"""finemoe itself, by the same rules. Experts get what the cap leaves beside the dense part and `OVERHEAD_BYTES`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from peer import Order, Peer, Tokens, main
+
+OVERHEAD_BYTES = 512 << 20  # interpreter, libraries, activations, key-value cache
+
+
+def load(order: Order) -> Tokens:
+    import torch
+
+    import finemoe
+    from finemoe.model import describe
+    from finemoe.process import return_freed_memory, unmap_idle_code
+
+    return_freed_memory()
+    torch.set_num_threads(order.threads)
+    budget = "all"
+    if order.memory_bytes is not None:
+        described = describe(order.model)
+        spare = order.memory_bytes - described.dense_bytes - OVERHEAD_BYTES
+        if spare < described.catalog.slot_bytes * described.catalog.experts:
+            budget = str(max(spare, 1))
+    model = finemoe.load(order.model, expert_memory=budget, policy=order.policy, map_store="none")
+    unmap_idle_code()
+    return decoder(model)
+
+
+def decoder(model: object) -> Tokens:
+    """Greedy tokens of any model of transformers', a token at a time."""
+    import torch
+
+    @torch.no_grad()
+    def tokens(prompt: list[int]) -> Iterator[int]:
+        ids, cache = torch.tensor([prompt]), None
+        while True:
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, ids = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+            yield int(ids)
+
+    return tokens
+
+
+PEER = Peer("finemoe", (), "finemoe", load)
+
+if __name__ == "__main__":
+    sys.exit(main(PEER))

@@ -1,0 +1,65 @@
+"""A cap is a memory cgroup of its own, and says whether it was felt."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Script = Callable[[str], Any]
+
+
+@pytest.mark.parametrize(
+    ("peak", "refusals", "felt"), [(100, 0, True), (95, 0, True), (94, 0, False), (10, 3, True), (10, 0, False)]
+)
+def test_a_cap_is_felt_where_it_was_hit_or_nearly(script: Script, peak: int, refusals: int, felt: bool) -> None:
+    assert script("cap").Felt(100, peak, refusals).felt is felt
+
+
+def test_the_own_group_is_found_among_all(script: Script, tmp_path: Path) -> None:
+    cap, cgroups = script("cap"), tmp_path / "cgroup"
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    cgroups.write_text("5:devices:/\n4:cpu,memory:/a/b\n0::/\n")
+    assert cap.own_group(tmp_path, cgroups) == tmp_path / "a" / "b"
+    cgroups.write_text("4:memory:/the/hosts\n")
+    assert cap.own_group(tmp_path, cgroups) == tmp_path
+    cgroups.write_text("0::/user.slice\n")
+    with pytest.raises(cap.CapError, match="no memory cgroups of version 1"):
+        cap.own_group(tmp_path, cgroups)
+
+
+def test_no_group_can_be_made_in_a_file(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cap = script("cap")
+    monkeypatch.setattr(cap, "own_group", lambda _: tmp_path / "file")
+    (tmp_path / "file").touch()
+    with pytest.raises(cap.CapError, match="no memory cgroup can be made in"):
+        cap.Cap(1 << 20, "x")
+
+
+@pytest.fixture
+def held(script: Script) -> Any:
+    """A cap of 64 MiB, where this machine has memory cgroups."""
+    cap = script("cap")
+    try:
+        with cap.Cap(64 << 20, "finemoe-test") as made:
+            yield made
+    except cap.CapError as error:
+        pytest.skip(str(error))
+
+
+def test_what_takes_more_than_the_cap_is_killed_and_what_takes_less_is_not(held: Any) -> None:
+    take = "import sys; data = bytearray(int(sys.argv[1]) << 20); print(len(data))"
+    fits = subprocess.run(held.command([sys.executable, "-c", take, "10"]), check=False, capture_output=True)
+    assert (fits.returncode, fits.stdout.strip()) == (0, str(10 << 20).encode())
+    assert 10 << 20 < held.felt().peak_bytes <= 64 << 20
+    bursts = subprocess.run(held.command([sys.executable, "-c", take, "100"]), check=False, capture_output=True)
+    assert bursts.returncode in {-9, 137}
+    assert held.felt().felt
+    assert held.felt().refusals > 0
+    folder = held.folder
+    held.__exit__(None, None, None)
+    assert not folder.exists()
