@@ -36,7 +36,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from topics import Topics, make_topics
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 BLOCK_ITEMS = 1 << 24  # weights drawn at a time: 64 MiB in float32
@@ -195,11 +195,23 @@ def write_words(folder: Path, topics: Topics, seed: int) -> None:
     words = {f"t{token}": token for token in range(len(topics.topic))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     generator = torch.Generator().manual_seed(seed + 1)
     walks = [topics.walk(PROMPT_TOKENS, generator) for _ in range(PROMPTS)]
     lines = [" ".join(f"t{token}" for token in walk) for walk in walks]
     (folder / "prompts.txt").write_text("\n".join(lines) + "\n")
+
+
+def write_config(folder: Path, config: PreTrainedConfig) -> None:
+    """config.json; values under their older names too, by which other engines and transformers 4 know them."""
+    config.save_pretrained(folder)
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    rope = values.get("rope_parameters") or {}
+    older = {"torch_dtype": values["dtype"], "rope_theta": rope.get("rope_theta")}
+    older |= {"num_experts": values.get("num_local_experts")} if hasattr(config, "num_experts") else {}
+    path.write_text(json.dumps(values | {name: value for name, value in older.items() if value is not None}, indent=2))
 
 
 def write(folder: Path, config: PreTrainedConfig, seed: int, *, local: bool) -> None:
@@ -216,7 +228,7 @@ def write(folder: Path, config: PreTrainedConfig, seed: int, *, local: bool) -> 
         write_shard(folder / file, names, shapes, seed, config.num_hidden_layers, topics)
         where |= dict.fromkeys(names, file)
         print(f"{file}: {len(names)} tensors", file=sys.stderr)
-    config.save_pretrained(folder)
+    write_config(folder, config)
     sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))

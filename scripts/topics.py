@@ -1,13 +1,11 @@
 """Weights from which routing follows that is balanced and local, as trained models' is; for `make_checkpoint.py`.
 
-A vocabulary is laid out as one long walk: each token has two likely successors, the next of the walk and another token
-of its topic, and what attention and experts add decides between them. The walk stays with a topic for a stretch, then
-turns to another. A token's embedding is mostly its topic's vector, the rest its own; so every router, random as it is,
-sees much the same from token to token while the topic lasts, prefers experts that are the topic's in its layer, and
-another topic's experts later. All topics are equally frequent and their experts random, so all experts are used alike.
-
-The head knows tokens by what is their own, not by their topic. The walk is a cycle through the whole vocabulary, so
-greedy decoding does not fall into short loops.
+A vocabulary is laid out as one long walk, a cycle through all of it. Each token has two likely successors, the next of
+the walk and the one after, and what attention and experts add decides between them: so decoding never falls into a
+short loop, and a wrong expert shows. The walk stays with a topic for a stretch, then turns to another. A token's
+embedding is mostly its topic's vector, the rest its own; so every router, random as it is, sees much the same from
+token to token while the topic lasts, and something else later. All topics are equally frequent and their vectors
+random, so all experts are used alike. The head knows tokens by what is their own, not by their topic.
 """
 
 from __future__ import annotations
@@ -19,8 +17,8 @@ from torch import Tensor
 
 # chosen so that LRU's hits come near those on recorded routing of gpt-oss-20b; see docs/benchmarks.md
 TOPICS = 64
-STRETCH = 32  # tokens of the walk before it turns to another topic
-TOPIC_SHARE = 0.65  # of an embedding's power
+STRETCH = 64  # tokens of the walk before it turns to another topic
+TOPIC_SHARE = 0.62  # of an embedding's power
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,6 @@ def make_topics(vocabulary: int, width: int, seed: int) -> Topics:
     topic = torch.empty(vocabulary, dtype=torch.long)
     topic[order] = topic_of_stretch.repeat_interleave(STRETCH)[:vocabulary]
     following = torch.empty(vocabulary, 2, dtype=torch.long)
-    following[order, 0] = order.roll(-1)
-    for one in range(TOPICS):
-        members = torch.nonzero(topic == one)[:, 0]
-        following[members, 1] = members[torch.randperm(len(members), generator=generator)]
+    following[order] = torch.stack([order.roll(-1), order.roll(-2)], 1)
     vectors = torch.randn(TOPICS, width, generator=generator)
     return Topics(topic, following, vectors, torch.randn(vocabulary, width, generator=generator))

@@ -24,7 +24,7 @@ class Felt:
 
     limit_bytes: int
     peak_bytes: int  # of everything in the group, page cache included
-    refusals: int  # times that the limit was hit, and memory had to be reclaimed
+    refusals: int  # times that the limit was hit, and memory had to be reclaimed; newer kernels leave it at 0
 
     @property
     def felt(self) -> bool:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+Script = Callable[[str], Any]
 SCRIPTS = Path(__file__).parents[2] / "benchmarks" / "peers"
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     """Imports one by its name, as its neighbours do."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     return importlib.import_module

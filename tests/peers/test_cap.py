@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-Script = Callable[[str], Any]
+from finemoe.bench.link import cached_share, evict
+from tests.peers.conftest import Script
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,16 @@ def held(script: Script) -> Any:
         pytest.skip(str(error))
 
 
+def test_pages_of_a_file_count(held: Any, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(96 << 20))
+    evict([file])
+    if cached_share([file]) != 0:
+        pytest.skip("this file system lives in memory")
+    subprocess.run(held.command(["cat", str(file)]), check=True, stdout=subprocess.DEVNULL)
+    assert held.felt().felt
+
+
 def test_what_takes_more_than_the_cap_is_killed_and_what_takes_less_is_not(held: Any) -> None:
     take = "import sys; data = bytearray(int(sys.argv[1]) << 20); print(len(data))"
     fits = subprocess.run(held.command([sys.executable, "-c", take, "10"]), check=False, capture_output=True)
@@ -58,8 +68,7 @@ def test_what_takes_more_than_the_cap_is_killed_and_what_takes_less_is_not(held:
     assert 10 << 20 < held.felt().peak_bytes <= 64 << 20
     bursts = subprocess.run(held.command([sys.executable, "-c", take, "100"]), check=False, capture_output=True)
     assert bursts.returncode in {-9, 137}
-    assert held.felt().felt
-    assert held.felt().refusals > 0
+    assert held.felt().felt  # by its peak: not every kernel counts refusals
     folder = held.folder
     held.__exit__(None, None, None)
     assert not folder.exists()

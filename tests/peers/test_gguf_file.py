@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.chat_model import make_chat_model
+from tests.peers.conftest import Script
 from tests.tiny import Make
-
-Script = Callable[[str], Any]
 
 
 def values(tensor: Any) -> torch.Tensor:

@@ -13,9 +13,9 @@ import torch
 
 from finemoe.errors import ConfigError
 from tests.chat_model import make_chat_model
+from tests.peers.conftest import Script
 from tests.tiny import eager
 
-Script = Callable[[str], Any]
 FLAGS = ["--envs", "e", "--work", "w"]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-Script = Callable[[str], Any]
+from tests.peers.conftest import Script
 
 
 @pytest.fixture
