@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from finemoe.bench import BenchConfig
 from finemoe.bench.answers import Answer, Answered
 from finemoe.bench.figures import ANSWER_NAMES, derive_answers
+from finemoe.bench.learning import teach
 from finemoe.bench.report import BenchReport, Run, summarise
 from finemoe.bench.run import run_bench
 from finemoe.bench.subject import Order, Phase, Subject, subjects
 from finemoe.bench.table import render
+from finemoe.cli import main
 from finemoe.errors import ConfigError
 from tests.chat_model import make_chat_model
 
@@ -33,7 +36,7 @@ def answered(*answers: Answer) -> Answered:
 
 def report(*runs: Run) -> BenchReport:
     rows, fastest = summarise(list(runs))
-    asked = {"requests": 1, "prompt_tokens": 4, "warm_requests": 0}
+    asked = {"requests": 1, "prompt_tokens": 4, "warm_requests": 0, "stored_requests": 0}
     return BenchReport("m", {"cores": 2}, {}, True, (1e9,), rows, fastest, names=ANSWER_NAMES, requests=asked)
 
 
@@ -104,7 +107,7 @@ def test_a_failed_row_leaves_the_others_their_figures() -> None:
 def test_results_survive_json() -> None:
     made = answered(answer(1.0, 0.1, 0.2), answer(2.0))
     assert Answered.from_dict(json.loads(json.dumps(asdict(made)))) == made
-    order = Order(LRU, {}, (1,), (2,), 4, 0, requests=((1, 2), (3,)), warm=((4,),))
+    order = Order(LRU, {}, (1,), (2,), 4, 0, requests=((1, 2), (3,)), warm=((4,),), store="t")
     assert Order.from_dict(json.loads(json.dumps(asdict(order)))) == order
 
 
@@ -113,6 +116,7 @@ def test_results_survive_json() -> None:
     [
         ({"prompts_limit": 3}, "--prompts-limit: has no effect without"),
         ({"warm_prompts": "w"}, "--warm-prompts: has no effect without"),
+        ({"store": "t"}, "--store: has no effect without"),
         ({"prompts": "p", "warm_prompts_limit": 3}, "--warm-prompts-limit: has no effect without"),
         ({"prompts": "p", "prompts_limit": 0}, "--prompts-limit: 0 is not at least 1"),
         ({"prompts": "p", "prompt_tokens": 7}, "--prompt-tokens: has no effect with"),
@@ -146,7 +150,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "warm.txt").write_text("Well?\n")
     config = json.loads((folder / "model" / "config.json").read_text())
     (folder / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    recorded = ["--prompts", str(folder / "warm.txt"), "--out", str(folder / "store.trace"), "--max-new-tokens", "3"]
+    assert main(["record", "--model", str(folder / "model"), *recorded]) == 0
     return folder
+
+
+def test_a_trace_of_another_shape_teaches_nothing(folder: Path) -> None:
+    other = SimpleNamespace(catalog=SimpleNamespace(layouts=[SimpleNamespace(experts=3)]))
+    with pytest.raises(ConfigError, match=r"--store: .*store.trace has .* the model 1 of 3; record one"):
+        teach(other, folder / "store.trace")
 
 
 @pytest.mark.slow
@@ -156,7 +168,8 @@ def test_all_policies_and_budgets_answer_alike(folder: Path) -> None:
         model=str(folder / "model"),
         prompts=str(folder / "prompts.jsonl"),
         warm_prompts=str(folder / "warm.txt"),
-        policy="lru,deepspeed",
+        store=str(folder / "store.trace"),
+        policy="moe-infinity,deepspeed",
         expert_memory="25%,50%",
         baselines="eager",
         new_tokens=4,
@@ -168,7 +181,8 @@ def test_all_policies_and_budgets_answer_alike(folder: Path) -> None:
     assert [row.error for row in made.rows] == [None] * 5
     assert all(row.tokens_equal and row.logits_equal for row in made.rows), render(made)
     assert made.requests is not None
-    assert (made.requests["requests"], made.requests["warm_requests"]) == (2, 1)
+    assert (made.requests["requests"], made.requests["warm_requests"], made.requests["stored_requests"]) == (2, 1, 1)
+    assert "1 recorded ones had taught the policies" in render(made)
     assert any("more than 508 tokens, left out: 1" in line for line in log)
     first, *_, eager = made.rows
     assert first.figure("prefill_hit_rate") is not None

@@ -23,6 +23,7 @@ from transformers import AutoConfig
 from finemoe.bench.answering import answer_all, pieces
 from finemoe.bench.answers import Answered
 from finemoe.bench.config import BATCHED
+from finemoe.bench.learning import teach
 from finemoe.bench.link import evict, probe
 from finemoe.bench.subject import COUNTED, Measured, Order, Phase
 from finemoe.checkpoint import locate, read_headers
@@ -79,6 +80,8 @@ def measure_answers(order: Order) -> Answered:
     model, load_s = _loaded(order)
     offload = getattr(model, "finemoe", None)
     piece = BATCHED_PIECE if order.subject.implementation == BATCHED else None
+    if order.store and offload is not None:
+        teach(offload, Path(order.store))
     answer_all(model, order.warm, order.new_tokens, piece)
     if offload is not None:
         offload.evict_all()  # what was learned stays

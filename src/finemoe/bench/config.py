@@ -19,7 +19,7 @@ _LEAST = {
     "prompt_tokens": 1, "context_tokens": 1, "new_tokens": 2, "offload_tokens": 2, "repeats": 1, "threads": 0,
     "link_probe_mib": 1, "prompts_limit": 1, "warm_prompts_limit": 1,
 }  # fmt: skip
-_OF_PROMPTS = ("prompts_limit", "warm_prompts", "warm_prompts_limit", "prompt_field")
+_OF_PROMPTS = ("prompts_limit", "store", "warm_prompts", "warm_prompts_limit", "prompt_field")
 _OF_RANDOM_TOKENS = ("prompt_tokens", "context_tokens", "offload_tokens")
 
 
@@ -59,6 +59,13 @@ class BenchConfig(LoadConfig):
         default=None, metadata={"help": "prompts to answer first, unmeasured, for policies that learn"}
     )
     warm_prompts_limit: int | None = field(default=None, metadata={"help": "at most this many of --warm-prompts"})
+    store: str | None = field(
+        default=None,
+        metadata={
+            "help": "a recorded trace of this model, of other prompts, that policies which learn take in first, as the "
+            "simulator's do",
+        },
+    )
     prompt_field: str | None = field(default=None, metadata={"help": "the JSON field that holds the prompt"})
     replay_routing: str | None = field(default=None, metadata={"help": REPLAY_HELP})
     repeats: int = field(default=1, metadata={"help": "how often to measure each row, in turn; medians are shown"})

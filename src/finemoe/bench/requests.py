@@ -11,6 +11,7 @@ from finemoe.checkpoint import Checkpoint
 from finemoe.errors import ConfigError
 from finemoe.model import read_config
 from finemoe.session import encode, load_tokenizer
+from finemoe.trace import open_trace
 from finemoe.trace.prompts import PromptFlags, read_prompts
 
 Request = tuple[int, ...]  # token ids of a prompt, the chat template included
@@ -21,6 +22,7 @@ class Requests(NamedTuple):
 
     measured: tuple[Request, ...]
     warm: tuple[Request, ...] = ()
+    stored: int = 0  # recorded requests that policies learn from before
 
 
 def read_requests(config: BenchConfig, checkpoint: Checkpoint, log: Callable[[str], None]) -> Requests:
@@ -29,6 +31,7 @@ def read_requests(config: BenchConfig, checkpoint: Checkpoint, log: Callable[[st
     Raises:
         CheckpointError: the model has no tokenizer.
         ConfigError: a file can't be read, or holds no prompt that fits; the message names the flag.
+        TraceError: `--store` is no trace.
     """
     if config.prompts is None:
         return Requests(())
@@ -44,10 +47,14 @@ def read_requests(config: BenchConfig, checkpoint: Checkpoint, log: Callable[[st
             log(f"{flag}: entries without a prompt, left out: {prompts.skipped}")
         return _encoded(tokenizer, prompts.texts, longest, flag, log)
 
+    stored = 0
+    if config.store is not None:
+        with open_trace(config.store) as trace:
+            stored = len(trace)
     measured = read(config.prompts, config.prompts_limit, "--prompts")
     if config.warm_prompts is None:
-        return Requests(measured)
-    return Requests(measured, read(config.warm_prompts, config.warm_prompts_limit, "--warm-prompts"))
+        return Requests(measured, stored=stored)
+    return Requests(measured, read(config.warm_prompts, config.warm_prompts_limit, "--warm-prompts"), stored)
 
 
 def _encoded(

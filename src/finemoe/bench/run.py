@@ -74,6 +74,7 @@ def _sizes(requests: Requests) -> dict[str, int]:
         "requests": len(requests.measured),
         "prompt_tokens": sum(map(len, requests.measured)),
         "warm_requests": len(requests.warm),
+        "stored_requests": requests.stored,
     }
 
 
@@ -171,6 +172,7 @@ class _Bench:
                 offload_folder=scratch,
                 requests=self._requests.measured,
                 warm=self._requests.warm,
+                store="" if config.store is None else str(Path(config.store).absolute()),
                 replay_routing=config.replay_routing,
             )
             return run_order(order, Path(scratch), config.timeout_s)

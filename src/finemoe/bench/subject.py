@@ -54,6 +54,7 @@ class Order:
     offload_folder: str = ""
     requests: tuple[tuple[int, ...], ...] = ()  # real prompts, instead of `prompt` and `context`
     warm: tuple[tuple[int, ...], ...] = ()  # to answer before them, unmeasured
+    store: str = ""  # a trace, to learn from before all of that
     replay_routing: str | None = None  # the trace whose routing is forced onto the subject
 
     @classmethod

@@ -68,6 +68,8 @@ def _request_lines(report: BenchReport) -> list[str]:
         return []
     sizes = report.requests
     warm = f", after {sizes['warm_requests']} unmeasured ones" if sizes["warm_requests"] else ""
+    if sizes["stored_requests"]:
+        warm += f", with what {sizes['stored_requests']} recorded ones had taught the policies"
     return [f"asked {sizes['requests']} prompts of {sizes['prompt_tokens']} tokens in all{warm}; greedy answers"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ from finemoe.metrics import Stats
 from finemoe.model.observe import Evidence, Observer
 from finemoe.policy.book import PAUSED, PREFETCHED, PREFETCHED_USED, REGRETTED, WASTED
 from finemoe.store import DiskStore, peak_rss_bytes
+from finemoe.types import Recorded
 
 
 class Offload:
@@ -128,6 +130,14 @@ class Offload:
             if self._engine.controller.ledger is not None:
                 self._engine.controller.ledger.counts[:] = 0
             self._read_before = self._engine.transfer.moved_bytes
+
+    def learn(self, requests: Iterable[Recorded]) -> None:
+        """The policy takes in requests that were recorded earlier; returns when it has thought them through."""
+        policy = self._engine.controller.policy
+        for recorded in requests:
+            policy.learn(recorded)
+        if isinstance(policy, Beside):
+            policy.settle()
 
     def evict_all(self) -> None:
         """Empty the pool, as after loading. For measurements of a cold start."""
