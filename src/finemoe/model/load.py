@@ -264,10 +264,19 @@ class _Loading:
         for handle in handles:
             handle.engine = engine
         seen = controller.policy.needs | controller.policy.uses
-        if seen:
-            Observer(model, engine, layers, lookahead=int("lookahead" in seen)).attach()
+        observer = Observer(model, engine, layers, lookahead=int("lookahead" in seen)) if seen else None
+        if observer is not None:
+            observer.attach()
         offload = Offload(
-            self._checkpoint, self._catalog, self._store, engine, handles, lock, self._config, keeper=self.keeper
+            self._checkpoint,
+            self._catalog,
+            self._store,
+            engine,
+            handles,
+            lock,
+            self._config,
+            keeper=self.keeper,
+            observer=observer,
         )
         offload.reset_stats()
         kind = type(model)

@@ -17,6 +17,7 @@ from finemoe.experts import ExpertLayer
 from finemoe.explain import Explained
 from finemoe.maps import Keeper
 from finemoe.metrics import Stats
+from finemoe.model.observe import Observer
 from finemoe.policy.book import PAUSED, PREFETCHED, PREFETCHED_USED, REGRETTED, WASTED
 from finemoe.store import DiskStore, peak_rss_bytes
 
@@ -35,7 +36,9 @@ class Offload:
         config: LoadConfig,
         *,
         keeper: Keeper | None = None,
+        observer: Observer | None = None,
     ) -> None:
+        self.observer = observer  # None where the policy listens to nothing
         self.checkpoint = checkpoint
         self.catalog = catalog
         self.policy = config.policy

@@ -16,7 +16,7 @@ class ServeConfig:
         default="256MiB", metadata={"help": "memory of the key-value cache that all running answers share (1GiB)"}
     )
     max_batch_tokens: int = field(
-        default=256, metadata={"help": "tokens in one forward pass; longer prompts go through it in pieces"}
+        default=1024, metadata={"help": "tokens in one forward pass; longer prompts go through it in pieces"}
     )
     max_running: int = field(default=16, metadata={"help": "answers that run at the same time; others wait"})
 
