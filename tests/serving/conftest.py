@@ -15,7 +15,7 @@ from finemoe.serving.worker import BatchingWorker
 from tests.tiny import Make, eager
 
 Serve = Callable[..., BatchingWorker]
-SMALL = {"cache_bytes": "1MiB", "max_batch_tokens": 16, "max_running": 4}
+SMALL: dict[str, Any] = {"cache_bytes": "1MiB", "max_batch_tokens": 16, "max_running": 4}
 
 
 def a_prompt(length: int, seed: int = 0) -> list[int]:

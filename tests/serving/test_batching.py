@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import finemoe
+from finemoe.serving.config import ServeConfig
 from finemoe.serving.job import Finished, Job, Token
-from finemoe.serving.paged import PAGE_TOKENS
-from tests.serving.conftest import a_prompt, greedy, serving
+from finemoe.serving.paged import PAGE_TOKENS, PagedBatch, _allocated_bytes
+from tests.serving.conftest import SMALL, a_prompt, greedy, serving
 from tests.serving.listening import Ear
 from tests.tiny import Make, eager
 
@@ -19,7 +20,13 @@ LENGTHS = (50, 7, 23, 1, 16, 17)  # passes have 16 tokens: more than one, a part
 SINGLY = {"deepseek_v3", "qwen3_next"}  # keys and values of two widths; a state beside the cache
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss", "gemma4_text", *sorted(SINGLY)])
+BATCHED = {
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "gemma4_text", "granitemoe", "phimoe", "glm4_moe",
+    "minimax_m2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", sorted(BATCHED | SINGLY))
 def test_jobs_that_run_together_answer_as_generate_does(tiny: Make, family: str) -> None:
     folder = tiny(family)
     whole = eager(folder)
@@ -109,3 +116,17 @@ def test_what_a_prompt_shares_with_an_earlier_one_is_not_computed_again(offloade
             assert ear.ids(name) == greedy(whole, asked, 3)
     hook.remove()
     assert counts == [len(prompt) + 2, 5 + 2, 5 + 2 + 2]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    "settings", [{"cache_bytes": "150KiB"}, {}, {"cache_bytes": "64MiB", "max_batch_tokens": 512}], ids=str
+)
+def test_the_cache_keeps_to_its_memory(tiny: Make, family: str, settings: dict[str, Any]) -> None:
+    config = ServeConfig(**SMALL | settings)
+    batch = PagedBatch(eager(tiny(family)), config.key_value_bytes, config.max_batch_tokens, config.max_running)
+    taken = _allocated_bytes(batch._processor)
+    assert taken <= config.key_value_bytes
+    context = 4 * 2048 // PAGE_TOKENS  # all that four answers can use
+    assert taken > config.key_value_bytes // 2 or batch.blocks >= context
+    assert batch.capacity_tokens >= (batch.blocks - 2) * PAGE_TOKENS

@@ -42,7 +42,7 @@ class PagedBatch:
 
     Args:
         model: of transformers.
-        cache_bytes: the key-value cache's most.
+        cache_bytes: the most that the key-value cache and the masks over it take.
         max_batch_tokens: of one forward pass; longer prompts take several.
         max_running: requests in one forward pass.
 
@@ -178,7 +178,8 @@ def _processor(model: Any, config: Any, cache_bytes: int, max_batch_tokens: int,
 
         known = {field.name for field in fields(ContinuousBatchingConfig)}
         page = "page_size" if "page_size" in known else "block_size"
-        block_bytes = token_bytes(model) * PAGE_TOKENS
+        mask_bytes = max_batch_tokens * model.dtype.itemsize  # of each token of the cache
+        block_bytes = (token_bytes(model) + mask_bytes) * PAGE_TOKENS
         context = getattr(config, "max_position_embeddings", None) or cache_bytes
         blocks = min(cache_bytes // block_bytes, max_running * ceil(context / PAGE_TOKENS))  # no more than can be used
         groups = 1
@@ -201,7 +202,7 @@ def _processor(model: Any, config: Any, cache_bytes: int, max_batch_tokens: int,
             if getattr(processor.cache, "num_groups", 1) != groups:  # older ones count the blocks of a group of layers
                 groups = processor.cache.num_groups
                 continue
-            excess_bytes = _cache_bytes(processor.cache) - cache_bytes
+            excess_bytes = _allocated_bytes(processor) - cache_bytes
             if excess_bytes <= 0:
                 return processor, blocks
             blocks -= ceil(excess_bytes / block_bytes)
@@ -216,14 +217,17 @@ def _processor(model: Any, config: Any, cache_bytes: int, max_batch_tokens: int,
         ) from error
     raise ConfigError(
         f"--cache-bytes: {format_bytes(cache_bytes)} holds too few tokens; this model takes "
-        f"{format_bytes(token_bytes(model))} each, in blocks of {PAGE_TOKENS}, of which some are set aside"
+        f"{format_bytes(token_bytes(model))} each, in blocks of {PAGE_TOKENS}, and masks that grow with "
+        "--max-batch-tokens"
     )
 
 
-def _cache_bytes(cache: Any) -> int:
-    whole = getattr(cache, "cache_tensor", None)
-    tensors = [whole] if whole is not None else [*cache.key_cache, *cache.value_cache]
-    return sum(tensor.nbytes for tensor in tensors)
+def _allocated_bytes(processor: Any) -> int:
+    """Of the cache, and of the masks over all of it that every pass may need."""
+    whole = getattr(processor.cache, "cache_tensor", None)
+    tensors = [whole] if whole is not None else [*processor.cache.key_cache, *processor.cache.value_cache]
+    masks = processor.inputs_and_outputs.attention_mask or {}
+    return sum(tensor.nbytes for tensor in [*tensors, *masks.values()])
 
 
 def _allocators(cache: Any) -> Sequence[Any]:
