@@ -65,6 +65,21 @@ def parse_budget(text: str) -> Budget:
     return Budget(size_bytes=size_bytes)
 
 
+def parse_bytes(text: str, flag: str) -> int:
+    """Reads `2GiB`, `800MB` or a plain count of bytes.
+
+    Raises:
+        ConfigError: not one of these, or nothing at all; the message names `flag`.
+    """
+    size = _SIZE.fullmatch(text.strip().lower())
+    if size is None or size[2] not in _UNITS:
+        raise ConfigError(f"{flag}: can't read {text!r}; give bytes (2GiB, 800MB)")
+    size_bytes = int(Decimal(size[1]) * _UNITS[size[2]])
+    if size_bytes < 1:
+        raise ConfigError(f"{flag}: {text!r} is no memory at all; give bytes (2GiB, 800MB)")
+    return size_bytes
+
+
 def format_bytes(count: float) -> str:
     """A byte count for people, in binary units: `1.1 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from finemoe.explain import Explained
 
 
@@ -96,3 +99,23 @@ class Stats:
         }
         rates |= {"precision": self.precision}
         return asdict(self) | {"accesses": self.accesses} | rates
+
+
+ABSENT, IN_FLIGHT, RESIDENT, IN_USE = range(4)  # of PerExpert.state
+
+
+@dataclass(frozen=True, eq=False)
+class PerExpert:
+    """A snapshot of every expert: where it is now, and its counts since `watch` or `reset_stats`. Arrays `[L, E]`.
+
+    `E` is the largest of any layer; `experts` says how many each has, and what lies beyond is absent and 0.
+    """
+
+    experts: tuple[int, ...]  # of each layer
+    state: npt.NDArray[np.uint8]  # see above; in use: resident, and pinned by the layer under way
+    pinned: npt.NDArray[np.bool_]  # needed by the layer under way, and not used yet; may be in flight
+    hits: npt.NDArray[np.int64]
+    late: npt.NDArray[np.int64]
+    misses: npt.NDArray[np.int64]
+    prefetched: npt.NDArray[np.int64]
+    wasted: npt.NDArray[np.int64]

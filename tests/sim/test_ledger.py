@@ -1,16 +1,18 @@
-"""What the ledger says of each access adds up to what the engine counts, whatever runs."""
+"""What the ledger and the census say of each access adds up to what the engine counts, whatever runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finemoe.explain import Explained, explain_table
-from finemoe.policy import Controller, make_policy
+from finemoe.policy import Controller, census, make_policy
 from finemoe.policy.book import PREFETCHED, PREFETCHED_USED, WASTED
+from finemoe.policy.census import HITS, LATE, MISSES
 from finemoe.policy.ledger import Ledger
 from finemoe.sim.evidence import Evidence
 from finemoe.sim.schedule import make_schedule
@@ -44,6 +46,7 @@ def test_sums_are_the_engines_own_counters(
         link = VirtualLink(link_ratio, link_ratio / chunks if chunks else 0.0)
         driven = EngineReplay.make(schedule, make_policy(policy, LAYERS, EXPERTS), capacity, link)
         driven.engine.controller.ledger = Ledger(LAYERS, EXPERTS)
+        driven.engine.controller.watch()
         driven.run(schedule, evidence)
     rows, counters = driven.engine.controller.ledger.explained(), driven.engine.counters
     assert (total(rows, "hits"), total(rows, "late"), total(rows, "misses")) == (
@@ -51,6 +54,12 @@ def test_sums_are_the_engines_own_counters(
     )  # fmt: skip
     tally = driven.engine.controller.book.tally
     assert (total(rows, "predicted"), total(rows, "wasted")) == (tally[PREFETCHED], tally[WASTED])
+    assert driven.engine.controller.census is not None
+    counts = driven.engine.controller.census.counts
+    assert counts[[HITS, LATE, MISSES]].sum(axis=1).tolist() == [counters.hits, counters.late, counters.misses]
+    assert counts[[census.PREFETCHED, census.WASTED]].sum(axis=1).tolist() == [tally[PREFETCHED], tally[WASTED]]
+    by_layer = [sum(getattr(row, count) for row in rows if row.layer == 0) for count in ("hits", "misses", "wasted")]
+    assert counts[[HITS, MISSES, census.WASTED], :EXPERTS].sum(axis=1).tolist() == by_layer
     prefetches = tuple(row for row in rows if row.source.startswith("prefetch"))
     assert total(prefetches, "hits") + total(prefetches, "late") == tally[PREFETCHED_USED]
     fresh = int(driven.engine.controller.book.fresh.sum())
@@ -105,8 +114,32 @@ def test_a_withdrawn_prefetch_is_wasted() -> None:
     assert controller.ledger.explained() == (Explained(0, "prefetch", 1, 1, 0, 0, 0, 1),)
 
 
+def test_each_expert_is_counted_on_its_own() -> None:
+    controller = make({(2, 1): 3.0, (0, 2): 2.0})
+    controller.watch()
+    begin(controller)
+    controller.routed(Routed(0, [0]))
+    controller.landed(ExpertId(0, 0))
+    controller.used(ExpertId(0, 0))
+    assert controller.prefetch() is not None  # (2, 1): comes in time
+    controller.landed(ExpertId(2, 1))
+    assert controller.prefetch() is not None  # (0, 2): is given up
+    controller.failed(ExpertId(0, 2))
+    controller.routed(Routed(2, [1]))
+    begin(controller)
+    controller.routed(Routed(0, [0]))
+    assert controller.census is not None
+    expected = np.zeros((5, 12))
+    expected[[HITS, MISSES], 0] = 1
+    expected[[HITS, census.PREFETCHED], 9] = 1
+    expected[[census.PREFETCHED, census.WASTED], 2] = 1
+    assert np.array_equal(controller.census.counts, expected)
+
+
 def test_nothing_is_kept_unless_asked_for() -> None:
-    assert Controller(3, 4, 6, make_policy("lru", 3, 4)).ledger is None
+    controller = Controller(3, 4, 6, make_policy("lru", 3, 4))
+    assert controller.ledger is None
+    assert controller.census is None
 
 
 def test_the_table_sums_by_source_and_by_layer() -> None:

@@ -17,6 +17,7 @@ from finemoe.process import return_freed_memory
 COMMANDS = {
     "generate": "answer one prompt",
     "chat": "talk to a model in the terminal",
+    "serve": "answer over HTTP, by OpenAI's API",
     "inspect": "show a model's layers, experts and bytes, from headers only",
     "plan": "say which budgets fit this machine, and how fast they would be",
     "record": "run prompts and record what the routers choose",

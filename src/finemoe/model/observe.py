@@ -7,8 +7,9 @@ distribution: the selected experts alone, summing to 1. Where routing is forced,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,11 +37,19 @@ class Evidence(Protocol):
         """Distributions `[T, E]` of the layer `distance` on; `None` where they are not known."""
 
 
+class Piece(NamedTuple):
+    """One request's tokens in a packed pass: requests lie one after the other in a single row `[1, T]`."""
+
+    request: int  # from `Observer.new_request`
+    phase: int
+    tokens: int
+
+
 class Observer:
     """Listens to the forward passes of an offloaded model, from `attach` on.
 
     A request is a row of the batch; its iterations are the passes from one without a past on. Rows of padding count
-    for nothing.
+    for nothing. Where whoever runs the model packs requests into one row, it says what lies where (`packed`).
 
     Args:
         model: the loaded model.
@@ -59,6 +68,7 @@ class Observer:
         self.experts = max(handle.layout.experts for handle in self._handles)
         self._numbers = itertools.count()
         self._requests: list[int] = []
+        self._pieces: tuple[Piece, ...] = ()  # of a packed pass
         self._mask: Tensor | None = None  # [B, S], of the tokens of the pass
         self._fresh = True  # the pass has no past: its requests are new
         self._running = False
@@ -82,6 +92,19 @@ class Observer:
             if router is not None:
                 router.module.register_forward_hook(self._on_router(layer, router), with_kwargs=True)
 
+    def new_request(self) -> int:
+        """A number for a request that comes in packed passes, never given to another."""
+        return next(self._numbers)
+
+    @contextmanager
+    def packed(self, pieces: Sequence[Piece]) -> Iterator[None]:
+        """The pass made within has these pieces, in this order, and no padding."""
+        self._pieces = tuple(pieces)
+        try:
+            yield
+        finally:
+            self._pieces = ()
+
     def _on_pass(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         self._mask, self._fresh = read_pass(module, arguments, keywords)
         self._running = False
@@ -95,15 +118,19 @@ class Observer:
         self._mask = torch.ones(batch, length) if self._mask is None else self._mask[:, -length:].float()
         if self._mask.shape != (batch, length):
             self._mask = torch.ones(batch, length)
-        if self._fresh or len(self._requests) != batch:
-            self._requests = [next(self._numbers) for _ in range(batch)]
         means = self._mean(output.detach().float())
-        kept = self._mask.bool()
-        phase = PREFILL if self._fresh else DECODE
+        if self._pieces:
+            own = ids[0].split([piece.tokens for piece in self._pieces])
+            known = [(piece.request, piece.phase) for piece in self._pieces]
+        else:
+            if self._fresh or len(self._requests) != batch:
+                self._requests = [self.new_request() for _ in range(batch)]
+            own = [row[kept] for row, kept in zip(ids, self._mask.bool(), strict=True)]
+            known = [(request, PREFILL if self._fresh else DECODE) for request in self._requests]
         self._engine.begin(
             [
-                Step(request, phase, ids[row][kept[row]].numpy().astype(np.int32), means[row])
-                for row, request in enumerate(self._requests)
+                Step(request, phase, tokens.numpy().astype(np.int32), mean)
+                for (request, phase), tokens, mean in zip(known, own, means, strict=True)
             ]
         )
         self._running = self._engine.deciding
@@ -173,7 +200,10 @@ class Observer:
         return rows.reshape(*self._mask.shape, rows.shape[-1])
 
     def _mean(self, values: Tensor) -> Floats:
-        """`[B, S, X]` to `[B, X]`, over the tokens that are no padding."""
+        """`[B, S, X]` to `[B, X]`, over the tokens that are no padding; of a packed pass, over each piece."""
+        if self._pieces:
+            pieces = values[0].split([piece.tokens for piece in self._pieces])
+            return torch.stack([piece.mean(0) for piece in pieces]).numpy()
         assert self._mask is not None
         if self._mask.numel() == 1:  # decoding one request
             only: Floats = values[:, 0].numpy()

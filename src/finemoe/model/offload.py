@@ -17,9 +17,9 @@ from finemoe.errors import ConfigError, FinemoeError
 from finemoe.experts import ExpertLayer
 from finemoe.explain import Explained
 from finemoe.maps import Keeper
-from finemoe.metrics import Stats
+from finemoe.metrics import PerExpert, Stats
 from finemoe.model.observe import Evidence, Observer
-from finemoe.policy.book import PAUSED, PREFETCHED, PREFETCHED_USED, REGRETTED, WASTED
+from finemoe.policy import book, census
 from finemoe.store import DiskStore, peak_rss_bytes
 from finemoe.types import Recorded
 
@@ -40,6 +40,7 @@ class Offload:
         keeper: Keeper | None = None,
         observer: Observer | None = None,
     ) -> None:
+        self.observer = observer  # None where the policy listens to nothing
         self.checkpoint = checkpoint
         self.catalog = catalog
         self.policy = config.policy
@@ -79,11 +80,11 @@ class Offload:
             late=counters.late,
             misses=counters.misses,
             evictions=counters.evictions,
-            prefetched=int(tally[PREFETCHED]),
-            prefetched_used=int(tally[PREFETCHED_USED]),
-            wasted=int(tally[WASTED]),
-            regretted=int(tally[REGRETTED]),
-            paused=int(tally[PAUSED]),
+            prefetched=int(tally[book.PREFETCHED]),
+            prefetched_used=int(tally[book.PREFETCHED_USED]),
+            wasted=int(tally[book.WASTED]),
+            regretted=int(tally[book.REGRETTED]),
+            paused=int(tally[book.PAUSED]),
             searches=policy.searches if isinstance(policy, Beside) else 0,
             searches_late=policy.late if isinstance(policy, Beside) else 0,
             bytes_read=self._engine.transfer.moved_bytes - self._read_before,
@@ -119,6 +120,35 @@ class Offload:
             raise ConfigError("explain: was not asked for; load the model with explain=True, or --explain")
         return ledger.explained()
 
+    def watch(self) -> None:
+        """From now on, count every expert on its own, for `experts()`."""
+        with self._engine.lock:
+            self._engine.controller.watch()
+
+    def experts(self) -> PerExpert:
+        """Where every expert is now, and what its accesses found; all of one moment. Safe to call from any thread.
+
+        Raises:
+            ConfigError: `watch()` was not called.
+        """
+        controller = self._engine.controller
+        with self._engine.lock:
+            if controller.census is None:
+                raise ConfigError("experts: are not counted; call watch() first")
+            status, pinned = controller.book.status.copy(), controller.book.pinned.copy()
+            counts = controller.census.counts.copy()
+        shape = len(self.catalog.layouts), -1
+        return PerExpert(
+            experts=tuple(layout.experts for layout in self.catalog.layouts),
+            state=(status + (pinned & (status == book.RESIDENT))).reshape(shape),
+            pinned=pinned.reshape(shape),
+            hits=counts[census.HITS].reshape(shape),
+            late=counts[census.LATE].reshape(shape),
+            misses=counts[census.MISSES].reshape(shape),
+            prefetched=counts[census.PREFETCHED].reshape(shape),
+            wasted=counts[census.WASTED].reshape(shape),
+        )
+
     def reset_stats(self) -> None:
         """Start counting anew; what is resident stays."""
         with self._engine.lock:
@@ -129,6 +159,8 @@ class Offload:
                 policy.searches = policy.late = 0
             if self._engine.controller.ledger is not None:
                 self._engine.controller.ledger.counts[:] = 0
+            if self._engine.controller.census is not None:
+                self._engine.controller.census.counts[:] = 0
             self._read_before = self._engine.transfer.moved_bytes
 
     def learn(self, requests: Iterable[Recorded]) -> None:

@@ -32,6 +32,7 @@ from finemoe.policy.book import (
     still_wanted,
     take_slot,
 )
+from finemoe.policy.census import Census
 from finemoe.policy.ledger import Ledger
 from finemoe.types import ExpertId, Fetch, Plan, Routed, Step
 
@@ -57,9 +58,14 @@ class Controller:
         self.policy = policy
         self.book = make_book(layers, experts, capacity, devices)
         self.ledger = Ledger(layers, experts) if explain else None
+        self.census: Census | None = None
         self._experts = experts
         self._worth, self._want = policy.worth.reshape(-1), policy.want.reshape(-1)
         self._waiting: deque[int] = deque()  # needed, not resident, no slot to be had yet
+
+    def watch(self) -> None:
+        """From now on, count every expert on its own: keep a `census`."""
+        self.census = self.census or Census(len(self.book.status) // self._experts, self._experts)
 
     def begin(self, steps: Sequence[Step]) -> None:
         """An iteration begins."""
@@ -86,6 +92,8 @@ class Controller:
             index = event.layer * self._experts + int(expert)
             if self.ledger is not None:
                 self.ledger.access(index, int(self.book.status[index]), fresh=bool(self.book.fresh[index]))
+            if self.census is not None:
+                self.census.access(index, int(self.book.status[index]))
             if need(self.book, index) == ABSENT:
                 self._waiting.append(index)
         return self._fill()
@@ -130,6 +138,8 @@ class Controller:
         self._note_waste(victim, wasted)
         if self.ledger is not None:
             self.ledger.prefetched(index)
+        if self.census is not None:
+            self.census.prefetched(index)
         return Fetch(self._id(index), self._id(victim) if victim >= 0 else None, urgent=False)
 
     def still_wanted(self, expert: ExpertId) -> bool:
@@ -200,8 +210,12 @@ class Controller:
 
     def _note_waste(self, index: int, before: int) -> None:
         """`index` lost its slot: was it a prefetch that nobody needed? The tally tells, as it was and as it is."""
-        if self.ledger is not None and self.book.tally[WASTED] > before:
+        if self.book.tally[WASTED] == before:
+            return
+        if self.ledger is not None:
             self.ledger.wasted(index)
+        if self.census is not None:
+            self.census.wasted(index)
 
     def _index(self, expert: ExpertId) -> int:
         return expert.layer * self._experts + expert.expert

@@ -1,0 +1,60 @@
+"""`finemoe serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import closing
+
+from finemoe.cli.flags import add_flags, read_flags
+from finemoe.config import LoadConfig
+from finemoe.errors import ConfigError
+from finemoe.process import unmap_idle_code
+from finemoe.serving.config import ServeConfig
+
+_EXTRA = ("fastapi", "llguidance", "prometheus_client", "uvicorn")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's flags."""
+    add_flags(parser, LoadConfig)
+    add_flags(parser, ServeConfig)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit status."""
+    load_config, config = read_flags(arguments, LoadConfig), read_flags(arguments, ServeConfig)
+    refuse_missing_extra()
+    from finemoe.serving.logs import to_standard_error
+    from finemoe.serving.server import address_of, read_api_key, reserve
+
+    api_key = read_api_key(config)
+    with closing(reserve(config)) as taken:  # before the model is loaded: that may take minutes
+        from finemoe.model import load_config as load
+        from finemoe.serving.app import make_app
+        from finemoe.serving.house import House
+        from finemoe.serving.served import served
+        from finemoe.serving.server import Server, ended_by_ctrl_c
+        from finemoe.serving.worker import BatchingWorker
+        from finemoe.session import load_tokenizer
+
+        to_standard_error()
+        with load(load_config) as model:
+            tokenizer = load_tokenizer(model.finemoe.checkpoint.folder)
+            with closing(BatchingWorker(model, config)) as worker:
+                house = House(served(model, tokenizer, worker, config, worker.capacity_tokens))
+                server = Server(make_app(house, api_key=api_key), house)
+                unmap_idle_code()
+                arguments.interrupts.check()
+                server.run(taken, lambda: print(f"{house.served.name} at {address_of(taken)}", flush=True))
+    if ended_by_ctrl_c(server):
+        raise KeyboardInterrupt
+    return 0
+
+
+def refuse_missing_extra() -> None:
+    """Raises `ConfigError` where the libraries of the extra are not installed."""
+    from importlib.util import find_spec
+
+    missing = [name for name in _EXTRA if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"serve: {', '.join(missing)} not installed; pip install 'finemoe[serve]'")

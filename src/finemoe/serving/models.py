@@ -1,0 +1,70 @@
+"""`/v1/models`, and what probes and scrapers ask."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from finemoe.serving.documents import Responses, refusals
+from finemoe.serving.errors import ApiError
+from finemoe.serving.house import House
+from finemoe.serving.objects import Model, ModelList, Status
+
+_FIGURES: Responses = {200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}}
+
+
+def routes(house: House) -> APIRouter:
+    """The endpoints."""
+    router = APIRouter()
+    served = house.served
+    model = Model(
+        id=served.name,
+        object="model",
+        created=served.created_s,
+        owned_by="finemoe",
+        max_model_len=served.context_tokens,
+    )
+
+    @router.get("/v1/models", responses=refusals(401))
+    async def list_models() -> ModelList:
+        """The one model that is served."""
+        return ModelList(object="list", data=[model])
+
+    @router.get("/v1/models/{name:path}", responses=refusals(401, 404))
+    async def retrieve_model(name: str) -> Model:
+        """The model, by its name."""
+        if name != served.name:
+            raise ApiError(
+                404, f"there is no {name!r} here, only {served.name!r}", param="model", code="model_not_found"
+            )
+        return model
+
+    return router
+
+
+def probes(house: House) -> APIRouter:
+    """`/health`, `/ready` and `/metrics`."""
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> Status:
+        """Whether the process answers."""
+        return Status(status="ok")
+
+    @router.get("/ready", responses=refusals(503))
+    async def ready() -> Status:
+        """Whether requests are taken: not any more once the server is shutting down."""
+        if house.admission.draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down")
+        return Status(status="ok")
+
+    @router.get(
+        "/metrics",
+        responses=_FIGURES | refusals(401),
+        response_class=Response,
+    )
+    def metrics(request: Request) -> Response:  # in a thread: the pool's figures wait for the layer that runs
+        """Figures in Prometheus' or OpenMetrics' text format."""
+        text, content_type = house.metrics.page(request.headers.get("accept", ""))
+        return Response(text, headers={"Content-Type": content_type})
+
+    return router

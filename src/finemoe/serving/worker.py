@@ -1,0 +1,282 @@
+"""The model's thread: jobs join and leave a running batch, a forward pass at a time."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from finemoe.errors import FinemoeError, UnsupportedModelError
+from finemoe.model.observe import Piece
+from finemoe.serving.config import ServeConfig
+from finemoe.serving.job import Finished, Job, Listener, Load, Token
+from finemoe.serving.paged import PagedBatch, Part
+from finemoe.serving.sampling import Sampler
+from finemoe.serving.single import SingleBatch
+from finemoe.types import DECODE, PREFILL
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Running:
+    """A job between its submission and its end."""
+
+    job: Job
+    listener: Listener
+    limit: int  # tokens that it may have: `max_tokens`, or what the cache holds
+    sampler: Sampler
+    tokens: int = 0  # of its answer, so far
+    request: int = -1  # what the policy knows it by
+    cancelled: bool = False
+
+
+class BatchingWorker:
+    """Runs jobs on a thread of its own, as many of them together as fit; a `Worker`.
+
+    Nobody else may run the model until it is closed; closing the model is its owner's business. A job that fills the
+    key-value cache ends as one of `max_tokens` does. The model's own penalties and suppressed tokens are not applied.
+
+    Args:
+        model: from `finemoe.load`.
+        config: how answers run together.
+
+    Attributes:
+        batches: whether jobs share forward passes. Models that transformers can't batch run one job at a time.
+        capacity_tokens: the longest prompt with its answer that the key-value cache holds.
+
+    Raises:
+        ConfigError: the key-value cache is too small for anything.
+    """
+
+    def __init__(self, model: Any, config: ServeConfig | None = None) -> None:
+        self._model = model
+        self._config = config or ServeConfig()
+        self._vocabulary = model.get_input_embeddings().weight.shape[0]
+        self._taken: dict[str, _Running] = {}  # jobs that the batch knows; the thread's alone
+        self._proven = False  # a forward pass has gone through
+        self._batch: PagedBatch | SingleBatch
+        try:
+            self._batch = PagedBatch(
+                model, self._config.key_value_bytes, self._config.max_batch_tokens, self._config.max_running
+            )
+        except UnsupportedModelError as error:
+            self._batch = self._single(error)
+        self._changed = threading.Condition()  # guards what follows
+        self._jobs: dict[str, _Running] = {}  # submitted and not ended
+        self._arrived: deque[_Running] = deque()  # of these, not taken yet
+        self._load = Load(0, 0, self._batch.blocks, self._batch.blocks)
+        self._draining = False
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="finemoe-model", daemon=True)
+        self._thread.start()
+
+    @property
+    def batches(self) -> bool:
+        return isinstance(self._batch, PagedBatch)
+
+    @property
+    def capacity_tokens(self) -> int:
+        return self._batch.capacity_tokens
+
+    def submit(self, job: Job, listener: Listener) -> None:
+        """Take a job. `Finished` is the last thing its listener hears, and is heard exactly once.
+
+        Raises:
+            ValueError: the job can't be run: its prompt is empty, no token ids, or longer than the cache; the message
+                says so.
+            RuntimeError: the worker is draining or closed.
+        """
+        prompt, capacity = job.prompt, self.capacity_tokens
+        if not prompt:
+            raise ValueError("the prompt is empty; there is nothing to continue")
+        if len(prompt) > capacity:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens, and the key-value cache holds {capacity}; shorten it, or give "
+                "the server more --cache-bytes"
+            )
+        if min(prompt) < 0 or max(prompt) >= self._vocabulary:
+            raise ValueError(
+                f"the prompt has tokens that the model does not know; ids go from 0 to {self._vocabulary - 1}"
+            )
+        if job.max_tokens < 1:
+            raise ValueError(f"max_tokens is {job.max_tokens}, and an answer has at least 1")
+        running = _Running(job, listener, min(job.max_tokens, capacity - len(prompt) + 1), Sampler(job))
+        with self._changed:
+            if self._draining or self._closing:
+                raise RuntimeError("the server is shutting down; it takes no more jobs")
+            if job.name in self._jobs:
+                raise ValueError(f"there is a job called {job.name!r} already")
+            self._jobs[job.name] = running
+            self._arrived.append(running)
+            self._changed.notify_all()
+
+    def cancel(self, name: str) -> None:
+        """End a job within one step, its slots and cache freed; unknown names (it has just finished) are ignored."""
+        with self._changed:
+            if name in self._jobs:
+                self._jobs[name].cancelled = True
+                self._changed.notify_all()
+
+    def load(self) -> Load:
+        with self._changed:
+            last = self._load
+            return Load(last.running, len(self._jobs) - last.running, last.free_cache_blocks, last.cache_blocks)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take no more jobs and wait for those at hand. Returns whether all finished; the others are cancelled."""
+        with self._changed:
+            self._draining = True
+            finished = self._changed.wait_for(lambda: not self._jobs, timeout_s)
+            for running in self._jobs.values():
+                running.cancelled = True
+            self._changed.notify_all()
+        return finished
+
+    def close(self) -> None:
+        """Cancel everything and end the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._take():
+                self._step()
+        except BaseException:
+            _LOG.exception("the model's thread has failed")
+            raise
+        finally:
+            with self._changed:
+                self._closing = True
+            for running in list(self._jobs.values()):
+                self._end(running, Finished("cancelled"))
+            self._batch.close()
+
+    def _take(self) -> bool:
+        """Wait for something to do, and let jobs join and leave. Returns whether to go on."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._jobs)
+            if self._closing:
+                return False
+            arrived, cancelled = list(self._arrived), [each for each in self._jobs.values() if each.cancelled]
+            self._arrived.clear()
+        for running in cancelled:
+            self._end(running, Finished("cancelled"))
+        for running in arrived:
+            if not running.cancelled:
+                self._taken[running.job.name] = running
+                self._batch.add(running.job.name, running.job.prompt)
+        return True
+
+    def _step(self) -> None:
+        """One forward pass, if there is anything to compute."""
+        parts: list[Part] = []
+        try:
+            parts = self._batch.prepare()
+            if not parts:
+                return
+            with self._changed:
+                self._count()
+            observer = self._model.finemoe.observer
+            with nullcontext() if observer is None else observer.packed([self._piece(part) for part in parts]):
+                logits = self._batch.run()
+            answering = [self._taken[part.name] for part in parts if part.answers]
+            chosen = self._choose(answering, logits)
+            self._batch.advance([0 if isinstance(token, Exception) else token.id for token in chosen])
+        except Exception as error:  # noqa: BLE001 - belongs to the jobs of this pass
+            self._fail(parts, error)
+            return
+        self._proven = True
+        for running, token in zip(answering, chosen, strict=True):
+            self._deliver(running, token)
+
+    def _piece(self, part: Part) -> Piece:
+        running = self._taken[part.name]
+        if part.fresh:
+            running.request = self._model.finemoe.observer.new_request()
+        return Piece(running.request, PREFILL if part.prompt else DECODE, part.tokens)
+
+    @staticmethod
+    def _choose(answering: list[_Running], logits: Tensor) -> list[Token | Exception]:
+        """Each job's next token, or why there is none; a job's trouble is its own."""
+        likeliest = logits.argmax(-1).tolist()
+        chosen: list[Token | Exception] = []
+        for row, running in enumerate(answering):
+            try:
+                plain = running.cancelled or running.sampler.plain
+                chosen.append(Token(likeliest[row]) if plain else running.sampler.choose(logits[row]))
+            except Exception as error:  # noqa: BLE001 - a grammar is someone else's code
+                chosen.append(error)
+        return chosen
+
+    def _deliver(self, running: _Running, token: Token | Exception) -> None:
+        """Tell a job of its next token, and end it if that was its last."""
+        if running.cancelled:
+            self._end(running, Finished("cancelled"))
+        elif isinstance(token, Exception):
+            self._end(running, Finished("error", _message(token)))
+        else:
+            running.tokens += 1
+            self._tell(running, token)
+            if token.id in running.job.stop:
+                self._end(running, Finished("stop"))
+            elif running.tokens >= running.limit:
+                self._end(running, Finished("length"))
+
+    def _fail(self, parts: list[Part], error: Exception) -> None:
+        """A pass has failed: so have its jobs; or, if it could not even be prepared, all jobs that were taken."""
+        if not self._proven and parts and self.batches and not isinstance(error, FinemoeError):
+            # some models show only now that they can't be batched; no answer has begun
+            self._batch.close()
+            self._batch = self._single(error)
+            for running in self._taken.values():
+                self._batch.add(running.job.name, running.job.prompt)
+            return
+        if not isinstance(error, FinemoeError):
+            _LOG.error("a forward pass has failed", exc_info=error)
+        failed = [self._taken[part.name] for part in parts] or list(self._taken.values())
+        if not parts:
+            self._batch.clear()
+        for running in failed:
+            self._end(running, Finished("error", _message(error)))
+
+    def _single(self, error: Exception) -> SingleBatch:
+        _LOG.warning("jobs run one at a time: %s", _message(error))
+        return SingleBatch(self._model, self._config.key_value_bytes)
+
+    def _end(self, running: _Running, finished: Finished) -> None:
+        """Let go of what a job holds, and tell it."""
+        name = running.job.name
+        if self._taken.pop(name, None) is not None:
+            self._batch.remove(name)
+        with self._changed:
+            if self._jobs.pop(name, None) is None:
+                return
+            self._count()
+            self._changed.notify_all()
+        self._tell(running, finished)
+
+    def _tell(self, running: _Running, news: Token | Finished) -> None:
+        try:
+            running.listener(running.job.name, news)
+        except Exception:  # noqa: BLE001 - a listener is someone else's code
+            _LOG.exception("the listener of job %s has failed", running.job.name)
+            running.cancelled = True  # nobody listens
+
+    def _count(self) -> None:
+        blocks, running = self._batch.blocks, self._batch.running
+        self._load = Load(running, 0, blocks - self._batch.used_blocks, blocks)
+
+
+def _message(error: Exception) -> str:
+    """One line."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FinemoeError | ValueError) else f"{type(error).__name__}: {text}"

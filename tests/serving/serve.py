@@ -1,0 +1,134 @@
+"""A server over the fake worker: in the process, or on a free port of this machine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fastapi import FastAPI
+from openai import OpenAI
+from starlette.testclient import TestClient
+
+from finemoe.metrics import Stats
+from finemoe.serving.app import make_app
+from finemoe.serving.config import ServeConfig
+from finemoe.serving.house import House
+from finemoe.serving.job import Job, Worker
+from finemoe.serving.served import Served
+from finemoe.serving.server import Server, address_of, reserve
+from tests.chat_model import make_tokenizer
+from tests.serving.fake_worker import END, FakeWorker, Script
+
+NAME = "tiny"
+TEXT = "The café 😀 is open."
+TOKENIZER = make_tokenizer()
+TOKENIZER.chat_template = (
+    "{% for turn in messages %}"
+    "{% if turn['role'] == 'tool' and not tools %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<{{ turn['role'] }}>{{ turn['content'] }}{% endfor %}"
+    "{% if tools %}write <tool_call> around calls of {{ tools | tojson }}{% endif %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+_FIGURES: dict[str, Any] = {field.name: 0 for field in fields(Stats)}
+_FIGURES |= {"model": NAME, "policy": "lru", "io": "direct", "link_bandwidth_bytes_s": None, "explained": None}
+_FIGURES |= {"hits": 5, "late": 2, "misses": 3, "bytes_read": 700, "stall_s": 0.25, "prefetched": 4, "wasted": 1}
+STATS = Stats(**_FIGURES)
+
+
+def ids(text: str) -> list[int]:
+    encoded: list[int] = TOKENIZER(text)["input_ids"]
+    return encoded
+
+
+def say(text: str) -> Script:
+    return lambda _: iter([*ids(text), END])
+
+
+def count_up(job: Job) -> Iterator[int]:
+    """Letters that depend on the seed, without end."""
+    at = job.seed or 0
+    while True:
+        yield ids("abcdefghij")[at % 10]
+        at += 1
+
+
+@dataclass
+class Fake:
+    """A server's parts."""
+
+    house: House
+    worker: FakeWorker
+    app: FastAPI
+    client: TestClient
+
+    def post(self, path: str, **body: Any) -> Any:
+        return self.client.post(path, json={"model": NAME} | body)
+
+    def chat(self, **body: Any) -> Any:
+        return self.post("/v1/chat/completions", **{"messages": [{"role": "user", "content": "Hi"}]} | body)
+
+    def metric(self, name: str) -> float:
+        text = self.client.get("/metrics").text
+        return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
+
+
+def make_house(worker: Worker, tokenizer: Any = TOKENIZER, **config: Any) -> House:
+    served = Served(
+        name=NAME,
+        tokenizer=tokenizer,
+        worker=worker,
+        stats=lambda: STATS,
+        stop_ids=frozenset({END}),
+        context_tokens=config.pop("context_tokens", 512),
+        vocabulary_size=258,
+        config=ServeConfig(**{"max_output_tokens": 256} | config),
+    )
+    return House(served)
+
+
+@contextmanager
+def fake(script: Script | None = None, *, api_key: str | None = None, **config: Any) -> Iterator[Fake]:
+    """A server in the process."""
+    worker = FakeWorker(script or say(TEXT), config.get("max_running", 4))
+    house = make_house(worker, **config)
+    app = make_app(house, api_key=api_key)
+    try:
+        with TestClient(app) as client:
+            yield Fake(house, worker, app, client)
+    finally:
+        worker.close()
+        house.prompts.close()
+
+
+@dataclass
+class Live:
+    """A server on a port."""
+
+    house: House
+    server: Server
+    url: str
+
+    def client(self, api_key: str = "none", **options: Any) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, **{"max_retries": 0, "timeout": 30} | options)
+
+
+@contextmanager
+def live(house: House, api_key: str | None = None) -> Iterator[Live]:
+    """A server on a free port, until the block ends."""
+    taken = reserve(ServeConfig(port=0))
+    server = Server(make_app(house, api_key=api_key), house)
+    ready = threading.Event()
+    thread = threading.Thread(target=server.run, args=(taken, ready.set), name="server")
+    thread.start()
+    assert ready.wait(30)
+    try:
+        yield Live(house, server, address_of(taken))
+    finally:
+        if thread.is_alive():
+            server.stop()
+        thread.join(30)
+        assert not thread.is_alive()
+        taken.close()
