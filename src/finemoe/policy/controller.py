@@ -11,7 +11,7 @@ names it as victim). From `routed` until `used` it is pinned and can't be a vict
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 
@@ -69,7 +69,7 @@ class Controller:
         if self.ledger is not None:
             self.ledger.begin()
 
-    def routed(self, event: Routed, *, observe: bool = True) -> Plan:
+    def routed(self, event: Routed, *, observe: bool = True, elsewhere: Container[int] = ()) -> Plan:
         """A layer's needs are known: pins them, and plans the fetch of each that is neither resident nor in flight.
 
         Where slots run out, the rest wait for `used`: a layer that needs more than the pool holds runs in waves.
@@ -77,6 +77,7 @@ class Controller:
         Args:
             event: the layer and its needs.
             observe: whether the policy is told.
+            elsewhere: what is absent and computed where it is: a miss that brings nothing in.
         """
         if observe:
             self.policy.routed(event)
@@ -86,7 +87,7 @@ class Controller:
             index = event.layer * self._experts + int(expert)
             if self.ledger is not None:
                 self.ledger.access(index, int(self.book.status[index]), fresh=bool(self.book.fresh[index]))
-            if need(self.book, index) == ABSENT:
+            if expert not in elsewhere and need(self.book, index) == ABSENT:
                 self._waiting.append(index)
         return self._fill()
 
