@@ -107,8 +107,9 @@ def measure(model: Any, arguments: argparse.Namespace, trace: Path, wait: Callab
     if hasattr(model, "finemoe"):
         stats = model.finemoe.stats()
         row |= {name: getattr(stats, name) for name in (
-            "slots", "experts", "hit_rate", "late_rate", "miss_rate", "host_computed", "precision", "wasted", "bytes_read",
-            "stall_s", "stalled_bytes", "disk_bytes", "expert_kernel", "expert_memory_bytes", "host_memory_bytes",
+            "slots", "experts", "hit_rate", "late_rate", "miss_rate", "host_computed", "precision", "wasted",
+            "bytes_read", "stall_s", "stalled_bytes", "disk_bytes", "expert_kernel", "expert_memory_bytes",
+            "host_memory_bytes",
         )}  # fmt: skip
     return row
 

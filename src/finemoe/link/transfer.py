@@ -378,9 +378,7 @@ class Link:
                     self._send_or_read(job)
             else:
                 self.host.failed(expert)
-                self._readers.when_idle = (
-                    None  # whoever needs what can't be read will hear of it; nobody asked for more
-                )
+                self._filling = False  # nobody asked for it; whoever needs what can't be read will hear of it
                 if job is not None:
                     self._report(job, error)
             self._feed()

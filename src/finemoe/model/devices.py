@@ -249,6 +249,8 @@ def choose_kernel(
     Raises:
         ConfigError: grouped matmuls were asked for, and can't run it.
     """
+    if layer.accumulator is None and len(layer.pool.devices) > 1:
+        raise ConfigError("--device: this model's experts run by their own code, on one device; name one alone")
     if wanted == "eager" or (wanted == "auto" and dtype != torch.bfloat16):  # the kernel's own dtype; others are slow
         return "eager"
     same = agrees(layer, module, width, dtype) if layer.accumulator is not None else None

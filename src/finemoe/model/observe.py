@@ -175,7 +175,6 @@ class Observer:
         """`[B, S, X]` to `[B, X]`, over the tokens that are no padding."""
         assert self._mask is not None
         if self._mask.numel() == 1:  # decoding one request
-            only: Floats = values[:, 0].numpy()
-            return only
+            return values[:, 0]
         mask = self._mask[:, :, None]
         return (values * mask).sum(1) / mask.sum(1).clamp_min(1)
