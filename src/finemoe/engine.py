@@ -55,6 +55,11 @@ class Engine:
         self.deciding = True  # whether the policy is told of this iteration
         self._lock = threading.RLock()
         self._prefetching: dict[ExpertId, None] = {}  # in flight and not needed yet, in order
+        self._fill: tuple[ExpertId, ...] = ()  # to be brought into free slots, in order
+        self._filled = 0  # how many of these were seen to
+        self._filling: set[ExpertId] = (
+            set()
+        )  # of these, in flight and not needed yet: not withdrawn, whatever they are worth
         self._broken_off = False  # a layer was left in the middle, and clearing up after it was interrupted too
         if controller.policy.prefetches:
             transfer.when_idle = self._prefetch
@@ -63,6 +68,14 @@ class Engine:
     def lock(self) -> threading.RLock:
         """Held by whoever wants counts that belong together: prefetches go on after an answer."""
         return self._lock
+
+    def fill(self, experts: Sequence[ExpertId]) -> None:
+        """From now on, whenever the link is idle, bring these in while there are free slots, wanted or not."""
+        with self._lock:
+            self._fill = tuple(experts)
+            self._filled = 0
+            self.transfer.when_idle = self._prefetch
+        self.transfer.nudge()
 
     def begin(self, steps: Sequence[Step]) -> None:
         """An iteration begins: what the running requests bring to it."""
@@ -153,6 +166,8 @@ class Engine:
             self.pool.clear()
             self.controller.clear()
             self._prefetching.clear()
+            self._filling.clear()
+            self._filled = 0
             self._broken_off = False
 
     def check_integrity(self) -> None:
@@ -181,6 +196,7 @@ class Engine:
                 if self.controller.is_in_flight(needed):
                     self.counters.late += 1
                     self._prefetching.pop(needed, None)
+                    self._filling.discard(needed)
                     self.transfer.hasten(needed)
                 else:
                     self.counters.misses += 1
@@ -205,6 +221,14 @@ class Engine:
             if fetch is not None:
                 self._prefetching[fetch.expert] = None
                 self._execute(Plan((fetch,)))
+                return
+            while self._filled < len(self._fill):
+                expert = self._fill[self._filled]
+                self._filled += 1
+                if (fetch := self.controller.bring(expert)) is not None:
+                    self._filling.add(expert)
+                    self._execute(Plan((fetch,)))
+                    return
 
     def _execute(self, plan: Plan) -> None:
         for fetch in plan.fetches:
@@ -225,11 +249,13 @@ class Engine:
         for expert, error in landed:
             with self._lock:
                 if error is not None:
-                    if not isinstance(error, Withdrawn) and expert not in self._prefetching:
+                    unasked = expert in self._prefetching or expert in self._filling
+                    if not isinstance(error, Withdrawn) and not unasked:
                         raise self._failure(expert, error)
                     self._drop(expert)
                     continue
                 self._prefetching.pop(expert, None)
+                self._filling.discard(expert)
                 self.pool.landed(expert)
                 slot = self.pool.pin(expert)
                 if self._verify is not None:
@@ -245,6 +271,7 @@ class Engine:
     def _drop(self, expert: ExpertId) -> None:
         """A prefetch was withdrawn, or can't be read: whoever needs it, now or later, will load it, or fail by it."""
         self._prefetching.pop(expert, None)
+        self._filling.discard(expert)
         self.pool.failed(expert)
         self.controller.failed(expert)
         self._execute(self.controller.retry())

@@ -14,7 +14,7 @@ import torch
 import finemoe
 from finemoe.device import CpuDevice
 from finemoe.errors import BudgetError, ConfigError
-from tests.tiny import Make, answer, eager, logits
+from tests.tiny import Make, answer, eager, edited, logits
 
 CASES = [("mixtral", "float32"), ("mixtral", "bfloat16"), ("gpt_oss", "bfloat16"), ("nemotron_h", "bfloat16")]
 Load = Callable[..., Any]
@@ -147,20 +147,28 @@ def test_families_of_every_layout_answer_as_on_the_cpu(load: Load, tiny: Make, f
         assert torch.equal(logits(model, batch=2), logits(eager(folder), batch=2))
 
 
+def never_the_first_expert(tensors: dict[str, torch.Tensor]) -> None:
+    """No token is routed to expert 0: its gate says what the least likely ones say, whatever the hidden state."""
+    for name, tensor in tensors.items():
+        if name.endswith("gate.weight"):
+            tensor[0] = -tensor[1:].sum(0)
+
+
 @pytest.mark.parametrize("policy", ["lru", "finemoe"])
 def test_once_all_experts_are_there_nothing_is_read_back(
-    load: Load, tiny: Make, policy: str, monkeypatch: pytest.MonkeyPatch
+    load: Load, tiny: Make, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tiny("mixtral", "bfloat16")
+    folder = edited(tiny("mixtral", "bfloat16"), tmp_path, never_the_first_expert)
     whole = eager(folder)
     whole.set_experts_implementation("grouped_mm")
     expected = [logits(whole, batch=batch) for batch in (1, 2, 3)]
     with load(folder, expert_memory="all", policy=policy) as model:
         for _ in range(2):  # emptied in between
-            for _ in range(8):
+            for _ in range(1000):
                 for batch, right in zip((1, 2, 3), expected, strict=True):
                     assert torch.equal(logits(model, batch=batch), right)
-            assert model.finemoe.stats().resident == model.finemoe.stats().experts
+                if model.finemoe.stats().resident == model.finemoe.stats().experts:
+                    break  # the idle link has brought in what no token needed
             model.finemoe.reset_stats()
             with monkeypatch.context() as patched:
                 patched.setattr(CpuDevice, "read_back", None)

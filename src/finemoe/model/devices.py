@@ -165,6 +165,8 @@ class Tiers:
         assert self.link is not None
         worth = engine.controller.policy.worth
         self.link.host.rank = lambda expert: float(worth[expert])
+        if self._firsts is not None:  # there is room for all
+            engine.fill([ExpertId(n, e) for n, layout in enumerate(self.layouts) for e in range(layout.experts)])
         self.stalls.drop()
         self.stalls.counters = self.touched.counters = engine.counters
 

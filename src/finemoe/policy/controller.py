@@ -133,6 +133,16 @@ class Controller:
             self.ledger.prefetched(index)
         return Fetch(self._id(index), self._id(victim) if victim >= 0 else None, urgent=False)
 
+    def bring(self, expert: ExpertId) -> Fetch | None:
+        """A prefetch of an absent expert into a free slot, wanted or not; `None` if it is here or no slot is free."""
+        index = self._index(expert)
+        if self.book.status[index] != ABSENT or self.book.room[self.book.device[index]] <= 0:
+            return None
+        begin_prefetch(self.book, self._worth, index)
+        if self.ledger is not None:
+            self.ledger.prefetched(index)
+        return Fetch(expert, None, urgent=False)
+
     def still_wanted(self, expert: ExpertId) -> bool:
         """Whether a prefetch under way is worth going on with. One that a layer needs by now always is."""
         index = self._index(expert)
