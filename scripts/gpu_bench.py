@@ -1,7 +1,7 @@
 """Measures the way from host memory to a GPU: link, hit path, and policies under forced routing.
 
     python scripts/gpu_bench.py OUT.json [--shapes mixtral-8x7b,qwen1.5-moe,gpt-oss-20b] [--memory 25%,50%,75%]
-        [--policies lru,lfru,finemoe] [--trace gpt-oss-20b=FILE] [--folder /dev/shm/finemoe] [--minutes 9]
+        [--policies lru,finemoe] [--trace gpt-oss-20b=FILE] [--folder /dev/shm/finemoe] [--minutes 9]
 
 Weights are generated in `--folder` (best in memory: it is the disk tier, and not what is measured) and removed. Each
 shape is run whole by transformers (`grouped_mm` and `eager`), whole by finemoe (`all`: what its hit path costs), at
@@ -138,8 +138,11 @@ class Bench:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def row(self, shape: str, name: str, make: Callable[[], Any], trace: Path) -> None:
-        """Measure one way to run a model, unless time is up."""
+    def row(self, shape: str, name: str, make: Callable[[], Any], trace: Path, tokens: int | None = None) -> None:
+        """Measure one way to run a model, unless time is up. `tokens`: at most so many, of one request."""
+        arguments = argparse.Namespace(**vars(self.arguments))
+        if tokens is not None:
+            arguments.requests, arguments.new_tokens = 1, min(tokens, arguments.new_tokens)
         if time.monotonic() > self.end_s:
             self.result["left_out"].append(f"{shape}: {name} (no time left)")
             return
@@ -147,7 +150,7 @@ class Bench:
         try:
             model = make()
             load_s = time.monotonic() - start_s
-            row = measure(model, self.arguments, trace, self.wait)
+            row = measure(model, arguments, trace, self.wait)
         except (finemoe.FinemoeError, ImportError, MemoryError, RuntimeError, ValueError) as error:
             self.result["left_out"].append(f"{shape}: {name} ({type(error).__name__}: {str(error).splitlines()[0]})")
             return
@@ -206,7 +209,10 @@ class Bench:
                 lambda: self.offloaded(folder, first, "lru", host_compute="auto"), trace,
             )  # fmt: skip
             share = float(first.rstrip("%")) / 100
-            self.row(shape, "transformers CPU offload", lambda: self.accelerate(folder, share * expert_bytes), trace)
+            self.row(
+                shape, "transformers CPU offload", lambda: self.accelerate(folder, share * expert_bytes), trace,
+                tokens=8,
+            )  # fmt: skip
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -257,15 +263,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="JSON file to write")
     parser.add_argument("--shapes", default="mixtral-8x7b,qwen1.5-moe,gpt-oss-20b", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--memory", default="25%,50%,75%", help="shares of the routed experts on the GPU")
-    parser.add_argument("--policies", default="lru,lfru,finemoe")
+    parser.add_argument("--policies", default="lru,finemoe")
     parser.add_argument(
         "--trace", action="append", default=[], metavar="SHAPE=FILE", help="recorded routing of a shape"
     )
     parser.add_argument("--folder", type=Path, default=Path("gpu-bench-models"), help="where weights are generated")
     parser.add_argument("--experts-gib", type=float, default=8.0, help="routed experts of each model, at most")
-    parser.add_argument("--requests", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--minutes", type=float, default=9.0, help="begin no row after this")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
     arguments = parser.parse_args()
