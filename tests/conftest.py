@@ -10,6 +10,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 
 os.environ["FINEMOE_MAPS"] = "none"  # what policies learn in a test is kept where the test says, or nowhere
 
+if not os.environ.get("FINEMOE_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: `auto` is the CPU, but for the tests of GPUs
+
 import pytest
 import torch
 from hypothesis import settings

@@ -6,7 +6,7 @@ A field's `metadata` holds its help text; a field called `expert_memory` is the 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from typing import Literal
 
@@ -17,6 +17,7 @@ for _power, _prefix in enumerate("kmgt", start=1):
     _UNITS[f"{_prefix}b"] = 1000**_power
     _UNITS[f"{_prefix}ib"] = 1024**_power
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|cuda:\d+(,cuda:\d+)+")
 _SHARE = re.compile(r"(-?\d+(?:\.\d+)?)\s*%")
 
 REPLAY_HELP = (
@@ -40,11 +41,11 @@ class Budget:
         return min(experts, self.size_bytes // slot_bytes)
 
 
-def parse_budget(text: str) -> Budget:
+def parse_budget(text: str, flag: str = "--expert-memory") -> Budget:
     """Reads `2GiB`, `25%`, `all` or a plain count of bytes.
 
     Raises:
-        BudgetError: not one of these, or zero, negative, above 100%; the message names `--expert-memory`.
+        BudgetError: not one of these, or zero, negative, above 100%; the message names the flag.
     """
     cleaned = text.strip().lower()
     if cleaned == "all":
@@ -52,16 +53,16 @@ def parse_budget(text: str) -> Budget:
     if share := _SHARE.fullmatch(cleaned):
         value = float(share[1])
         if not 0 < value <= 100:
-            raise BudgetError(f"--expert-memory: {text!r} is not a share between 0% and 100% of the routed experts")
+            raise BudgetError(f"{flag}: {text!r} is not a share between 0% and 100% of the routed experts")
         return Budget(share=value / 100)
     if cleaned.startswith("-"):
-        raise BudgetError(f"--expert-memory: {text!r} is negative; give bytes (2GiB), a share (25%) or all")
+        raise BudgetError(f"{flag}: {text!r} is negative; give bytes (2GiB), a share (25%) or all")
     size = _SIZE.fullmatch(cleaned)
     if size is None or size[2].lower() not in _UNITS:
-        raise BudgetError(f"--expert-memory: can't read {text!r}; give bytes (2GiB, 800MB), a share (25%) or all")
+        raise BudgetError(f"{flag}: can't read {text!r}; give bytes (2GiB, 800MB), a share (25%) or all")
     size_bytes = int(Decimal(size[1]) * _UNITS[size[2].lower()])
     if size_bytes <= 0:
-        raise BudgetError(f"--expert-memory: {text!r} is no memory at all; give bytes (2GiB), a share (25%) or all")
+        raise BudgetError(f"{flag}: {text!r} is no memory at all; give bytes (2GiB), a share (25%) or all")
     return Budget(size_bytes=size_bytes)
 
 
@@ -119,6 +120,34 @@ class LoadConfig:
     expert_memory: str = field(
         default="25%", metadata={"help": "hard limit for resident experts: bytes (2GiB), a share (25%) or all"}
     )
+    device: str = field(
+        default="auto",
+        metadata={
+            "help": "where the model runs and --expert-memory is: cpu, cuda, one or several devices "
+            "(cuda:0,cuda:1), or auto: cuda where there is one"
+        },
+    )
+    host_memory: str | None = field(
+        default=None,
+        metadata={
+            "help": "on a GPU: pinned host memory for experts between disk and GPU: bytes, a share or all (default: "
+            "all, or as many as fit)"
+        },
+    )
+    expert_kernel: Literal["auto", "eager", "grouped_mm"] = field(
+        default="auto",
+        metadata={
+            "help": "on a GPU: whose arithmetic experts are computed with, of transformers' implementations; auto is "
+            "grouped_mm where its results do not depend on what was resident, else eager"
+        },
+    )
+    host_compute: Literal["off", "auto"] = field(
+        default="off",
+        metadata={
+            "help": "on a GPU: auto computes missing experts of few tokens on the CPU where that is faster than "
+            "to copy them; answers then differ in rounding, by what was resident"
+        },
+    )
     policy: str = field(
         default="lfru",
         metadata={
@@ -160,6 +189,9 @@ class LoadConfig:
 
     def __post_init__(self) -> None:
         parse_budget(self.expert_memory)
+        if self.host_memory is not None:
+            parse_budget(self.host_memory, "--host-memory")
+        self._check_device()
         if self.link_bandwidth is not None:
             parse_bandwidth(self.link_bandwidth)
         if not 1 <= self.reader_threads <= 64:
@@ -167,10 +199,35 @@ class LoadConfig:
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
             ("io", ("auto", "direct", "buffered")),
+            ("expert_kernel", ("auto", "eager", "grouped_mm")),
+            ("host_compute", ("off", "auto")),
         ):
             value = getattr(self, name)
             if value not in allowed:
-                raise ConfigError(f"--{name}: {value!r} is not one of {', '.join(allowed)}")
+                raise ConfigError(f"--{name.replace('_', '-')}: {value!r} is not one of {', '.join(allowed)}")
+
+    def _check_device(self) -> None:
+        named = self.device.split(",")
+        if not _DEVICE.fullmatch(self.device) or len(set(named)) < len(named):
+            raise ConfigError(
+                f"--device: can't read {self.device!r}; give cpu, cuda, different devices (cuda:0,cuda:1) or auto"
+            )
+        if self.device == "cpu":
+            self.refuse_gpu_settings()
+        elif self.device != "auto" and self.link_bandwidth is not None:
+            self.refuse_cpu_settings()
+
+    def refuse_gpu_settings(self) -> None:
+        """Raises `ConfigError` where something was set that means nothing on the CPU."""
+        defaults = {each.name: each.default for each in fields(self)}
+        for name in ("host_memory", "expert_kernel", "host_compute"):
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(f"--{name.replace('_', '-')}: has no effect on the CPU; give --device cuda too")
+
+    def refuse_cpu_settings(self) -> None:
+        """Raises `ConfigError` where something was set that is for the CPU alone."""
+        if self.link_bandwidth is not None:
+            raise ConfigError("--link-bandwidth: is for experiments on the CPU; give --device cpu too")
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from finemoe.errors import ExpertReadError, FinemoeError
 from finemoe.metrics import Counters
 from finemoe.policy import Controller
-from finemoe.store import Pool
+from finemoe.store import DevicePool, Pool
 from finemoe.types import ExpertId, Landed, Plan, Routed, Step, Transfer, Withdrawn
 
 Verifier = Callable[[ExpertId, int], None]
+Elsewhere = Callable[[Sequence[int]], Collection[int]]
 
 
 class Engine:
@@ -26,7 +27,7 @@ class Engine:
     touched under the engine's lock, which is never held while computing or waiting.
 
     Args:
-        pool: the slots; starts empty.
+        pool: the slots, of this machine's memory or of devices; starts empty.
         controller: decides; starts empty, with the pool's number of slots as capacity.
         transfer: moves bytes into slots.
         verify: called with every landed expert and its slot; raises if the slot's bytes are not that expert's.
@@ -37,7 +38,7 @@ class Engine:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: Pool | DevicePool,
         controller: Controller,
         transfer: Transfer,
         verify: Verifier | None = None,
@@ -54,6 +55,11 @@ class Engine:
         self.deciding = True  # whether the policy is told of this iteration
         self._lock = threading.RLock()
         self._prefetching: dict[ExpertId, None] = {}  # in flight and not needed yet, in order
+        self._fill: tuple[ExpertId, ...] = ()  # to be brought into free slots, in order
+        self._filled = 0  # how many of these were seen to
+        self._filling: set[ExpertId] = (
+            set()
+        )  # of these, in flight and not needed yet: not withdrawn, whatever they are worth
         self._broken_off = False  # a layer was left in the middle, and clearing up after it was interrupted too
         if controller.policy.prefetches:
             transfer.when_idle = self._prefetch
@@ -62,6 +68,14 @@ class Engine:
     def lock(self) -> threading.RLock:
         """Held by whoever wants counts that belong together: prefetches go on after an answer."""
         return self._lock
+
+    def fill(self, experts: Sequence[ExpertId]) -> None:
+        """From now on, whenever the link is idle, bring these in while there are free slots, wanted or not."""
+        with self._lock:
+            self._fill = tuple(experts)
+            self._filled = 0
+            self.transfer.when_idle = self._prefetch
+        self.transfer.nudge()
 
     def begin(self, steps: Sequence[Step]) -> None:
         """An iteration begins: what the running requests bring to it."""
@@ -110,6 +124,40 @@ class Engine:
             self.clear()
             raise
 
+    def serve_waves(self, event: Routed, elsewhere: Elsewhere | None = None) -> Iterator[list[tuple[int, int]]]:
+        """`serve` for devices, which compute on their own time: yields all that is ready at once.
+
+        Before the next step of the iterator its caller must have launched what reads the slots of a wave, and told the
+        pool. Nothing is counted as stall: what the device waited for, the device knows.
+
+        Args:
+            event: the layer, and the experts that it needs.
+            elsewhere: told of what misses; what it names is computed elsewhere, and not fetched.
+
+        Raises:
+            ExpertReadError: an expert's bytes can't be read.
+        """
+        if self._broken_off:
+            self.clear()
+        try:
+            pending: dict[ExpertId, None] = {}
+            ready = list(self._route(event, pending, elsewhere))
+            while ready or pending:
+                if not ready:
+                    ready += self._settle(self.transfer.wait(), pending)
+                    continue
+                wave, ready = ready, []
+                yield [(expert.expert, slot) for expert, slot in wave]
+                with self._lock:
+                    for expert, _ in wave:
+                        self.pool.unpin(expert)
+                        self._execute(self.controller.used(expert))
+                ready += self._settle(self.transfer.poll(), pending)
+                self.transfer.nudge()
+        except BaseException:
+            self.clear()
+            raise
+
     def clear(self) -> None:
         """Empty the pool. Nothing must be using it."""
         with self._lock:
@@ -118,6 +166,8 @@ class Engine:
             self.pool.clear()
             self.controller.clear()
             self._prefetching.clear()
+            self._filling.clear()
+            self._filled = 0
             self._broken_off = False
 
     def check_integrity(self) -> None:
@@ -126,24 +176,36 @@ class Engine:
             self.pool.check_integrity()
             self.controller.check_integrity()
 
-    def _route(self, event: Routed, pending: dict[ExpertId, None]) -> deque[tuple[ExpertId, int]]:
-        """Books what a layer needs. Returns what is ready, pinned; `pending` becomes what is not."""
+    def _route(
+        self, event: Routed, pending: dict[ExpertId, None], elsewhere: Elsewhere | None = None
+    ) -> deque[tuple[ExpertId, int]]:
+        """Books what a layer needs. Returns what is ready, pinned; `pending` becomes what is to come."""
         self._settle(self.transfer.poll(), {})
         ready: deque[tuple[ExpertId, int]] = deque()
+        missing: list[int] = []
         with self._lock:
             for needed in [ExpertId(event.layer, int(expert)) for expert in event.experts]:
                 if self.controller.is_resident(needed):
-                    self.counters.hits += 1
-                    ready.append((needed, self.pool.pin(needed)))
+                    slot = self.pool.pin(needed)
+                    arrived = self.pool.settled(slot)
+                    self.counters.hits += arrived
+                    self.counters.late += not arrived
+                    ready.append((needed, slot))
                     continue
                 pending[needed] = None
                 if self.controller.is_in_flight(needed):
                     self.counters.late += 1
                     self._prefetching.pop(needed, None)
+                    self._filling.discard(needed)
                     self.transfer.hasten(needed)
                 else:
                     self.counters.misses += 1
-            self._execute(self.controller.routed(event, observe=self.deciding))
+                    missing.append(needed.expert)
+            away = elsewhere(missing) if elsewhere is not None and missing else ()
+            self.counters.elsewhere += len(away)
+            for index in away:
+                del pending[ExpertId(event.layer, index)]
+            self._execute(self.controller.routed(event, observe=self.deciding, elsewhere=away))
             for expert in self._prefetching:
                 if not self.controller.still_wanted(expert) or self.controller.short_of_slots:
                     self.transfer.withdraw(expert)
@@ -151,14 +213,22 @@ class Engine:
         self.transfer.nudge()
         return ready
 
-    def _prefetch(self) -> None:
-        """The link is idle. Called by the transfer, from a thread of its own."""
+    def _prefetch(self, device: int = 0) -> None:
+        """The link of a device is idle. Called by the transfer, from a thread of its own."""
         with self._lock:
             self._settle(self.transfer.poll(self._prefetching), {})
-            fetch = self.controller.prefetch()
+            fetch = self.controller.prefetch(device)
             if fetch is not None:
                 self._prefetching[fetch.expert] = None
                 self._execute(Plan((fetch,)))
+                return
+            while self._filled < len(self._fill):
+                expert = self._fill[self._filled]
+                self._filled += 1
+                if (fetch := self.controller.bring(expert)) is not None:
+                    self._filling.add(expert)
+                    self._execute(Plan((fetch,)))
+                    return
 
     def _execute(self, plan: Plan) -> None:
         for fetch in plan.fetches:
@@ -179,11 +249,13 @@ class Engine:
         for expert, error in landed:
             with self._lock:
                 if error is not None:
-                    if not isinstance(error, Withdrawn) and expert not in self._prefetching:
+                    unasked = expert in self._prefetching or expert in self._filling
+                    if not isinstance(error, Withdrawn) and not unasked:
                         raise self._failure(expert, error)
                     self._drop(expert)
                     continue
                 self._prefetching.pop(expert, None)
+                self._filling.discard(expert)
                 self.pool.landed(expert)
                 slot = self.pool.pin(expert)
                 if self._verify is not None:
@@ -199,6 +271,7 @@ class Engine:
     def _drop(self, expert: ExpertId) -> None:
         """A prefetch was withdrawn, or can't be read: whoever needs it, now or later, will load it, or fail by it."""
         self._prefetching.pop(expert, None)
+        self._filling.discard(expert)
         self.pool.failed(expert)
         self.controller.failed(expert)
         self._execute(self.controller.retry())

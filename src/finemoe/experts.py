@@ -22,14 +22,15 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from finemoe.checkpoint import Field, LayerLayout
 from finemoe.engine import Engine
 from finemoe.errors import FinemoeError
-from finemoe.store import Pool
+from finemoe.store import DevicePool, Pool
 from finemoe.types import Routed
 
 IMPLEMENTATION = "finemoe"
 HANDLE = "finemoe_layer"  # the attribute of an experts module that holds its ExpertLayer
 Accumulator = Literal["hidden", "weights", "float32"]
 Floats = npt.NDArray[np.float32]
-Listen = Callable[[Tensor, Tensor], tuple[Floats | None, Floats | None]]  # ids, weights -> gates, lookahead
+Listen = Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]  # ids, weights -> gates, lookahead
+Kernel = Literal["eager", "grouped_mm"]  # whose arithmetic
 ACCUMULATORS: tuple[Accumulator, ...] = ("hidden", "weights", "float32")
 
 
@@ -43,6 +44,9 @@ class ExpertLayer:
         layout: how an expert lies in a slot.
         dtypes: of the module's parameters, by name; a slot in another dtype is cast on use.
     """
+
+    device = torch.device("cpu")  # of its inputs and outputs
+    kernel: Kernel = "eager"
 
     def __init__(
         self, engine: Engine, lock: threading.RLock, layer: int, layout: LayerLayout, dtypes: dict[str, torch.dtype]
@@ -67,11 +71,26 @@ class ExpertLayer:
             if self.engine is None:
                 raise FinemoeError("this model was closed: its experts are gone; load it again")
             self.engine.counters.layer_calls += 1
-            if self.listen is not None:
-                self._said = self.listen(index, weights)
-            if self.accumulator is None:
-                return run_twin(self, module, hidden, index, weights)
-            return run_ready_first(self, module, hidden, index, weights, self.accumulator)
+            return self._run(module, hidden, index, weights)
+
+    def _run(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        self._hear(hidden, index, weights)
+        if self.accumulator is None:
+            return run_twin(self, module, hidden, index, weights)
+        return self.compute(module, hidden, index, weights, self.accumulator)
+
+    def _hear(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
+        """Take down what the policy wants to know of the gate."""
+        del hidden
+        if self.listen is not None:
+            gates, ahead = self.listen(index, weights)
+            self._said = None if gates is None else gates.numpy(), None if ahead is None else ahead.numpy()
+
+    def compute(
+        self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor, accumulator: Accumulator
+    ) -> Tensor:
+        """`run`, by our own arithmetic."""
+        return run_ready_first(self, module, hidden, index, weights, accumulator)
 
     def serve(self, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
         """`Engine.serve` for this layer."""
@@ -125,7 +144,7 @@ class LazyParameter:
         self.shape = meta.shape
         self.dtype = meta.dtype
         self.ndim = meta.ndim
-        self.device = torch.device("cpu")
+        self.device = layer.device
 
     def __getitem__(self, expert: int | Tensor) -> Tensor:
         return self._layer.hold(int(expert))[self._name]
@@ -140,9 +159,15 @@ class LazyParameter:
         return self.ndim
 
 
-def slot_views(pool: Pool, slot: int, fields: Sequence[Field], offsets_bytes: Sequence[int]) -> dict[str, Tensor]:
+def slot_views(
+    pool: Pool | DevicePool, slot: int, fields: Sequence[Field], offsets_bytes: Sequence[int]
+) -> dict[str, Tensor]:
     """A slot's bytes as the tensors that the checkpoint stores, by parameter name. Shared, not copied."""
-    raw = pool.bytes_of(slot)
+    return field_views(pool.bytes_of(slot), fields, offsets_bytes)
+
+
+def field_views(raw: Tensor, fields: Sequence[Field], offsets_bytes: Sequence[int]) -> dict[str, Tensor]:
+    """One expert's bytes, uint8, as the tensors that they hold, by parameter name. Shared, not copied."""
     return {
         field.name: raw[offset_bytes : offset_bytes + field.length_bytes].view(field.dtype).view(field.stored_shape)
         for field, offset_bytes in zip(fields, offsets_bytes, strict=True)
@@ -254,7 +279,8 @@ def choose_path(layer: ExpertLayer, module: nn.Module, width: int, dtype: torch.
     for weights_dtype in {torch.float32, dtype}:
         hidden = torch.randn(5, width, generator=generator).to(dtype)
         weights = torch.rand(5, experts, generator=generator).to(weights_dtype)
-        cases += [(hidden, index, weights), (hidden[:1], index[:1], weights[:1])]
+        case = hidden.to(layer.device), index.to(layer.device), weights.to(layer.device)
+        cases += [case, (case[0][:1], case[1][:1], case[2][:1])]
     with torch.no_grad():
         expected = [run_twin(layer, module, *case) for case in cases]
         if not all(output.isfinite().all() and output.any() for output in expected):
@@ -262,7 +288,7 @@ def choose_path(layer: ExpertLayer, module: nn.Module, width: int, dtype: torch.
         for accumulator in ACCUMULATORS:
             try:
                 equal = all(
-                    torch.equal(run_ready_first(layer, module, *case, accumulator), output)
+                    torch.equal(layer.compute(module, *case, accumulator), output)
                     for case, output in zip(cases, expected, strict=True)
                 )
             except (AttributeError, KeyError, RuntimeError, TypeError):  # not the shape of module that it can run

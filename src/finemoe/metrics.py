@@ -19,6 +19,7 @@ class Counters:
     hits: int = 0  # resident when the routing was known
     late: int = 0  # in flight then; waited for the remainder
     misses: int = 0  # neither
+    elsewhere: int = 0  # of these, computed by the host where they are
     evictions: int = 0
     stall_s: float = 0.0  # time that a layer waited for experts
     stalled_bytes: int = 0  # moved while a layer waited
@@ -68,6 +69,11 @@ class Stats:
     peak_rss_bytes: int
     explained: tuple[Explained, ...] | None = None  # None where it was not asked for
     replayed_routing: str | None = None  # the trace that was forced onto the model, for experiments
+    device: str = "cpu"  # where the pool is; several are separated by commas
+    expert_kernel: str = "eager"  # whose arithmetic most layers run with; "forward" is the modules' own
+    host_memory_bytes: int = 0  # pinned memory between disk and devices; 0 on the CPU
+    disk_bytes: int = 0  # read from the disk; bytes_read is what moved into the pool
+    host_computed: int = 0  # misses that the CPU computed instead of copying them
 
     @property
     def accesses(self) -> int:

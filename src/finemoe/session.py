@@ -147,7 +147,7 @@ class Session:
             on_text: called with each stretch of new text as soon as it is printable.
             progress: show a bar on standard error until the first token.
         """
-        ids = self.prompt_ids(prompt, raw=config.raw)
+        ids = self.prompt_ids(prompt, raw=config.raw).to(self.model.device)
         if not ids.shape[1]:
             raise ConfigError("PROMPT: is empty; there is nothing to continue")
         if config.temperature > 0:

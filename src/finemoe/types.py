@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -122,13 +122,13 @@ class Transfer(Protocol):
     """Moves experts into slots. Chooses nothing: urgent ones first, each kind in the order that it was given.
 
     When it has nothing to do it calls `when_idle`, from a thread of its own choice, which may `submit` a prefetch; it
-    asks again once that is under way, and after `nudge`.
+    asks again once that is under way, and after `nudge`. With several devices it names the one whose link is idle.
     """
 
-    when_idle: Callable[[], None] | None
+    when_idle: Callable[..., None] | None
 
-    def submit(self, expert: ExpertId, slot: memoryview, *, urgent: bool = True) -> None:
-        """Start moving `expert` into `slot`. Returns at once; the outcome is reported by `wait` or `poll`."""
+    def submit(self, expert: ExpertId, slot: Any, *, urgent: bool = True) -> None:
+        """Start moving `expert` into `slot`, as its pool gives it. Returns at once; `wait` and `poll` tell of it."""
 
     def hasten(self, expert: ExpertId) -> None:
         """A prefetch under way has become urgent: what is left of it goes before other prefetches."""

@@ -31,6 +31,7 @@ class BenchConfig(LoadConfig):
         default="25%,50%,75%,all", metadata={"help": "budgets to measure, separated by commas: bytes, shares or all"}
     )
     policy: str = field(default="lfru", metadata={"help": "policies to measure, separated by commas"})
+    device: str = field(default="cpu", metadata={"help": "cpu; GPUs are measured by scripts/gpu_bench.py"})
     map_store: str | None = field(
         default="none",
         metadata={"help": "file that rows of policies that learn start from, and add to, one row after the other"},
@@ -79,6 +80,8 @@ class BenchConfig(LoadConfig):
     timeout_s: float = field(default=1800.0, metadata={"help": "give up on a row after this many seconds"})
 
     def __post_init__(self) -> None:
+        if self.device != "cpu":
+            raise ConfigError(f"--device: bench measures on the CPU, not on {self.device}; see scripts/gpu_bench.py")
         for budget, policy in product(self.budgets, self.policies):
             self.load_config(budget, policy)  # checks itself
         if not self.budgets:

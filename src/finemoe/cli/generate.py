@@ -68,8 +68,10 @@ def summary(reply: Reply) -> str:
         f"{len(reply.token_ids)} tokens at {reply.tok_s:.2f} tok/s; first after {reply.ttft_s:.2f} s, "
         f"then {reply.tpot_s * 1000:.0f} ms each"
     )
+    on_gpu = stats.device != "cpu"
+    where = f"on {stats.device}" if on_gpu else "in memory"
     experts = (
-        f"experts: {stats.slots} of {stats.experts} in memory ({format_bytes(stats.expert_memory_bytes)} of "
+        f"experts: {stats.slots} of {stats.experts} {where} ({format_bytes(stats.expert_memory_bytes)} of "
         f"{format_bytes(stats.expert_bytes)}), policy {stats.policy}: {stats.hit_rate:.1%} hits, "
         f"{stats.late_rate:.1%} late, {stats.miss_rate:.1%} misses"
     )
@@ -79,8 +81,9 @@ def summary(reply: Reply) -> str:
         experts += f"; paused for {stats.paused} tokens, as they did not pay"
     held = stats.link_bandwidth_bytes_s
     how = f"{stats.io} I/O" if held is None else f"{stats.io} I/O, link held to {format_bytes(held)}/s"
+    moved = f"copied {format_bytes(stats.bytes_read)} to {stats.device}, " if on_gpu else ""
     transfer = (
-        f"read {format_bytes(stats.bytes_read)} ({how}), waited for it {reply.stall_share:.0%} of the time; "
+        f"{moved}read {format_bytes(stats.disk_bytes)} ({how}), waited for it {reply.stall_share:.0%} of the time; "
         f"peak memory {format_bytes(stats.peak_rss_bytes)}"
     )
     replayed = (

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -117,6 +118,11 @@ def find_experts(model: PreTrainedModel) -> list[tuple[ExpertsModule, nn.Module]
     return found
 
 
+def parameter_dtypes(described: ExpertsModule) -> dict[str, torch.dtype]:
+    """What an experts module computes in, by parameter."""
+    return {name: parameter.dtype for name, parameter in described.parameters.items()}
+
+
 def _mentions_experts(config: PreTrainedConfig) -> bool:
     """Whether a config speaks of more than one expert, by whatever name."""
 
@@ -143,17 +149,17 @@ def active_experts(config: PreTrainedConfig) -> int:
     return active
 
 
-def pool_slots(catalog: Catalog, config: PreTrainedConfig, expert_memory: str) -> int:
-    """`C`: how many experts the budget pays for.
+def pool_slots(catalog: Catalog, config: PreTrainedConfig, expert_memory: str, slot_bytes: int) -> tuple[int, int]:
+    """`C`: how many experts the budget pays for; and how many a step needs.
 
     Raises:
         BudgetError: fewer than one token's step in one layer needs; the message names the minimum.
     """
-    slots = parse_budget(expert_memory).slots(catalog.slot_bytes, catalog.experts)
+    slots = parse_budget(expert_memory).slots(slot_bytes, catalog.experts)
     least = min(active_experts(config) + IN_FLIGHT_SLOTS, catalog.experts)
     if slots < least:
         raise BudgetError(
             f"--expert-memory: {expert_memory} holds {slots} of {catalog.experts} experts; at least {least} are needed "
-            f"for one step: {least * catalog.slot_bytes} bytes ({format_bytes(least * catalog.slot_bytes)})"
+            f"for one step: {least * slot_bytes} bytes ({format_bytes(least * slot_bytes)})"
         )
-    return slots
+    return slots, least

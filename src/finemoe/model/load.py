@@ -8,41 +8,54 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from finemoe.beside import Beside
 from finemoe.checkpoint import Catalog, Checkpoint, TensorHeader, locate, read_headers
 from finemoe.checkpoint.convert import ExpertsModule, read_catalog
 from finemoe.checkpoint.fingerprint import fingerprint
 from finemoe.config import LoadConfig, format_bytes
+from finemoe.device import Device, open_devices
 from finemoe.engine import Engine
 from finemoe.errors import BudgetError, CheckpointError, ConfigError, UnsupportedModelError
-from finemoe.experts import HANDLE, IMPLEMENTATION, ExpertLayer, LazyParameter, choose_path
+from finemoe.experts import HANDLE, IMPLEMENTATION, Accumulator, ExpertLayer, Kernel, LazyParameter, choose_path
+from finemoe.link import Link
 from finemoe.maps import Keeper, open_keeper, refuse_useless
-from finemoe.model.find import find_experts, model_class, pool_slots, read_config, transformers_errors
+from finemoe.model.devices import DeviceReader, Tiers, choose_kernel
+from finemoe.model.divert import diverted
+from finemoe.model.find import (
+    find_experts,
+    model_class,
+    parameter_dtypes,
+    pool_slots,
+    read_config,
+    transformers_errors,
+)
 from finemoe.model.observe import Observer
 from finemoe.model.offload import Offload, OffloadedModel
 from finemoe.policy import Controller, make_controller, make_policy, policy_class
-from finemoe.store import DiskStore, Pool, available_bytes
+from finemoe.store import DevicePool, DiskStore, Pool, available_bytes
 from finemoe.store.dense import LazyTensor
 from finemoe.store.verify import SecondReader
 from finemoe.transfer import ReaderThreads
 from finemoe.types import ExpertId
-
-_LOADING = threading.Lock()  # transformers' loader is wrapped by one load at a time
+from finemoe.waves import DeviceExpertLayer
 
 
 def load(
     model: str | Path | None = None,
     *,
     expert_memory: str = "25%",
+    device: str = "auto",
+    host_memory: str | None = None,
+    expert_kernel: Literal["auto", "eager", "grouped_mm"] = "auto",
+    host_compute: Literal["off", "auto"] = "off",
     policy: str = "lfru",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | torch.dtype = "auto",
     io: Literal["auto", "direct", "buffered"] = "auto",
@@ -63,6 +76,14 @@ def load(
     Args:
         model: folder or Hugging Face hub id; `None` is the built-in reference model.
         expert_memory: hard limit for resident experts: bytes (`2GiB`), a share (`25%`) or `all`.
+        device: where the model runs and its pool is: `cpu`, `cuda`, one or several devices (`cuda:0,cuda:1`), or
+            `auto`: `cuda` where there is one.
+        host_memory: on a GPU: pinned memory for experts between disk and GPU, like `expert_memory`; by default all of
+            them, or as many as fit.
+        expert_kernel: on a GPU: which of transformers' experts implementations the arithmetic is that of; `auto` is
+            `grouped_mm` where its results do not depend on what was resident, else `eager`.
+        host_compute: on a GPU: `auto` computes missing experts of few tokens on the CPU where that is faster than to
+            copy them; answers then differ in rounding, by what was resident.
         policy: what to keep and what to prefetch; one of `finemoe.policy.POLICIES`.
         dtype: of computation; `auto` takes the checkpoint's.
         io: `direct` reads past the page cache, `buffered` through it, `auto` chooses.
@@ -89,6 +110,10 @@ def load(
             dtype=name,  # type: ignore[arg-type] # checked by LoadConfig
             trust_remote_code=trust_remote_code,
             expert_memory=expert_memory,
+            device=device,
+            host_memory=host_memory,
+            expert_kernel=expert_kernel,
+            host_compute=host_compute,
             policy=policy,
             predictors=None if predictors is None else str(predictors),
             map_store=None if map_store is None else str(map_store),
@@ -111,16 +136,21 @@ def load_config(config: LoadConfig) -> Any:
             else f"--predictors: --policy {config.policy} takes none"
         )
     refuse_useless(config.map_store, config.policy)
+    devices = open_devices(config.device)
+    if devices:
+        config.refuse_cpu_settings()
+    else:
+        config.refuse_gpu_settings()
     checkpoint = locate(config.model or reference_model(), config.revision)
     model_config = read_config(checkpoint.folder, trust_remote_code=config.trust_remote_code)
     headers = read_headers(checkpoint.files)
-    loading = _Loading(config, checkpoint, model_config, headers)
+    loading = _Loading(config, checkpoint, model_config, headers, devices)
     loading.options = policy_options(config, checkpoint, headers)
     if kind.remembers:
         model_name = fingerprint(checkpoint.folder, headers)
         loading.keeper = open_keeper(config.map_store, config.policy, model_name, checkpoint.name)
     try:
-        with transformers_errors(checkpoint.folder), _diverted(loading.convert_and_load):
+        with transformers_errors(checkpoint.folder), diverted(loading.convert_and_load):
             model, info = model_class(model_config).from_pretrained(
                 checkpoint.folder,
                 config=model_config,
@@ -185,6 +215,7 @@ class _Loading:
         checkpoint: Checkpoint,
         model_config: PreTrainedConfig,
         headers: dict[str, TensorHeader],
+        devices: Sequence[Device],
     ) -> None:
         self._config = config
         self._checkpoint = checkpoint
@@ -195,8 +226,10 @@ class _Loading:
         self._experts: list[tuple[ExpertsModule, nn.Module]] = []
         self._catalog: Catalog | None = None
         self._store: DiskStore | None = None
-        self._pool: Pool | None = None
-        self._transfer: ReaderThreads | None = None
+        self._devices = devices
+        self._tiers: Tiers | None = None  # where there are devices
+        self._pool: Pool | DevicePool | None = None
+        self._transfer: ReaderThreads | Link | None = None
 
     def convert_and_load(self, original: Callable[..., Any], model: PreTrainedModel, load_config: Any) -> Any:
         """In place of transformers' function: keeps experts from it, and gives it slices that read directly."""
@@ -206,9 +239,15 @@ class _Loading:
         modules = [described for described, _ in self._experts]
         routed = {f"{module.name}.{name}" for module in modules for name in module.parameters}
         dense, self._catalog = read_catalog(model, modules, self._headers, load_config.weight_mapping or [])
-        slots = pool_slots(self._catalog, self._model_config, self._config.expert_memory)
+        slot_bytes = self._catalog.slot_bytes
+        if self._devices:
+            owners = {module.name: module for module in modules}
+            dtypes = [parameter_dtypes(owners[layout.module]) for layout in self._catalog.layouts]
+            self._tiers = Tiers(self._devices, self._catalog, dtypes)
+            slot_bytes = self._tiers.slot_bytes
+        slots, least = pool_slots(self._catalog, self._model_config, self._config.expert_memory, slot_bytes)
         dense_bytes = sum(self._headers[key].length_bytes for key in dense)
-        needed, available = slots * self._catalog.slot_bytes + dense_bytes, available_bytes()
+        needed, available = dense_bytes + (0 if self._devices else slots * slot_bytes), available_bytes()
         if needed > available:
             raise BudgetError(
                 f"--expert-memory: {slots} experts and the dense part take {format_bytes(needed)}, but only "
@@ -220,7 +259,10 @@ class _Loading:
             raise CheckpointError(
                 f"{error.filename}: can't be opened for --io {self._config.io} ({error.strerror})"
             ) from error
-        self._pool = Pool(slots, self._catalog.slot_bytes)
+        if self._tiers is None:
+            self._pool = Pool(slots, slot_bytes)
+        else:
+            self._pool = self._tiers.allocate(slots, least, dense_bytes, self._config.host_memory)
         for module in modules:
             for parameter in module.parameters.values():
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined] # nothing to fill in
@@ -231,61 +273,74 @@ class _Loading:
 
     def finish(self, model: PreTrainedModel) -> Any:
         """Swap the experts' weights for handles on the pool."""
+        offloaded: Any = model
         assert self._catalog is not None and self._store is not None and self._pool is not None
         # requires_grad stays as transformers set it: torch's matmul picks its kernel, and so its rounding, by it
         shape = len(self._catalog.layouts), max(layout.experts for layout in self._catalog.layouts)
-        bandwidth_bytes_s = self._config.link_bandwidth_bytes_s
-        self._transfer = ReaderThreads(self._store, self._config.reader_threads, bandwidth_bytes_s=bandwidth_bytes_s)
+        self._transfer = self._connect(self._store)
         verify = self._verifier() if self._config.verify else None
         # experts are tried under another controller: what the policy learns is what the model does
-        trial = Engine(self._pool, make_controller("lru", *shape, self._pool.slots), self._transfer, verify)
+        spread = max(1, len(self._devices))
+        trial = Engine(
+            self._pool, make_controller("lru", *shape, self._pool.slots, devices=spread), self._transfer, verify
+        )
         lock = threading.RLock()
-        layouts = {layout.module: (layer, layout) for layer, layout in enumerate(self._catalog.layouts)}
-        layers: dict[str, ExpertLayer] = {}
-        for described, module in self._experts:
-            dtypes = {name: parameter.dtype for name, parameter in described.parameters.items()}
-            layer, layout = layouts[described.same_as or described.name]
-            handle = ExpertLayer(trial, lock, layer, layout, dtypes)
-            for name, parameter in described.parameters.items():
-                delattr(module, name)
-                module.__dict__[name] = LazyParameter(handle, name, parameter)
-            module.__dict__[HANDLE] = handle
-            layers[described.name] = handle
+        layers = self._swap(self._catalog, trial, lock)
         handles = list(layers.values())
+        if self._devices:
+            offloaded.to(self._devices[0].torch_device)
         self._choose_paths(handles, model.dtype)
+        if self._tiers is not None and self._config.host_compute == "auto":
+            self._tiers.help_out(handles, [module for _, module in self._experts], model.dtype)
         trial.clear()
         policy = make_policy(self._config.policy, *shape, **self.options)
         if self.keeper is not None:
             self.keeper.bring(policy)
         if policy.compiles:  # it takes long enough to wait for
             policy = Beside(policy, self._transfer.nudge)
-        controller = Controller(*shape, self._pool.slots, policy, explain=self._config.explain)
+        controller = Controller(*shape, self._pool.slots, policy, spread, explain=self._config.explain)
         engine = Engine(self._pool, controller, self._transfer, verify, experts=self._catalog.experts)
+        if self._tiers is not None:
+            self._tiers.follow(engine)
         for handle in handles:
             handle.engine = engine
         seen = controller.policy.needs | controller.policy.uses
         observer = Observer(model, engine, layers, lookahead=int("lookahead" in seen)) if seen else None
         if observer is not None:
             observer.attach()
-        offload = Offload(
-            self._checkpoint,
-            self._catalog,
-            self._store,
-            engine,
-            handles,
-            lock,
-            self._config,
-            keeper=self.keeper,
-            observer=observer,
-        )
+        parts = self._checkpoint, self._catalog, self._store, engine, handles, lock, self._config
+        offload = Offload(*parts, keeper=self.keeper, observer=observer, tiers=self._tiers)
         offload.reset_stats()
         kind = type(model)
         members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-        offloaded: Any = model
         offloaded.__class__ = type(kind.__name__, (OffloadedModel, kind), members)
         offloaded.finemoe = offload
         weakref.finalize(model, offload.close)
         return offloaded
+
+    def _connect(self, store: DiskStore) -> ReaderThreads | Link:
+        threads, bandwidth_bytes_s = self._config.reader_threads, self._config.link_bandwidth_bytes_s
+        if self._tiers is not None:
+            return self._tiers.connect(store, threads)
+        return ReaderThreads(store, threads, bandwidth_bytes_s=bandwidth_bytes_s)
+
+    def _swap(self, catalog: Catalog, engine: Engine, lock: threading.RLock) -> dict[str, ExpertLayer]:
+        """A handle in the place of each experts module's weights; by the module's path."""
+        numbers = {layout.module: layer for layer, layout in enumerate(catalog.layouts)}
+        layers: dict[str, ExpertLayer] = {}
+        for described, module in self._experts:
+            dtypes = parameter_dtypes(described)
+            layer = numbers[described.same_as or described.name]
+            if self._tiers is None:
+                handle = ExpertLayer(engine, lock, layer, catalog.layouts[layer], dtypes)
+            else:
+                handle = self._tiers.layer(engine, lock, layer, dtypes)
+            for name, parameter in described.parameters.items():
+                delattr(module, name)
+                module.__dict__[name] = LazyParameter(handle, name, parameter)
+            module.__dict__[HANDLE] = handle
+            layers[described.name] = handle
+        return layers
 
     def undo(self) -> None:
         """Free whatever a failed load has taken."""
@@ -298,7 +353,7 @@ class _Loading:
 
     def _choose_paths(self, layers: list[ExpertLayer], dtype: torch.dtype) -> None:
         """Try the fast path against the twin once for each kind of experts module."""
-        chosen: dict[Any, Any] = {}
+        chosen: dict[Any, tuple[Accumulator | None, Kernel]] = {}
         for handle, (described, module) in zip(layers, self._experts, strict=True):
             up = described.parameters.get("gate_up_proj", described.parameters.get("up_proj"))
             if up is None:
@@ -306,28 +361,18 @@ class _Loading:
             kind = type(module), tuple((n, p.shape, p.dtype) for n, p in described.parameters.items())
             if kind not in chosen:
                 width = up.shape[1] if getattr(module, "is_transposed", False) else up.shape[-1]
-                chosen[kind] = choose_path(handle, module, width, dtype)
-            handle.accumulator = chosen[kind]
+                kernel: Kernel = "eager"
+                handle.accumulator = choose_path(handle, module, width, dtype)
+                if isinstance(handle, DeviceExpertLayer):
+                    kernel = choose_kernel(handle, module, width, dtype, self._config.expert_kernel)
+                chosen[kind] = handle.accumulator, kernel
+            handle.accumulator, kernel = chosen[kind]
+            if isinstance(handle, DeviceExpertLayer):
+                handle.kernel = kernel
 
     def _verifier(self) -> Callable[[ExpertId, int], None]:
         assert self._catalog is not None and self._pool is not None
+        if self._tiers is not None:
+            return DeviceReader(self._tiers, self._catalog, self._checkpoint.files).check
+        assert isinstance(self._pool, Pool)
         return SecondReader(self._checkpoint.files, self._catalog, self._pool).check
-
-
-@contextmanager
-def _diverted(replacement: Callable[..., Any]) -> Iterator[None]:
-    """Wraps transformers' function that turns a checkpoint's tensors into parameters, for the time of a load."""
-    with _LOADING:
-        original = modeling_utils.convert_and_load_state_dict_in_model
-        loading = threading.get_ident()
-
-        def wrapped(model: PreTrainedModel, state_dict: Any, load_config: Any, disk_offload_index: Any = None) -> Any:
-            if threading.get_ident() != loading:  # someone else's load, of a model of their own
-                return original(model, state_dict, load_config, disk_offload_index)
-            return replacement(original, model, load_config)
-
-        modeling_utils.convert_and_load_state_dict_in_model = wrapped
-        try:
-            yield
-        finally:
-            modeling_utils.convert_and_load_state_dict_in_model = original

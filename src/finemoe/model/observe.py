@@ -12,17 +12,14 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from finemoe.engine import Engine
-from finemoe.experts import ExpertLayer
+from finemoe.experts import ExpertLayer, Listen
 from finemoe.model.passes import read_pass
 from finemoe.model.routers import Router, Scale, find_routers, normalise, scale_of, scores_of
 from finemoe.types import DECODE, PREFILL, Step
-
-Floats = npt.NDArray[np.float32]
 
 
 class Evidence(Protocol):
@@ -115,17 +112,19 @@ class Observer:
         if self._running or not arguments or output.dim() != 3:
             return
         ids, (batch, length, _) = arguments[0], output.shape
-        self._mask = torch.ones(batch, length) if self._mask is None else self._mask[:, -length:].float()
+        everyone = torch.ones(batch, length, device=output.device)
+        self._mask = everyone if self._mask is None else self._mask[:, -length:].to(output.device).float()
         if self._mask.shape != (batch, length):
-            self._mask = torch.ones(batch, length)
-        means = self._mean(output.detach().float())
+            self._mask = everyone
+        means = self._mean(output.detach().float()).cpu().numpy()
+        ids = ids.cpu()
         if self._pieces:
             own = ids[0].split([piece.tokens for piece in self._pieces])
             known = [(piece.request, piece.phase) for piece in self._pieces]
         else:
             if self._fresh or len(self._requests) != batch:
                 self._requests = [self.new_request() for _ in range(batch)]
-            own = [row[kept] for row, kept in zip(ids, self._mask.bool(), strict=True)]
+            own = [row[kept] for row, kept in zip(ids, self._mask.bool().cpu(), strict=True)]
             known = [(request, PREFILL if self._fresh else DECODE) for request in self._requests]
         self._engine.begin(
             [
@@ -154,34 +153,35 @@ class Observer:
 
         return collect
 
-    def _listener(self, layer: int) -> Callable[[Tensor, Tensor], tuple[Floats | None, Floats | None]]:
-        def listen(ids: Tensor, weights: Tensor) -> tuple[Floats | None, Floats | None]:
+    def _listener(self, layer: int) -> Listen:
+        def listen(ids: Tensor, weights: Tensor) -> tuple[Tensor | None, Tensor | None]:
             """Gates `[B, E]` and lookahead `[B, n, E]` of a layer, for executed ids and weights `[T, K]`."""
             if not self._running or self._mask is None or ids.shape[0] != self._mask.numel():
                 return None, None
             gates = self._mean(self._split(self._distribution(layer, ids, weights)))
             if not self.lookahead:
                 return gates, None
-            ahead = np.zeros((len(gates), self.lookahead, self.experts), np.float32)
+            ahead = torch.zeros(len(gates), self.lookahead, self.experts, device=gates.device)
             for distance in range(1, self.lookahead + 1):
-                foreseen = self._foreseen(layer, distance)
+                foreseen = self._foreseen(layer, distance, ids.device)
                 if foreseen is not None and foreseen.shape[-1] == self.experts:
                     ahead[:, distance - 1] = self._mean(self._split(foreseen))
             return gates, ahead
 
         return listen
 
-    def _foreseen(self, layer: int, distance: int) -> Tensor | None:
+    def _foreseen(self, layer: int, distance: int, device: torch.device) -> Tensor | None:
         """`[T, E]`: what the gate `distance` layers on says of this layer's hidden states."""
         if self._evidence is not None:
-            return self._evidence.ahead(layer, distance)
+            recorded = self._evidence.ahead(layer, distance)
+            return None if recorded is None else recorded.to(device)
         scores = self._ahead.get((layer, distance))
         return None if scores is None else normalise(scores, self._scale or "softmax")
 
     def _distribution(self, layer: int, ids: Tensor, weights: Tensor) -> Tensor:
         """`[T, E]`: the gate's, or what the executed weights say of it."""
         if self._evidence is not None and (recorded := self._evidence.gates(layer)) is not None:
-            return recorded / recorded.sum(1, keepdim=True).clamp_min(1e-30)
+            return recorded.to(ids.device) / recorded.sum(1, keepdim=True).clamp_min(1e-30).to(ids.device)
         scores = self._scores.get(layer)
         if scores is not None and scores.shape == (ids.shape[0], self.experts):
             if self._scale is None:
@@ -189,7 +189,7 @@ class Observer:
                 own = ids.gather(1, order)[:, None], weights.float().gather(1, order)[:, None]
                 self._scale, _ = scale_of(scores[:, None], *own)
             return normalise(scores, self._scale)
-        spread = torch.zeros(ids.shape[0], self.experts + 1)
+        spread = torch.zeros(ids.shape[0], self.experts + 1, device=ids.device)
         spread.scatter_add_(1, ids.clamp_max(self.experts).long(), weights.float().clamp_min(0))
         spread = spread[:, : self.experts]
         return spread / spread.sum(1, keepdim=True).clamp_min(1e-30)
@@ -199,15 +199,13 @@ class Observer:
         assert self._mask is not None
         return rows.reshape(*self._mask.shape, rows.shape[-1])
 
-    def _mean(self, values: Tensor) -> Floats:
+    def _mean(self, values: Tensor) -> Tensor:
         """`[B, S, X]` to `[B, X]`, over the tokens that are no padding; of a packed pass, over each piece."""
         if self._pieces:
             pieces = values[0].split([piece.tokens for piece in self._pieces])
-            return torch.stack([piece.mean(0) for piece in pieces]).numpy()
+            return torch.stack([piece.mean(0) for piece in pieces])
         assert self._mask is not None
         if self._mask.numel() == 1:  # decoding one request
-            only: Floats = values[:, 0].numpy()
-            return only
+            return values[:, 0]
         mask = self._mask[:, :, None]
-        means: Floats = ((values * mask).sum(1) / mask.sum(1).clamp_min(1)).numpy()
-        return means
+        return (values * mask).sum(1) / mask.sum(1).clamp_min(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
@@ -16,8 +17,10 @@ from finemoe.engine import Engine
 from finemoe.errors import ConfigError, FinemoeError
 from finemoe.experts import ExpertLayer
 from finemoe.explain import Explained
+from finemoe.link import Link
 from finemoe.maps import Keeper
 from finemoe.metrics import PerExpert, Stats
+from finemoe.model.devices import Tiers
 from finemoe.model.observe import Evidence, Observer
 from finemoe.policy import book, census
 from finemoe.store import DiskStore, peak_rss_bytes
@@ -39,6 +42,7 @@ class Offload:
         *,
         keeper: Keeper | None = None,
         observer: Observer | None = None,
+        tiers: Tiers | None = None,
     ) -> None:
         self.observer = observer  # None where the policy listens to nothing
         self.checkpoint = checkpoint
@@ -52,8 +56,10 @@ class Offload:
         self._keeper = keeper
         self._observer = observer
         self.replayed_routing: str | None = None  # the trace that stands in for the routers
+        self._tiers = tiers
         self._closed = False
         self._read_before = 0
+        self._disk_before = 0
 
     def stats(self) -> Stats:
         """What happened since loading, or since `reset_stats`."""
@@ -61,6 +67,8 @@ class Offload:
             return self._stats()
 
     def _stats(self) -> Stats:
+        if self._tiers is not None:
+            self._tiers.settle()
         policy = self._engine.controller.policy
         counters, pool, tally = self._engine.counters, self._engine.pool, self._engine.controller.book.tally
         ledger = self._engine.controller.ledger
@@ -93,6 +101,11 @@ class Offload:
             peak_rss_bytes=peak_rss_bytes(),
             explained=None if ledger is None else ledger.explained(),
             replayed_routing=self.replayed_routing,
+            device=self.device,
+            expert_kernel=self._kernel(),
+            host_memory_bytes=0 if self._tiers is None else self._tiers.host_memory_bytes,
+            disk_bytes=self._disk_bytes() - self._disk_before,
+            host_computed=counters.elsewhere,
         )
 
     def stand_in(self, evidence: Evidence, name: str) -> None:
@@ -108,6 +121,30 @@ class Offload:
         self.replayed_routing = name
         if self._observer is not None:
             self._observer.stand_in(evidence)
+
+    @property
+    def device(self) -> str:
+        """Where the pool is; several devices are separated by commas."""
+        return "cpu" if self._tiers is None else ",".join(str(d.torch_device) for d in self._tiers.devices)
+
+    @property
+    def host_resident(self) -> int:
+        """Experts in the host tier; 0 where there is none."""
+        transfer = self._engine.transfer
+        return transfer.host.resident if isinstance(transfer, Link) else 0
+
+    @property
+    def host_slots(self) -> int:
+        """Experts that the host tier has room for; 0 where there is none."""
+        return 0 if self._tiers is None else self._tiers.host_slots
+
+    def _disk_bytes(self) -> int:
+        transfer = self._engine.transfer
+        return transfer.disk_bytes if isinstance(transfer, Link) else transfer.moved_bytes
+
+    def _kernel(self) -> str:
+        kinds = Counter("forward" if each.accumulator is None else each.kernel for each in self._layers)
+        return kinds.most_common(1)[0][0]
 
     def explain(self) -> tuple[Explained, ...]:
         """What was predicted, hit, late, missed and wasted, by layer and by what had brought the experts in.
@@ -152,6 +189,8 @@ class Offload:
     def reset_stats(self) -> None:
         """Start counting anew; what is resident stays."""
         with self._engine.lock:
+            if self._tiers is not None:
+                self._tiers.settle()
             self._engine.counters.reset()
             self._engine.controller.book.tally[:] = 0
             policy = self._engine.controller.policy
@@ -162,6 +201,7 @@ class Offload:
             if self._engine.controller.census is not None:
                 self._engine.controller.census.counts[:] = 0
             self._read_before = self._engine.transfer.moved_bytes
+            self._disk_before = self._disk_bytes()
 
     def learn(self, requests: Iterable[Recorded]) -> None:
         """The policy takes in requests that were recorded earlier; returns when it has thought them through."""
@@ -189,6 +229,8 @@ class Offload:
             if self._closed:
                 return
             self._closed = True
+            if self._tiers is not None:
+                self._tiers.close()
             self._engine.transfer.close()
             policy = self._engine.controller.policy
             learned = policy.finish() if isinstance(policy, Beside) else policy

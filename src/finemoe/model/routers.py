@@ -33,7 +33,7 @@ class Router(NamedTuple):
 
 @dataclass
 class Pass:
-    """One forward pass over a batch `[B, S]`, flattened to `T = B * S` rows. `None` is what was not tapped.
+    """One forward pass over a batch `[B, S]`, flattened to `T = B * S` rows, in host memory. `None`: was not tapped.
 
     What gates say is float32 as they give it, or float16 distributions where the tap was told their scale.
     """
@@ -192,7 +192,8 @@ class _Collected:
             ahead = torch.zeros(rows, tap.lookahead, len(layers), tap.experts, dtype=scores.dtype)
             for (distance, layer), foreseen in self._ahead.items():
                 ahead[:, distance, layer] = foreseen
-        return Pass(self._token_ids, self._embedding, ids, weights, scores, ahead)
+        tables = self._token_ids, self._embedding, ids, weights, scores, ahead
+        return Pass(*(None if each is None else each.cpu() for each in tables))  # type: ignore[arg-type]
 
 
 def find_routers(model: nn.Module, experts: list[str]) -> list[Router | None]:

@@ -77,7 +77,14 @@ def make_policy(policy: str, layers: int, experts: int, *, jit: Jit[Any] = inter
 
 
 def make_controller(
-    policy: str, layers: int, experts: int, capacity: int, *, explain: bool = False, **options: Any
+    policy: str,
+    layers: int,
+    experts: int,
+    capacity: int,
+    *,
+    devices: int = 1,
+    explain: bool = False,
+    **options: Any,
 ) -> Controller:
     """A cache of `capacity` slots under the policy of a name; the bounds are not among them.
 
@@ -85,7 +92,8 @@ def make_controller(
         ConfigError: no policy of that name; the message lists those that are.
     """
     policy_class(policy)
-    return Controller(layers, experts, capacity, make_policy(policy, layers, experts, **options), explain=explain)
+    made = make_policy(policy, layers, experts, **options)
+    return Controller(layers, experts, capacity, made, devices, explain=explain)
 
 
 __all__ = [

@@ -11,7 +11,7 @@ names it as victim). From `routed` until `used` it is pinned and can't be a vict
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 
@@ -75,7 +75,7 @@ class Controller:
         if self.ledger is not None:
             self.ledger.begin()
 
-    def routed(self, event: Routed, *, observe: bool = True) -> Plan:
+    def routed(self, event: Routed, *, observe: bool = True, elsewhere: Container[int] = ()) -> Plan:
         """A layer's needs are known: pins them, and plans the fetch of each that is neither resident nor in flight.
 
         Where slots run out, the rest wait for `used`: a layer that needs more than the pool holds runs in waves.
@@ -83,6 +83,7 @@ class Controller:
         Args:
             event: the layer and its needs.
             observe: whether the policy is told.
+            elsewhere: what is absent and computed where it is: a miss that brings nothing in.
         """
         if observe:
             self.policy.routed(event)
@@ -94,7 +95,7 @@ class Controller:
                 self.ledger.access(index, int(self.book.status[index]), fresh=bool(self.book.fresh[index]))
             if self.census is not None:
                 self.census.access(index, int(self.book.status[index]))
-            if need(self.book, index) == ABSENT:
+            if expert not in elsewhere and need(self.book, index) == ABSENT:
                 self._waiting.append(index)
         return self._fill()
 
@@ -141,6 +142,18 @@ class Controller:
         if self.census is not None:
             self.census.prefetched(index)
         return Fetch(self._id(index), self._id(victim) if victim >= 0 else None, urgent=False)
+
+    def bring(self, expert: ExpertId) -> Fetch | None:
+        """A prefetch of an absent expert into a free slot, wanted or not; `None` if it is here or no slot is free."""
+        index = self._index(expert)
+        if self.book.status[index] != ABSENT or self.book.room[self.book.device[index]] <= 0:
+            return None
+        begin_prefetch(self.book, self._worth, index)
+        if self.ledger is not None:
+            self.ledger.prefetched(index)
+        if self.census is not None:
+            self.census.prefetched(index)
+        return Fetch(expert, None, urgent=False)
 
     def still_wanted(self, expert: ExpertId) -> bool:
         """Whether a prefetch under way is worth going on with. One that a layer needs by now always is."""

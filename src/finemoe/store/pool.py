@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import mmap
 from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import torch
@@ -19,38 +21,32 @@ from finemoe.store.memory import available_bytes
 from finemoe.types import ExpertId
 
 
-class Pool:
-    """Slots for experts.
+class Slots:
+    """The bookkeeping of slots for experts, without their memory.
 
     Args:
-        slots: `C`.
+        slots: how many, on each device.
         slot_bytes: size of each.
-
-    Raises:
-        BudgetError: the machine does not have this much memory; the message names the flag.
+        home: the device that an expert lives on; by default the only one.
+        own: the one slot that an expert may have, where there is one for each.
     """
 
-    def __init__(self, slots: int, slot_bytes: int) -> None:
-        self.slots = slots
+    def __init__(
+        self,
+        slots: Sequence[int],
+        slot_bytes: int,
+        home: Callable[[ExpertId], int] = lambda _: 0,
+        own: Callable[[ExpertId], int] | None = None,
+    ) -> None:
+        self.own = own
+        self.slots = sum(slots)
         self.slot_bytes = slot_bytes
-        size_bytes = slots * slot_bytes
-        available = available_bytes()
-        too_much = BudgetError(
-            f"--expert-memory: {format_bytes(size_bytes)} for {slots} experts, but only {format_bytes(available)} "
-            "of memory are available; give a smaller budget"
-        )
-        if size_bytes > available:
-            raise too_much
-        try:
-            self._memory = _allocate(size_bytes)
-        except (OSError, MemoryError, OverflowError) as error:
-            raise too_much from error
-        # by way of numpy, which holds on to the mapping; torch.frombuffer would let it be unmapped under its views
-        self._bytes = torch.from_numpy(np.frombuffer(self._memory, dtype=np.uint8))
+        self.home = home
+        self.starts = tuple(accumulate(slots, initial=0))  # of device i: the slots from starts[i] to starts[i + 1]
         self._slot: dict[ExpertId, int] = {}  # loading or ready
         self._loading: set[ExpertId] = set()
         self._pins: Counter[ExpertId] = Counter()
-        self._free = list(range(slots - 1, -1, -1))
+        self._free = self._all_free()
 
     @property
     def size_bytes(self) -> int:
@@ -61,6 +57,15 @@ class Pool:
         """How many experts are ready."""
         return len(self._slot) - len(self._loading)
 
+    @property
+    def free(self) -> int:
+        """How many slots have nobody's expert in them."""
+        return sum(map(len, self._free))
+
+    def slot_of(self, expert: ExpertId) -> int:
+        """The slot that an expert has, loading or ready."""
+        return self._slot[expert]
+
     def reserve(self, expert: ExpertId, victim: ExpertId | None) -> int:
         """Give `expert` a free slot, or that of `victim`. It counts as loading until `landed` or `failed`.
 
@@ -70,9 +75,12 @@ class Pool:
         if expert in self._slot:
             raise InvariantError(f"{expert} has a slot already")
         if victim is None:
-            if not self._free:
+            free = self._free[self.home(expert)]
+            if not free:
                 raise InvariantError(f"no free slot for {expert}")
-            slot = self._free.pop()
+            slot = free.pop() if self.own is None else self.own(expert)
+            if self.own is not None:
+                free.remove(slot)
         else:
             if victim not in self._slot or victim in self._loading:
                 raise InvariantError(f"{victim} is not ready and can't make room for {expert}")
@@ -94,7 +102,7 @@ class Pool:
         if expert not in self._loading:
             raise InvariantError(f"{expert} failed without being expected")
         self._loading.remove(expert)
-        self._free.append(self._slot.pop(expert))
+        self._free[self.home(expert)].append(self._slot.pop(expert))
 
     def pin(self, expert: ExpertId) -> int:
         """Keep a ready expert in place until `unpin`; returns its slot. Pins count.
@@ -114,12 +122,67 @@ class Pool:
         if not self._pins[expert]:
             del self._pins[expert]
 
+    def settled(self, slot: int) -> bool:
+        """Whether the bytes of a ready expert are there: always, but on a device, whose streams run behind."""
+        del slot
+        return True
+
     def clear(self) -> None:
         """Forget everything: all slots are free. Only when no transfer writes to them any more."""
         self._slot.clear()
         self._loading.clear()
         self._pins.clear()
-        self._free = list(range(self.slots - 1, -1, -1))
+        self._free = self._all_free()
+
+    def check_integrity(self) -> None:
+        """Raises `InvariantError` if slots are lost, shared, or pinned without being ready."""
+        used = sorted([*self._slot.values(), *chain(*self._free)])
+        if used != list(range(self.slots)):
+            raise InvariantError(f"slots are lost or shared: {used}")
+        for expert in self._loading:
+            if expert not in self._slot:
+                raise InvariantError(f"{expert} is loading without a slot")
+        for expert, pins in self._pins.items():
+            if pins and (expert not in self._slot or expert in self._loading):
+                raise InvariantError(f"{expert} is pinned without being ready")
+
+    def _all_free(self) -> list[list[int]]:
+        return [list(range(end - 1, start - 1, -1)) for start, end in pairwise(self.starts)]
+
+
+class Pool(Slots):
+    """Slots for experts in this machine's memory.
+
+    Args:
+        slots: `C`.
+        slot_bytes: size of each.
+        flag: what asked for this memory, for the message.
+
+    Raises:
+        BudgetError: the machine does not have this much memory; the message names the flag.
+    """
+
+    def __init__(self, slots: int, slot_bytes: int, flag: str = "--expert-memory") -> None:
+        size_bytes = slots * slot_bytes
+        available = available_bytes()
+        too_much = BudgetError(
+            f"{flag}: {format_bytes(size_bytes)} for {slots} experts, but only {format_bytes(available)} "
+            "of memory are available; give a smaller budget"
+        )
+        if size_bytes > available:
+            raise too_much
+        try:
+            self._memory = _allocate(size_bytes)
+        except (OSError, MemoryError, OverflowError) as error:
+            raise too_much from error
+        # by way of numpy, which holds on to the mapping; torch.frombuffer would let it be unmapped under its views
+        self._bytes = torch.from_numpy(np.frombuffer(self._memory, dtype=np.uint8))
+        super().__init__((slots,), slot_bytes)
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """All slots' bytes: uint8 `[slots * slot_bytes]`, shared, not copied."""
+        return self._bytes
 
     def bytes_of(self, slot: int) -> torch.Tensor:
         """The slot's bytes: uint8 `[slot_bytes]`, shared, not copied."""
@@ -132,22 +195,10 @@ class Pool:
     def close(self) -> None:
         """Give the memory back as soon as no view of it is left."""
         self.clear()
-        self._free.clear()
+        self._free = [[] for _ in self._free]
         self._bytes = torch.empty(0, dtype=torch.uint8)
         with suppress(BufferError):  # still viewed: freed with the last view
             self._memory.close()
-
-    def check_integrity(self) -> None:
-        """Raises `InvariantError` if slots are lost, shared, or pinned without being ready."""
-        used = sorted([*self._slot.values(), *self._free])
-        if used != list(range(self.slots)):
-            raise InvariantError(f"slots are lost or shared: {used}")
-        for expert in self._loading:
-            if expert not in self._slot:
-                raise InvariantError(f"{expert} is loading without a slot")
-        for expert, pins in self._pins.items():
-            if pins and (expert not in self._slot or expert in self._loading):
-                raise InvariantError(f"{expert} is pinned without being ready")
 
 
 def _allocate(size_bytes: int) -> mmap.mmap:

@@ -68,7 +68,7 @@ class Recorder:
         lengths = [prompt.shape[1] for prompt in prompts]
         longest = max(lengths)
         pad = self._session.pad_token_id()
-        ids = torch.full((len(prompts), longest), pad or 0)
+        ids = torch.full((len(prompts), longest), pad or 0, device=self._model.device)
         mask = torch.zeros_like(ids)
         for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
             ids[row, longest - length :] = prompt[0]
@@ -83,7 +83,7 @@ class Recorder:
                 stopping_criteria=StoppingCriteriaList([_EveryToken(on_token)]),
                 **sampling_options(self._config),
             )
-        passes, new = self._tap.take(), output[:, longest:]
+        passes, new = self._tap.take(), output[:, longest:].cpu()
         shapes = [tuple(each.token_ids.shape) for each in passes]
         if shapes != [(len(prompts), longest)] + [(len(prompts), 1)] * (new.shape[1] - 1):
             raise UnsupportedModelError(f"{self.header.model} does not generate one token a pass; it can't be recorded")
@@ -92,7 +92,7 @@ class Recorder:
 
     def _probe(self, settings: dict[str, Any]) -> TraceHeader:
         """What there is to record, found out by a short forward pass."""
-        ids = torch.arange(1, 1 + _PROBE_TOKENS)[None]
+        ids = torch.arange(1, 1 + _PROBE_TOKENS, device=self._model.device)[None]
         with self._tap.listening(), torch.no_grad():
             self._model(input_ids=ids, attention_mask=torch.ones_like(ids))
         passes = self._tap.take()
@@ -159,7 +159,7 @@ class _EveryToken(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # noqa: ARG002 - transformers' interface
         self._callback()
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _rows(each: Pass, row: int, padding: int) -> slice:

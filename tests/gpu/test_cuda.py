@@ -1,0 +1,137 @@
+"""On a real GPU: the answers are those of the whole model on it, whatever is resident and however late copies are."""
+
+from __future__ import annotations
+
+import gc
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import finemoe
+from finemoe.device.cuda import CudaDevice
+from finemoe.errors import BudgetError
+from tests.tiny import Make, eager, prompt
+
+pytestmark = pytest.mark.gpu
+CASES = [("mixtral", "float32"), ("mixtral", "bfloat16"), ("gpt_oss", "bfloat16"), ("nemotron_h", "bfloat16")]
+
+
+def logits(model: Any, batch: int) -> torch.Tensor:
+    with torch.no_grad():
+        output: torch.Tensor = model(**{name: each.cuda() for name, each in prompt(batch).items()}).logits
+    return output
+
+
+def answer(model: Any, new_tokens: int = 12) -> torch.Tensor:
+    given = {name: each.cuda() for name, each in prompt().items()}
+    output: torch.Tensor = model.generate(
+        **given, do_sample=False, eos_token_id=None, pad_token_id=0, max_new_tokens=new_tokens
+    )
+    return output
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize("memory", ["50%", "all"])
+def test_eager_answers_are_those_of_the_whole_model(tiny: Make, case: tuple[str, str], memory: str) -> None:
+    folder = tiny(*case)
+    whole = eager(folder).cuda()
+    with finemoe.load(folder, device="cuda", expert_memory=memory, expert_kernel="eager", verify=True) as model:
+        for batch in (1, 2, 3):
+            assert torch.equal(logits(model, batch), logits(whole, batch))
+        assert torch.equal(answer(model), answer(whole))
+        model.finemoe.check_integrity()
+
+
+def test_grouped_answers_are_those_of_the_whole_model(tiny: Make) -> None:
+    folder = tiny("mixtral", "bfloat16")
+    whole = eager(folder).cuda()
+    whole.set_experts_implementation("grouped_mm")
+    with finemoe.load(folder, device="cuda", expert_memory="60%", expert_kernel="grouped_mm") as model:
+        for batch in (1, 2, 3):
+            assert torch.equal(logits(model, batch), logits(whole, batch))
+
+
+@pytest.mark.parametrize("kernel", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("policy", ["lru", "finemoe", "mixtral-offloading"])
+def test_answers_do_not_depend_on_what_is_resident(tiny: Make, kernel: str, policy: str) -> None:
+    folder = tiny("mixtral", "bfloat16")
+    options: Any = {"device": "cuda", "expert_kernel": kernel, "policy": policy}
+    with finemoe.load(folder, expert_memory="all", **options) as model:
+        expected = [logits(model, batch) for batch in (1, 2, 3)]
+    with finemoe.load(folder, expert_memory="45%", host_memory="60%", **options) as model:
+        draw = random.Random(0)
+        for _ in range(30):
+            batch = draw.randrange(3)
+            if draw.random() < 0.2:
+                model.finemoe.evict_all()
+            assert torch.equal(logits(model, batch + 1), expected[batch])
+        model.finemoe.check_integrity()
+        assert model.finemoe.stats().stall_s >= 0
+
+
+def test_copies_and_kernels_wait_for_each_other() -> None:
+    device = CudaDevice(0)
+    size = 1 << 24
+    host = torch.zeros(8 * size, dtype=torch.uint8)
+    device.pin(host)
+    try:
+        parts = host.view(8, size)
+        for value, part in enumerate(parts):
+            part.fill_(value)
+        slot = device.allocate(size)
+        busy = torch.randn(4096, 4096, device="cuda")
+        sums = []
+        used = device.mark_compute()
+        for step in range(40):
+            device.copies_wait(used)
+            device.copy(slot, parts[step % 8])
+            device.compute_wait(device.mark_copies())
+            if step % 3 == 0:
+                busy = (busy @ busy).clamp_(-1, 1)  # the compute stream falls behind
+            sums.append(slot.to(torch.int64).sum())
+            used = device.mark_compute()
+        read = device.read_back([torch.stack(sums)])[0]
+        assert read.tolist() == [step % 8 * size for step in range(40)]
+        later, earlier = device.mark_copies(), used
+        later.wait()
+        earlier.wait()
+        assert later.done()
+        assert earlier.since_s(earlier) == 0
+    finally:
+        torch.cuda.synchronize()
+        device.unpin(host)
+
+
+def test_what_does_not_fit_is_refused_in_one_line(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaDevice, "available_bytes", lambda _: 1 << 10)
+    with pytest.raises(BudgetError, match=r"--expert-memory: .* do not fit on cuda:0"):
+        finemoe.load(tiny("mixtral"), device="cuda", expert_memory="50%")
+
+
+def test_closing_gives_the_memory_back(tiny: Make) -> None:
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    model = finemoe.load(tiny("mixtral"), device="cuda", expert_memory="50%")
+    answer(model)
+    assert torch.cuda.memory_allocated() > before
+    model.close()
+    del model
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before + (1 << 20)
+
+
+def test_devices_that_are_not_there_are_refused(tiny: Make) -> None:
+    with pytest.raises(finemoe.FinemoeError, match="there is no cuda:63"):
+        finemoe.load(tiny("mixtral"), device="cuda:63")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_answer_as_one(tiny: Make) -> None:
+    folder: Path = tiny("mixtral", "bfloat16")
+    whole = eager(folder).cuda()
+    with finemoe.load(folder, device="cuda:0,cuda:1", expert_memory="60%", expert_kernel="eager") as model:
+        assert torch.equal(logits(model, 2), logits(whole, 2))
+        assert torch.equal(answer(model), answer(whole))
