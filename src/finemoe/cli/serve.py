@@ -32,6 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
         from finemoe.model import load_config as load
         from finemoe.serving.app import make_app
         from finemoe.serving.house import House
+        from finemoe.serving.live import Source
+        from finemoe.serving.page import routes
+        from finemoe.serving.progress import Progress
         from finemoe.serving.served import served
         from finemoe.serving.server import Server, ended_by_ctrl_c
         from finemoe.serving.worker import BatchingWorker
@@ -41,8 +44,10 @@ def run(arguments: argparse.Namespace) -> int:
         with load(load_config) as model:
             tokenizer = load_tokenizer(model.finemoe.checkpoint.folder)
             with closing(BatchingWorker(model, config)) as worker:
-                house = House(served(model, tokenizer, worker, config, worker.capacity_tokens))
-                server = Server(make_app(house, api_key=api_key), house)
+                progress = Progress()
+                house = House(served(model, tokenizer, worker, config, worker.capacity_tokens), progress)
+                page = routes(Source(model.finemoe, progress, worker.load))
+                server = Server(make_app(house, api_key=api_key, routers=[page]), house)
                 unmap_idle_code()
                 arguments.interrupts.check()
                 server.run(taken, lambda: print(f"{house.served.name} at {address_of(taken)}", flush=True))

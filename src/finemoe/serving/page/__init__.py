@@ -7,17 +7,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
+from finemoe.serving.documents import refusals
+from finemoe.serving.errors import ApiError
 from finemoe.serving.live import INTERVAL_S, Live, Source
-from finemoe.serving.page.answers import Experts, Now
+from finemoe.serving.page.answers import Experts, Now, SinceSnapshot, SinceTime
 from finemoe.serving.page.files import read_files
 from finemoe.serving.page.snapshots import Snapshots
-
-Since = Annotated[int | None, Query(ge=0, description="`snapshot` of the last answer: tell only what has changed")]
-SinceTime = Annotated[
-    float, Query(ge=0, allow_inf_nan=False, description="`time_s` of the last sample at hand: tell only later ones")
-]
 
 
 def routes(source: Source) -> APIRouter:
@@ -46,18 +43,20 @@ def routes(source: Source) -> APIRouter:
     @router.api_route("/page/{name}", methods=["GET", "HEAD"], include_in_schema=False)
     def file(request: Request, name: str) -> Response:
         if name not in files:
-            raise HTTPException(404, f"the page has no file {name}")
+            raise ApiError(404, f"the page has no file {name!r}")
         return files[name].response(request)
 
-    @router.get("/v1/experts", response_model=Experts, summary="Where every expert is, and what its accesses found")
-    def experts(since: Since = None) -> Response:
-        return _as_json(snapshots.since(since))
+    @router.get("/v1/experts", response_model=Experts, responses=refusals(400, 401))
+    def experts(asked: Annotated[SinceSnapshot, Query()]) -> Response:
+        """Where every expert is now, and what its accesses found."""
+        return _as_json(snapshots.since(asked.since))
 
-    @router.get("/v1/live", response_model=Now, summary="Totals, and the last ten minutes second by second")
-    def now(since: SinceTime = 0.0) -> Response:
+    @router.get("/v1/live", response_model=Now, responses=refusals(400, 401))
+    def now(asked: Annotated[SinceTime, Query()]) -> Response:
+        """Totals, and the last ten minutes second by second."""
         stats = source.offload.stats().as_dict()
         chosen = {name: stats[name] for name in Now.model_fields if name in stats}
-        return _as_json(chosen | {"interval_s": INTERVAL_S, "samples": live.since(since)})
+        return _as_json(chosen | {"interval_s": INTERVAL_S, "samples": live.since(asked.since)})
 
     return router
 

@@ -1,8 +1,22 @@
-"""The shapes of `/v1/experts` and `/v1/live`, for the API's description."""
+"""What `/v1/experts` and `/v1/live` are asked, and the shapes of what they answer."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class SinceSnapshot(BaseModel):
+    """Of `/v1/experts`. Nothing else may be asked."""
+
+    model_config = ConfigDict(extra="forbid")
+    since: int | None = Field(None, ge=0, description="`snapshot` of the last answer: tell only rows that differ")
+
+
+class SinceTime(BaseModel):
+    """Of `/v1/live`. Nothing else may be asked."""
+
+    model_config = ConfigDict(extra="forbid")
+    since: float = Field(0.0, ge=0, allow_inf_nan=False, description="of the last sample: tell only later ones")
 
 
 class Experts(BaseModel):

@@ -10,8 +10,8 @@ const SIZES = [0.5, 0.68, 1, 1]; // of a cell: where it is told by size as well 
 const NAMES = { absent: "on disk", "in flight": "in flight", resident: "in memory", "in use": "in use" };
 
 export class ExpertMap {
-  constructor(experts, { frame, canvas, tip, cursor, main }) {
-    Object.assign(this, { experts, frame, canvas, tip, cursorText: cursor, main });
+  constructor(experts, { frame, canvas, tip, cursor, axes, main }) {
+    Object.assign(this, { experts, frame, canvas, tip, cursorText: cursor, axes, main });
     this.context = canvas.getContext("2d", { alpha: false });
     this.view = "place";
     this.most = 1;
@@ -59,8 +59,8 @@ export class ExpertMap {
     this.across = flat === layers >= width ? "layer" : "expert";
     [this.columns, this.rows] = this.across === "layer" ? [layers, width] : [width, layers];
     this.w = Math.max(1, Math.min(Math.floor(free / this.columns), Math.round(40 * ratio)));
-    this.h = Math.max(1, Math.min(this.w, Math.round(30 * ratio), Math.floor((640 * ratio) / this.rows)));
-    if (this.h < 3 * ratio) this.h = Math.ceil(2 * ratio);
+    const tall = Math.max(this.w, Math.min(18 * ratio, (300 * ratio) / this.rows)); // narrow cells grow upwards
+    this.h = Math.max(Math.ceil(2 * ratio), Math.floor(Math.min(tall, 30 * ratio, (640 * ratio) / this.rows)));
     this.gap = Math.min(this.w, this.h) >= 5 * ratio ? Math.max(1, Math.round(Math.min(this.w, this.h) * 0.12)) : 0;
     canvas.width = Math.ceil(this.left + this.columns * this.w);
     canvas.height = Math.ceil(this.top + this.rows * this.h);
@@ -201,7 +201,7 @@ export class ExpertMap {
       context.fillText(row, this.left - 6 * ratio, this.top + (row + 0.5) * this.h - this.gap / 2);
     }
     const [across, down] = this.across === "layer" ? ["layers", "experts"] : ["experts", "layers"];
-    this.frame.dataset.across = `${across} left to right, ${down} top to bottom`;
+    this.axes.textContent = `${across} left to right, ${down} top to bottom`;
   }
 
   #point(event) {

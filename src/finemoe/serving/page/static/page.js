@@ -15,7 +15,9 @@ const SPEECH_MS = 20000; // a screen reader is not told more often than this
 const $ = (id) => document.getElementById(id);
 
 const experts = new Experts();
-const map = new ExpertMap(experts, { frame: $("map-frame"), canvas: $("map"), tip: $("tip"), cursor: $("cursor"), main: $("main") });
+const map = new ExpertMap(experts, {
+  frame: $("map-frame"), canvas: $("map"), tip: $("tip"), cursor: $("cursor"), axes: $("axes"), main: $("main"),
+});
 const charts = new Charts($("charts"));
 new Chat({
   form: $("chat-form"), prompt: $("prompt"), log: $("log"), hint: $("chat-hint"), error: $("chat-error"), news: $("chat-news"),
@@ -69,7 +71,7 @@ function speak() {
     `${count(now.resident)} of ${count(now.experts)} experts in memory.`,
     accesses ? `${percent(now.hits / accesses)} hits, ${percent(now.late / accesses)} late, ${percent(now.misses / accesses)} misses.` : "No accesses yet.",
     `${last("running")} requests running, ${last("waiting")} waiting.`,
-    map.frame.dataset.across ? `The map has ${map.frame.dataset.across}.` : "",
+    $("axes").textContent && `The map has ${$("axes").textContent}.`,
   ].join(" ");
   if (words === $("summary").textContent) return;
   spoken = performance.now();
