@@ -88,7 +88,8 @@ async def on_invalid_request(_: Request, error: Exception) -> JSONResponse:
     rooted = [one for one in found if one["loc"][:2] == found[0]["loc"][:2]]
     # a union names every alternative that did not fit: the one that fits the longest way is what was meant
     first = max(rooted, key=lambda one: (_depth(one, error.body), not one["type"].endswith("_type")))
-    param = spell(_path(first), error.body)
+    place = first["loc"]
+    param = str(place[1]) if place[0] == "query" and len(place) > 1 else spell(_path(first), error.body)
     match first["type"]:
         case "extra_forbidden":
             refusal = ApiError(400, f"{param}: is not supported; leave it out", param=param, code="unknown_parameter")
