@@ -55,10 +55,11 @@ class Browser:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """Addresses that were asked for since the last call, or the page was opened."""
+        """Addresses that were asked for since the last call, or the page was opened; not the browser's own pages."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         sent = [message for message in messages if message["method"] == "Network.requestWillBeSent"]
-        return [message["params"]["request"]["url"] for message in sent]
+        addresses = [message["params"]["request"]["url"] for message in sent]
+        return [address for address in addresses if not address.startswith("chrome://")]
 
 
 @contextmanager
@@ -76,6 +77,7 @@ def chromium(profile: Path) -> Iterator[Browser]:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     try:
+        started.get("about:blank")  # not the page that a new window shows
         yield Browser(started)
     finally:
         started.quit()
