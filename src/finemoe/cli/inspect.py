@@ -51,6 +51,7 @@ def as_dict(description: Description) -> dict[str, Any]:
         "experts": catalog.experts,
         "experts_per_token": description.active,
         "expert_bytes": catalog.weight_bytes,
+        "expert_dtype": catalog.stored_dtype,
         "dense_bytes": description.dense_bytes,
         "slot_bytes": catalog.slot_bytes,
         "least_expert_memory_bytes": description.least_slots * catalog.slot_bytes,
@@ -77,7 +78,7 @@ def table(description: Description) -> str:
         f"{description.name}: {description.kind}",
         f"{description.layers} MoE layers, {catalog.experts} routed experts, {description.active} active per token",
         f"routed experts {format_bytes(catalog.weight_bytes)}, everything else {format_bytes(description.dense_bytes)}",
-        f"one expert takes {format_bytes(catalog.slot_bytes)}",
+        f"one expert takes {format_bytes(catalog.slot_bytes)}, stored as {catalog.stored_dtype}",
         f"the least --expert-memory is {format_bytes(least * catalog.slot_bytes)} ({least} experts)",
         "",
     ]

@@ -11,6 +11,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from finemoe.checkpoint import Catalog
 from finemoe.checkpoint.convert import read_catalog
 from finemoe.checkpoint.locate import locate_headers
+from finemoe.dequantise import scratch_bytes
 from finemoe.model.find import (
     IN_FLIGHT_SLOTS,
     active_experts,
@@ -19,6 +20,7 @@ from finemoe.model.find import (
     read_config,
     transformers_errors,
 )
+from finemoe.model.quantised import quantizer_of, restored_bytes
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Description:
     name: str
     kind: str  # class of the model
     catalog: Catalog
-    dense_bytes: int  # everything that is not a routed expert
+    dense_bytes: int  # everything in memory that is not a slot for experts
     active: int  # K
     least_slots: int  # the smallest pool that a load accepts
 
@@ -50,13 +52,15 @@ def describe(model: str, revision: str | None = None, *, trust_remote_code: bool
     with transformers_errors(folder), torch.device("meta"):
         empty = build(config)
     modules = [module for module, _ in find_experts(empty)]
-    dense, catalog = read_catalog(empty, modules, headers, get_model_conversion_mapping(empty))
+    conversions = get_model_conversion_mapping(empty, hf_quantizer=quantizer_of(config))
+    dense, catalog = read_catalog(empty, modules, headers, conversions)
+    dense_bytes = restored_bytes((headers[key] for key in dense), empty.dtype)
     active = active_experts(config)
     return Description(
         name=model,
         kind=type(empty).__name__,
         catalog=catalog,
-        dense_bytes=sum(headers[key].length_bytes for key in dense),
+        dense_bytes=dense_bytes + scratch_bytes(catalog.layouts, empty.dtype),
         active=active,
         least_slots=min(active + IN_FLIGHT_SLOTS, catalog.experts),
     )

@@ -18,6 +18,7 @@ from finemoe.checkpoint import Catalog
 from finemoe.checkpoint.convert import ExpertsModule
 from finemoe.config import format_bytes, parse_budget
 from finemoe.errors import BudgetError, CheckpointError, FinemoeError, UnsupportedModelError
+from finemoe.model.quantised import refuse_unrestored, restore_on_load
 
 # slots beyond one token's experts that the pool must have, for what is in flight
 IN_FLIGHT_SLOTS = 1
@@ -33,7 +34,8 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
 
     Raises:
         CheckpointError: config.json is damaged, or of no model that transformers knows.
-        UnsupportedModelError: quantised, or in need of remote code that was not asked for.
+        UnsupportedModelError: quantised in a way that can't be restored, or in need of remote code that was not asked
+            for.
     """
     try:
         raw = json.loads((folder / "config.json").read_text())
@@ -50,15 +52,12 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
             f"{folder / 'config.json'}: transformers {transformers.__version__} knows no model type {model_type!r}"
         )
     if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
-        raise UnsupportedModelError(
-            f"{folder} is quantised ({method}), which finemoe does not offload yet; "
-            "take the model's unquantised release"
-        )
+        refuse_unrestored(folder, quantised)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # configs validate themselves, with errors of every kind
         raise CheckpointError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from error
+    restore_on_load(config)
     return config
 
 

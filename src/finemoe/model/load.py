@@ -21,9 +21,10 @@ from finemoe.checkpoint import Catalog, Checkpoint, TensorHeader, locate, read_h
 from finemoe.checkpoint.convert import ExpertsModule, read_catalog
 from finemoe.checkpoint.fingerprint import fingerprint
 from finemoe.config import LoadConfig, format_bytes
+from finemoe.dequantise import Dequantiser, scratch_bytes
 from finemoe.device import Device, open_devices
 from finemoe.engine import Engine
-from finemoe.errors import BudgetError, CheckpointError, ConfigError, UnsupportedModelError
+from finemoe.errors import BudgetError, CheckpointError, ConfigError
 from finemoe.experts import HANDLE, IMPLEMENTATION, Accumulator, ExpertLayer, Kernel, LazyParameter, choose_path
 from finemoe.link import Link
 from finemoe.maps import Keeper, open_keeper, refuse_useless
@@ -39,6 +40,7 @@ from finemoe.model.find import (
 )
 from finemoe.model.observe import Observer
 from finemoe.model.offload import Offload, OffloadedModel
+from finemoe.model.quantised import refuse_on_devices, refuse_uncast, restored_bytes
 from finemoe.policy import Controller, make_controller, make_policy, policy_class
 from finemoe.store import DevicePool, DiskStore, Pool, available_bytes
 from finemoe.store.dense import LazyTensor
@@ -233,20 +235,20 @@ class _Loading:
 
     def convert_and_load(self, original: Callable[..., Any], model: PreTrainedModel, load_config: Any) -> Any:
         """In place of transformers' function: keeps experts from it, and gives it slices that read directly."""
-        if load_config.hf_quantizer is not None:
-            raise UnsupportedModelError(f"{self._checkpoint.name} is quantised, which finemoe does not offload yet")
         self._experts = find_experts(model)
         modules = [described for described, _ in self._experts]
         routed = {f"{module.name}.{name}" for module in modules for name in module.parameters}
         dense, self._catalog = read_catalog(model, modules, self._headers, load_config.weight_mapping or [])
         slot_bytes = self._catalog.slot_bytes
         if self._devices:
+            refuse_on_devices(self._catalog)
             owners = {module.name: module for module in modules}
             dtypes = [parameter_dtypes(owners[layout.module]) for layout in self._catalog.layouts]
             self._tiers = Tiers(self._devices, self._catalog, dtypes)
             slot_bytes = self._tiers.slot_bytes
         slots, least = pool_slots(self._catalog, self._model_config, self._config.expert_memory, slot_bytes)
-        dense_bytes = sum(self._headers[key].length_bytes for key in dense)
+        dense_bytes = restored_bytes((self._headers[key] for key in dense), model.dtype)
+        dense_bytes += scratch_bytes(self._catalog.layouts, model.dtype)
         needed, available = dense_bytes + (0 if self._devices else slots * slot_bytes), available_bytes()
         if needed > available:
             raise BudgetError(
@@ -267,7 +269,10 @@ class _Loading:
             for parameter in module.parameters.values():
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined] # nothing to fill in
         state = {key: LazyTensor(self._store, key, self._headers[key]) for key in dense}
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         info, index = original(model=model, state_dict=state, load_config=load_config, disk_offload_index=None)
+        if load_config.hf_quantizer is not None and self._config.dtype != "auto":
+            refuse_uncast(model, dtypes)
         info.missing_keys -= routed
         return info, index
 
@@ -328,11 +333,12 @@ class _Loading:
         """A handle in the place of each experts module's weights; by the module's path."""
         numbers = {layout.module: layer for layer, layout in enumerate(catalog.layouts)}
         layers: dict[str, ExpertLayer] = {}
+        dequantiser = Dequantiser()
         for described, module in self._experts:
             dtypes = parameter_dtypes(described)
             layer = numbers[described.same_as or described.name]
             if self._tiers is None:
-                handle = ExpertLayer(engine, lock, layer, catalog.layouts[layer], dtypes)
+                handle = ExpertLayer(engine, lock, layer, catalog.layouts[layer], dtypes, dequantiser)
             else:
                 handle = self._tiers.layer(engine, lock, layer, dtypes)
             for name, parameter in described.parameters.items():

@@ -80,6 +80,7 @@ class Offload:
             layers=len(self.catalog.layouts),
             experts=self.catalog.experts,
             expert_bytes=self.catalog.weight_bytes,
+            expert_dtype=self.catalog.stored_dtype,
             expert_memory_bytes=pool.size_bytes,
             slots=pool.slots,
             resident=pool.resident,
