@@ -20,6 +20,7 @@ from finemoe.types import ExpertId, Run
 ALIGN_BYTES = 64  # of a small parameter inside a slot: what torch's own allocator gives
 PAGE_BYTES = 4096
 PLACED_BYTES = 16 * PAGE_BYTES  # a parameter this long keeps its place within a page of its file
+_MINOR_SHARE = 0.1  # of an expert's bytes; what takes less (a bias) does not count for what it is stored as
 _MANY_BREAKS = 8  # jumps in one parameter's rows beyond which they are read in file order instead
 _FILE_SHIFT = 44  # an address is file << 44 | offset: 16 TiB a file
 _OFFSET_MASK = (1 << _FILE_SHIFT) - 1
@@ -101,10 +102,12 @@ class LayerLayout:
 
     @property
     def stored_dtype(self) -> str:
-        """What most of an expert's bytes are stored as: a dtype, or the name of a quantised form."""
+        """What an expert is stored as: a dtype or the name of a quantised form; more than one with `+` between."""
         forms = {name: quantised.form for quantised in self.quantised for name in quantised.fields}
-        largest = max(self.fields, key=lambda field: field.length_bytes)
-        return forms.get(largest.name, str(largest.dtype).removeprefix("torch."))
+        parts: Counter[str] = Counter()
+        for field in self.fields:
+            parts[forms.get(field.name, str(field.dtype).removeprefix("torch."))] += field.length_bytes
+        return "+".join(name for name, length in parts.most_common() if length >= _MINOR_SHARE * self.weight_bytes)
 
 
 class Catalog:

@@ -40,7 +40,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     try:
         raw = json.loads((folder / "config.json").read_text())
         model_type, remote = raw.get("model_type"), "auto_map" in raw
-        quantised = raw.get("quantization_config")
+        quantised = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: can't be read ({error})") from error
     if not (isinstance(model_type, str) and model_type in CONFIG_MAPPING) and not (remote and trust_remote_code):

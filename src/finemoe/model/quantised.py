@@ -16,8 +16,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from finemoe.checkpoint import Catalog, TensorHeader
 from finemoe.errors import ConfigError, UnsupportedModelError
 
-# methods whose weights transformers restores while loading, on any machine, and what it needs for that
-RESTORED = {"fp8": "accelerate", "mxfp4": "accelerate"}
+# methods whose weights transformers restores while loading, on any machine, and the library that it asks for then
+RESTORED = {"fp8": "accelerate", "mxfp4": None}
 
 _QUANTISED = {"F8_E4M3", "F8_E5M2"}
 
@@ -35,21 +35,32 @@ def refuse_unrestored(folder: Path, settings: Any) -> None:
             f"{folder} is quantised ({method}), which transformers can't restore expert by expert; "
             f"take the model's {' or '.join(RESTORED)} release, or an unquantised one with --expert-dtype"
         )
-    if importlib.util.find_spec(RESTORED[method]) is None:
+    library = RESTORED[method]
+    if library is not None and importlib.util.find_spec(library) is None:
         raise ConfigError(f"--model: {folder} is quantised ({method}); to load it, pip install 'finemoe[quantised]'")
 
 
 def restore_on_load(config: PreTrainedConfig) -> None:
     """Asks transformers for restored weights: what its own quantised modules compute is not exact, nor portable."""
-    settings = getattr(config, "quantization_config", None)
-    if isinstance(settings, dict):
-        config.quantization_config = settings | {"dequantize": True}
+    for part in (config, config.get_text_config(decoder=True)):
+        settings = getattr(part, "quantization_config", None)
+        if isinstance(settings, dict):
+            part.quantization_config = settings | {"dequantize": True}
+
+
+def refuse_unasked(quantizer: Any) -> None:
+    """Raises `UnsupportedModelError` where transformers restores no weights although it was asked to."""
+    if quantizer is not None and not getattr(quantizer.quantization_config, "dequantize", False):
+        method = quantizer.quantization_config.quant_method
+        raise UnsupportedModelError(f"transformers keeps this model quantised ({getattr(method, 'value', method)})")
 
 
 def quantizer_of(config: PreTrainedConfig) -> Any:
     """What transformers has for a quantised checkpoint, `None` for others."""
-    settings = getattr(config, "quantization_config", None)
-    return None if settings is None else AutoHfQuantizer.from_config(settings, pre_quantized=True)
+    for part in (config, config.get_text_config(decoder=True)):
+        if (settings := getattr(part, "quantization_config", None)) is not None:
+            return AutoHfQuantizer.from_config(settings, pre_quantized=True)
+    return None
 
 
 def restored_bytes(headers: Iterable[TensorHeader], dtype: torch.dtype) -> int:
