@@ -115,12 +115,16 @@ class BenchConfig(LoadConfig):
             raise ConfigError(f"--timeout-s: {self.timeout_s} is not above 0")
         if self.replay_routing is not None and self.map_store != NOWHERE:
             raise ConfigError("--map-store: maps of --replay-routing are not this model's; leave it out")
+        self._check_perplexity()
+        self._check_predictors()
+        self._check_requests()
+
+    def _check_perplexity(self) -> None:
+        """Refuses flags of perplexity where it is not measured, or means nothing."""
         if self.perplexity is None and not self.lossy and self.perplexity_tokens != self._default("perplexity_tokens"):
             raise ConfigError("--perplexity-tokens: has no effect without --perplexity FILE or a lossy --expert-dtype")
         if self.replay_routing is not None and self.perplexity is not None:
             raise ConfigError("--perplexity: means nothing with --replay-routing, which answers nonsense; leave it out")
-        self._check_predictors()
-        self._check_requests()
 
     def _check_predictors(self) -> None:
         """Refuses predictors that no policy takes, and a policy that lacks them."""
