@@ -97,8 +97,6 @@ class BenchConfig(LoadConfig):
     def __post_init__(self) -> None:
         if self.device != "cpu":
             raise ConfigError(f"--device: bench measures on the CPU, not on {self.device}; see scripts/gpu_bench.py")
-        if not self.expert_dtypes:
-            raise ConfigError(f"--expert-dtype: {self.expert_dtype!r} names no dtype")
         for budget, policy, expert_dtype in product(self.budgets, self.policies, self.expert_dtypes):
             self.load_config(budget, policy, expert_dtype)  # checks itself
         if not self.budgets:
@@ -120,7 +118,9 @@ class BenchConfig(LoadConfig):
         self._check_requests()
 
     def _check_perplexity(self) -> None:
-        """Refuses flags of perplexity where it is not measured, or means nothing."""
+        """Refuses no dtype at all, and flags of perplexity where it is not measured, or means nothing."""
+        if not self.expert_dtypes:
+            raise ConfigError(f"--expert-dtype: {self.expert_dtype!r} names no dtype")
         if self.perplexity is None and not self.lossy and self.perplexity_tokens != self._default("perplexity_tokens"):
             raise ConfigError("--perplexity-tokens: has no effect without --perplexity FILE or a lossy --expert-dtype")
         if self.replay_routing is not None and self.perplexity is not None:

@@ -84,6 +84,18 @@ def transformers_errors(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder}: transformers can't load this model: {first_line(error)}") from error
 
 
+def refuse_made_up(info: dict[str, Any]) -> None:
+    """Raises `CheckpointError` where transformers made a parameter up, for want of a tensor that fits."""
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise CheckpointError(f"{name}: the checkpoint has shape {list(stored)}, the model expects {list(expected)}")
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"the checkpoint has no tensor for {missing[0]}{more}; is it complete?")
+    if errors := info.get("error_msgs"):
+        raise CheckpointError(f"the checkpoint can't be loaded: {str(errors[0]).splitlines()[0]}")
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its type if it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -36,6 +36,7 @@ from finemoe.model.find import (
     parameter_dtypes,
     pool_slots,
     read_config,
+    refuse_made_up,
     transformers_errors,
 )
 from finemoe.model.observe import Observer
@@ -199,18 +200,6 @@ def reference_model() -> str:
     from finemoe.reference import ensure
 
     return str(ensure())
-
-
-def refuse_made_up(info: dict[str, Any]) -> None:
-    """Raises `CheckpointError` where transformers made a parameter up, for want of a tensor that fits."""
-    if mismatched := sorted(info["mismatched_keys"]):
-        name, stored, expected = mismatched[0]
-        raise CheckpointError(f"{name}: the checkpoint has shape {list(stored)}, the model expects {list(expected)}")
-    if missing := sorted(info["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"the checkpoint has no tensor for {missing[0]}{more}; is it complete?")
-    if errors := info.get("error_msgs"):
-        raise CheckpointError(f"the checkpoint can't be loaded: {str(errors[0]).splitlines()[0]}")
 
 
 class _Loading:
