@@ -105,6 +105,10 @@ def parse_bandwidth(text: str) -> float:
     return bandwidth_bytes_s
 
 
+STORED = "stored"  # experts as the checkpoint has them
+EXPERT_DTYPES = (STORED, "int8", "int4")
+
+
 @dataclass(frozen=True)
 class LoadConfig:
     """Which model to load, and how its experts are kept."""
@@ -148,6 +152,13 @@ class LoadConfig:
             "to copy them; answers then differ in rounding, by what was resident"
         },
     )
+    expert_dtype: str = field(
+        default=STORED,
+        metadata={
+            "help": f"one of {', '.join(EXPERT_DTYPES)}: int8 and int4 keep and move the experts of an unquantised "
+            "checkpoint in fewer bits, which is lossy; a copy is made once, in the cache folder; all output says so"
+        },
+    )
     policy: str = field(
         default="lfru",
         metadata={
@@ -187,6 +198,11 @@ class LoadConfig:
         """What the link is held to; `None` where it is not."""
         return None if self.link_bandwidth is None else parse_bandwidth(self.link_bandwidth)
 
+    @property
+    def lossy(self) -> bool:
+        """Whether experts are kept in fewer bits than the checkpoint's, so that answers are not its own."""
+        return self.expert_dtype != STORED
+
     def __post_init__(self) -> None:
         parse_budget(self.expert_memory)
         if self.host_memory is not None:
@@ -201,6 +217,7 @@ class LoadConfig:
             ("io", ("auto", "direct", "buffered")),
             ("expert_kernel", ("auto", "eager", "grouped_mm")),
             ("host_compute", ("off", "auto")),
+            ("expert_dtype", EXPERT_DTYPES),
         ):
             value = getattr(self, name)
             if value not in allowed:

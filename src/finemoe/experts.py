@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812 - the name that torch users k
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from finemoe.checkpoint import Field, LayerLayout
+from finemoe.dequantise import Dequantiser
 from finemoe.engine import Engine
 from finemoe.errors import FinemoeError
 from finemoe.store import DevicePool, Pool
@@ -43,13 +44,20 @@ class ExpertLayer:
         layer: index of this MoE layer.
         layout: how an expert lies in a slot.
         dtypes: of the module's parameters, by name; a slot in another dtype is cast on use.
+        dequantiser: restores what is stored quantised; may be shared by all layers of a model, as the lock is.
     """
 
     device = torch.device("cpu")  # of its inputs and outputs
     kernel: Kernel = "eager"
 
     def __init__(
-        self, engine: Engine, lock: threading.RLock, layer: int, layout: LayerLayout, dtypes: dict[str, torch.dtype]
+        self,
+        engine: Engine,
+        lock: threading.RLock,
+        layer: int,
+        layout: LayerLayout,
+        dtypes: dict[str, torch.dtype],
+        dequantiser: Dequantiser | None = None,
     ) -> None:
         self.engine: Engine | None = engine
         self.layer = layer
@@ -59,9 +67,11 @@ class ExpertLayer:
         self._said: tuple[Floats | None, Floats | None] = None, None
         self._lock = lock
         self._dtypes = dtypes
+        self._dequantiser = dequantiser or Dequantiser()
         self._views: dict[tuple[int, tuple[int, ...]], dict[str, Tensor]] = {}  # of a slot, by its parameters' offsets
-        self._as_stored = all(field.in_place and field.dtype == dtypes[field.name] for field in layout.fields)
-        self._held: tuple[int, int, Iterator[tuple[int, int]]] | None = None  # twin: expert, slot, its serving
+        self._as_stored = all(field.in_place and field.dtype == dtypes.get(field.name) for field in layout.fields)
+        # twin: an expert, its parameters, its serving
+        self._held: tuple[int, dict[str, Tensor], Iterator[tuple[int, int]]] | None = None
 
     def run(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The module's output `[T, D]` for hidden `[T, D]`, executed indices and weights `[T, K]`."""
@@ -98,7 +108,10 @@ class ExpertLayer:
         return self.engine.serve(Routed(self.layer, experts, *self._said))
 
     def parameters(self, expert: int, slot: int) -> dict[str, Tensor]:
-        """One expert's parameters by name, out of its slot; without a copy wherever the checkpoint's layout allows."""
+        """One expert's parameters by name, out of its slot; without a copy wherever the checkpoint's layout allows.
+
+        Quantised ones are valid until the next call.
+        """
         offsets_bytes = self.layout.offsets_bytes[expert]
         views = self._views.get((slot, offsets_bytes))
         if views is None:
@@ -107,13 +120,9 @@ class ExpertLayer:
             self._views[slot, offsets_bytes] = views
         if self._as_stored:
             return views
-        parameters = {}
-        for field in self.layout.fields:
-            view = views[field.name]
-            if not field.in_place:
-                view = restore(field, view)
-            parameters[field.name] = view.to(self._dtypes[field.name])
-        return parameters
+        stored = {f.name: views[f.name] if f.in_place else f.restore(views[f.name]) for f in self.layout.fields}
+        plain = {name: tensor.to(self._dtypes[name]) for name, tensor in stored.items() if name in self._dtypes}
+        return plain | self._dequantiser.restore(self.layout, stored, self._dtypes)
 
     def hold(self, expert: int) -> dict[str, Tensor]:
         """Twin: the parameters of one expert, valid until another one is held or `release` is called."""
@@ -121,8 +130,8 @@ class ExpertLayer:
             self.release()
             serving = self.serve([expert])
             _, slot = next(serving)
-            self._held = expert, slot, serving
-        return self.parameters(expert, self._held[1])
+            self._held = expert, self.parameters(expert, slot), serving
+        return self._held[1]
 
     def release(self) -> None:
         """Twin: let go of the held expert."""
@@ -172,15 +181,6 @@ def field_views(raw: Tensor, fields: Sequence[Field], offsets_bytes: Sequence[in
         field.name: raw[offset_bytes : offset_bytes + field.length_bytes].view(field.dtype).view(field.stored_shape)
         for field, offset_bytes in zip(fields, offsets_bytes, strict=True)
     }
-
-
-def restore(field: Field, stored: Tensor) -> Tensor:
-    """A parameter as the module wants it, out of what the checkpoint stores; a copy."""
-    if field.order is not None:
-        stored = stored[field.order]
-    if field.transposed:
-        stored = stored.T.contiguous()
-    return stored.reshape(field.shape)
 
 
 def finemoe_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

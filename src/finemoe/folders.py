@@ -23,6 +23,11 @@ def user_maps() -> Path | None:
     return Path(own).expanduser() if own else user_cache() / "maps"
 
 
+def user_experts() -> Path:
+    """Where quantised copies of experts are kept."""
+    return user_cache() / "experts"
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Writes a file so that a reader sees the older one or this one, never a part; makes its folder.
 

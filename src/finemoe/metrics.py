@@ -47,7 +47,9 @@ class Stats:
     link_bandwidth_bytes_s: float | None  # what the link is held to, for experiments; None where it is not
     layers: int
     experts: int
-    expert_bytes: int  # all routed experts together
+    expert_bytes: int  # all routed experts together, as they are stored
+    expert_dtype: str  # what they are stored as
+    lossy: bool  # whether that is our copy, in fewer bits than the checkpoint's: answers differ from its own
     expert_memory_bytes: int  # the pool, a hard limit
     slots: int
     resident: int

@@ -69,3 +69,24 @@ def test_maps_are_only_kept_where_a_file_is_named_and_a_policy_learns() -> None:
     assert BenchConfig().load_config("25%", "finemoe").map_store == "none"
     named = BenchConfig(policy="lru,finemoe", map_store="m")
     assert [named.load_config("25%", policy).map_store for policy in named.policies] == ["none", "m"]
+
+
+def test_lossy_rows_stand_beside_exact_ones_and_say_so() -> None:
+    config = BenchConfig(expert_memory="50%,all", expert_dtype="stored,int8", baselines="none")
+    rows = subjects(config)
+    assert [row.name for row in rows] == [
+        "finemoe lfru 50%", "finemoe lfru all", "finemoe lfru 50% int8", "finemoe lfru all int8"
+    ]  # fmt: skip
+    assert [row.lossy for row in rows] == [False, False, True, True]
+    assert config.lossy
+    assert config.load_config("all", "lru", "int8").expert_dtype == "int8"
+
+
+def test_flags_of_perplexity_that_mean_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^--expert-dtype: 'int3' is not one of"):
+        BenchConfig(expert_dtype="stored,int3")
+    with pytest.raises(ConfigError, match=r"^--expert-dtype: ',' names no dtype"):
+        BenchConfig(expert_dtype=",")
+    with pytest.raises(ConfigError, match=r"^--perplexity-tokens: has no effect"):
+        BenchConfig(perplexity_tokens=64)
+    assert BenchConfig(perplexity_tokens=64, expert_dtype="int4").lossy

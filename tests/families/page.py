@@ -31,6 +31,13 @@ those of transformers' own eager path, bit for bit. **Refused** means that `fine
 `UnsupportedModelError` before it reads any weight, for the reason given. What was tried is the layout that
 `save_pretrained()` writes, unquantised; images and sound were not.
 
+Checkpoints whose experts are stored quantised as FP8 in blocks (`weight` and `weight_scale_inv`) or as MXFP4
+(`_blocks` and `_scales`) load too, with the extra `quantised`. Experts stay quantised on disk and in memory and are
+restored on use by transformers' own operations, so that the output is, bit for bit, that of the model that transformers
+loads with `dequantize=True`; dense layers are restored while loading, as there. The tests try this on `deepseek_v3`,
+`mixtral`, `qwen3_moe` and `gpt_oss`. Refused in one line: GPTQ, AWQ and all other methods, which transformers does not
+restore expert by expert, and an FP8 checkpoint in another `--dtype` than its own, in which transformers can't run it.
+
 {exact} families are exact, {refused} are refused, {untried} could not be tried.
 
 | model type | class | status | why |

@@ -139,12 +139,6 @@ def test_experts_outside_the_registry_are_refused(tiny: Make, family: str) -> No
     assert "are not covered by transformers' experts registry" in refused(UnsupportedModelError, tiny(family))
 
 
-@pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq", "unheard-of"])
-def test_a_quantised_model_is_refused(chat_folder: Path, tmp_path: Path, method: str) -> None:
-    folder = configured(chat_folder, tmp_path, quantization_config={"quant_method": method})
-    assert f"is quantised ({method}), which finemoe does not offload yet" in refused(UnsupportedModelError, folder)
-
-
 def test_an_unknown_model_type_is_refused_with_transformers_version(chat_folder: Path, tmp_path: Path) -> None:
     folder = configured(chat_folder, tmp_path, model_type="not_yet_made")
     message = refused(CheckpointError, folder)

@@ -40,6 +40,7 @@ class Answered:
     peak_rss_bytes: int
     torch_threads: int
     explained: tuple[Explained, ...] | None = None  # with --explain
+    perplexity: float | None = None
 
     @property
     def tokens(self) -> tuple[tuple[int, ...], ...]:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from finemoe.bench.answers import Answered
 from finemoe.bench.config import BATCHED
 from finemoe.bench.learning import teach
 from finemoe.bench.link import evict, probe
+from finemoe.bench.perplexity import perplexity
 from finemoe.bench.subject import COUNTED, Measured, Order, Phase
 from finemoe.checkpoint import locate, read_headers
 from finemoe.config import LoadConfig, format_bytes
 from finemoe.errors import BudgetError, FinemoeError
 from finemoe.model import load_config, model_class
+from finemoe.model.quantised import restore_on_load
 from finemoe.process import return_freed_memory, unmap_idle_code
 from finemoe.replay import replay_routing
 from finemoe.store import available_bytes, peak_rss_bytes
@@ -61,7 +63,7 @@ def measure(order: Order) -> Measured:
     with torch.no_grad():
         prompt, _, _ = _generate(model, order.prompt, 1, between, piece, prober)
         decode, tokens, logits = _generate(model, order.context, order.new_tokens, between, piece, prober)
-    return Measured(
+    measured = Measured(
         load_s=load_s,
         prompt=prompt[0],
         decode=decode[1],
@@ -73,6 +75,7 @@ def measure(order: Order) -> Measured:
         torch_threads=torch.get_num_threads(),
         explained=None if offload is None else offload.stats().explained,  # it was reset before decoding
     )
+    return replace(measured, perplexity=_perplexity(model, order))
 
 
 def measure_answers(order: Order) -> Answered:
@@ -88,7 +91,7 @@ def measure_answers(order: Order) -> Answered:
         offload.reset_stats()
     answers = answer_all(model, order.requests, order.new_tokens, piece)
     stats = None if offload is None else offload.stats()
-    return Answered(
+    answered = Answered(
         load_s=load_s,
         answers=tuple(answers),
         prefetched=stats.prefetched if stats else 0,
@@ -100,6 +103,12 @@ def measure_answers(order: Order) -> Answered:
         torch_threads=torch.get_num_threads(),
         explained=stats.explained if stats else None,
     )
+    return replace(answered, perplexity=_perplexity(model, order))
+
+
+def _perplexity(model: Any, order: Order) -> float | None:
+    """After everything that is timed and counted."""
+    return perplexity(model, order.text) if order.text else None
 
 
 def own_peak_rss_bytes() -> int:
@@ -117,6 +126,7 @@ def _load(order: Order) -> Any:
         return load_config(config)
     checkpoint = locate(str(config.model), config.revision)
     model_config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=config.trust_remote_code)
+    restore_on_load(model_config)  # what finemoe computes with, too
     arguments: dict[str, Any] = {
         "config": model_config,
         "dtype": config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),

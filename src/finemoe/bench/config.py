@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from itertools import product
 
-from finemoe.config import REPLAY_HELP, LoadConfig
+from finemoe.config import EXPERT_DTYPES, REPLAY_HELP, STORED, LoadConfig
 from finemoe.errors import ConfigError
 from finemoe.maps import NOWHERE
 from finemoe.policy import policy_class
@@ -17,7 +17,7 @@ AUTO = "auto"
 BASELINES: tuple[str, ...] = (*RESIDENT, DISK_OFFLOAD)
 _LEAST = {
     "prompt_tokens": 1, "context_tokens": 1, "new_tokens": 2, "offload_tokens": 2, "repeats": 1, "threads": 0,
-    "link_probe_mib": 1, "prompts_limit": 1, "warm_prompts_limit": 1,
+    "link_probe_mib": 1, "perplexity_tokens": 2, "prompts_limit": 1, "warm_prompts_limit": 1,
 }  # fmt: skip
 _OF_PROMPTS = ("prompts_limit", "store", "warm_prompts", "warm_prompts_limit", "prompt_field")
 _OF_RANDOM_TOKENS = ("prompt_tokens", "context_tokens", "offload_tokens")
@@ -29,6 +29,13 @@ class BenchConfig(LoadConfig):
 
     expert_memory: str = field(
         default="25%,50%,75%,all", metadata={"help": "budgets to measure, separated by commas: bytes, shares or all"}
+    )
+    expert_dtype: str = field(
+        default=STORED,
+        metadata={
+            "help": f"expert dtypes to measure, separated by commas, of {', '.join(EXPERT_DTYPES)}; all but {STORED} "
+            "are lossy, and measured in perplexity too"
+        },
     )
     policy: str = field(default="lfru", metadata={"help": "policies to measure, separated by commas"})
     device: str = field(default="cpu", metadata={"help": "cpu; GPUs are measured by scripts/gpu_bench.py"})
@@ -69,6 +76,14 @@ class BenchConfig(LoadConfig):
     )
     prompt_field: str | None = field(default=None, metadata={"help": "the JSON field that holds the prompt"})
     replay_routing: str | None = field(default=None, metadata={"help": REPLAY_HELP})
+    perplexity: str | None = field(
+        default=None,
+        metadata={
+            "help": "measure the perplexity on this text file, too; lossy rows are measured without being asked, on "
+            "Python's reference manual"
+        },
+    )
+    perplexity_tokens: int = field(default=512, metadata={"help": "how many tokens of that text"})
     repeats: int = field(default=1, metadata={"help": "how often to measure each row, in turn; medians are shown"})
     threads: int = field(default=0, metadata={"help": "torch's threads; 0 leaves the choice to torch"})
     seed: int = field(default=0, metadata={"help": "seed of the prompts' random tokens"})
@@ -82,8 +97,8 @@ class BenchConfig(LoadConfig):
     def __post_init__(self) -> None:
         if self.device != "cpu":
             raise ConfigError(f"--device: bench measures on the CPU, not on {self.device}; see scripts/gpu_bench.py")
-        for budget, policy in product(self.budgets, self.policies):
-            self.load_config(budget, policy)  # checks itself
+        for budget, policy, expert_dtype in product(self.budgets, self.policies, self.expert_dtypes):
+            self.load_config(budget, policy, expert_dtype)  # checks itself
         if not self.budgets:
             raise ConfigError(f"--expert-memory: {self.expert_memory!r} names no budget")
         if not self.policies:
@@ -98,8 +113,18 @@ class BenchConfig(LoadConfig):
             raise ConfigError(f"--timeout-s: {self.timeout_s} is not above 0")
         if self.replay_routing is not None and self.map_store != NOWHERE:
             raise ConfigError("--map-store: maps of --replay-routing are not this model's; leave it out")
+        self._check_perplexity()
         self._check_predictors()
         self._check_requests()
+
+    def _check_perplexity(self) -> None:
+        """Refuses no dtype at all, and flags of perplexity where it is not measured, or means nothing."""
+        if not self.expert_dtypes:
+            raise ConfigError(f"--expert-dtype: {self.expert_dtype!r} names no dtype")
+        if self.perplexity is None and not self.lossy and self.perplexity_tokens != self._default("perplexity_tokens"):
+            raise ConfigError("--perplexity-tokens: has no effect without --perplexity FILE or a lossy --expert-dtype")
+        if self.replay_routing is not None and self.perplexity is not None:
+            raise ConfigError("--perplexity: means nothing with --replay-routing, which answers nonsense; leave it out")
 
     def _check_predictors(self) -> None:
         """Refuses predictors that no policy takes, and a policy that lacks them."""
@@ -128,6 +153,19 @@ class BenchConfig(LoadConfig):
                 f"--baselines: {DISK_OFFLOAD} is not measured with --prompts; choose of {', '.join(RESIDENT)}"
             )
 
+    @classmethod
+    def _default(cls, name: str) -> object:
+        return next(f.default for f in fields(cls) if f.name == name)
+
+    @property
+    def expert_dtypes(self) -> tuple[str, ...]:
+        return _split(self.expert_dtype)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether some rows' answers are not the checkpoint's own."""
+        return any(name != STORED for name in self.expert_dtypes)
+
     @property
     def budgets(self) -> tuple[str, ...]:
         return _split(self.expert_memory)
@@ -143,14 +181,14 @@ class BenchConfig(LoadConfig):
             return BASELINES if self.prompts is None else ()
         return () if named == "none" else _split(named)
 
-    def load_config(self, budget: str, policy: str) -> LoadConfig:
+    def load_config(self, budget: str, policy: str, expert_dtype: str = STORED) -> LoadConfig:
         """How one row loads its model. Predictors go to the policies that take them."""
         values = {f.name: getattr(self, f.name) for f in fields(LoadConfig)}
         if "predictors" not in policy_class(policy).needs:
             values["predictors"] = None
         if not policy_class(policy).remembers:
             values["map_store"] = NOWHERE
-        return LoadConfig(**values | {"expert_memory": budget, "policy": policy})
+        return LoadConfig(**values | {"expert_memory": budget, "policy": policy, "expert_dtype": expert_dtype})
 
 
 def _flag(name: str) -> str:

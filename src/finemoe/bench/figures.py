@@ -13,13 +13,14 @@ from finemoe.bench.subject import COUNTED, Measured, Phase
 NAMES: tuple[str, ...] = (
     "load_s", "ttft_s", "tpot_s", "tpot_mean_s", "tok_s", "hit_rate", "bytes_per_token", "stall_share",
     "link_utilisation", "prompt_link_utilisation", "dense_bytes", "pool_bytes", "peak_rss_bytes", "overhead_bytes",
+    "perplexity",
 )  # fmt: skip
 ANSWER_NAMES: tuple[str, ...] = (
     "load_s", "ttft_s", "ttft_p50_s", "ttft_p95_s", "tpot_s", "tpot_p50_s", "tpot_p95_s", "tok_s",
     "prefill_hit_rate", "prefill_late_rate", "prefill_miss_rate", "prefill_stall_share",
     "decode_hit_rate", "decode_late_rate", "decode_miss_rate", "decode_stall_share", "stall_share",
     "bytes_read", "bytes_per_token", "prefetched", "precision", "wasted",
-    "dense_bytes", "pool_bytes", "peak_rss_bytes",
+    "dense_bytes", "pool_bytes", "peak_rss_bytes", "perplexity",
 )  # fmt: skip
 LEAST_STALL_S = 0.01  # below, a share of the stall is noise
 
@@ -55,6 +56,7 @@ def derive(measured: Measured, link_bytes_s: float) -> dict[str, float | None]:
         "pool_bytes": measured.pool_bytes,
         "peak_rss_bytes": measured.peak_rss_bytes,
         "overhead_bytes": measured.peak_rss_bytes - measured.weight_bytes,
+        "perplexity": measured.perplexity,
     }
 
 
@@ -92,6 +94,7 @@ def derive_answers(answered: Answered) -> dict[str, float | None]:
         "dense_bytes": answered.dense_bytes,
         "pool_bytes": answered.pool_bytes,
         "peak_rss_bytes": answered.peak_rss_bytes,
+        "perplexity": answered.perplexity,
     }
     for name, phase in (("prefill", prefill), ("decode", decode)):
         figures[f"{name}_hit_rate"] = ratio(phase.hits, phase.accesses)

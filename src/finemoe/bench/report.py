@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -42,6 +42,7 @@ class Row:
     logits_equal: bool | None  # the same, bit for bit
     tpot_ratio: float | None  # to the fastest resident row; median of the ratios within each repeat
     ttft_ratio: float | None
+    perplexity_ratio: float | None = None  # to the first row whose experts are as the checkpoint has them
 
     @property
     def error(self) -> str | None:
@@ -68,18 +69,22 @@ class BenchReport:
     link_held_bytes_s: float | None = None  # finemoe's rows; None where it is not
     replayed_routing: str | None = None  # the trace whose routing was forced onto all rows
     names: tuple[str, ...] = NAMES  # of the figures
+    perplexity_tokens: int = 0  # that it was measured on; 0 where it was not
     requests: dict[str, int] | None = None  # real prompts: how many, and their tokens; None where tokens were random
 
     @property
     def tokens_equal(self) -> bool | None:
-        """Whether all rows that ran have equal tokens; `None` if there was nothing to compare with."""
-        said = [row.tokens_equal for row in self.rows if row.tokens_equal is not None]
+        """Whether all rows that ran, but lossy ones, have equal tokens; `None` if there was nothing to compare with."""
+        said = [row.tokens_equal for row in self.rows if row.tokens_equal is not None and not row.subject.lossy]
         return all(said) if said else None
 
     @property
     def tokens_digests(self) -> tuple[str, ...]:
-        """Of real prompts, the distinct digests of all output tokens: a single one, or something is wrong."""
-        runs = [run.measured for row in self.rows for run in row.runs]
+        """Of real prompts, the distinct digests of all output tokens: a single one, or something is wrong.
+
+        Lossy rows are left out.
+        """
+        runs = [run.measured for row in self.rows if not row.subject.lossy for run in row.runs]
         return tuple(dict.fromkeys(m.tokens_digest for m in runs if isinstance(m, Answered)))
 
     def as_dict(self) -> dict[str, Any]:
@@ -96,18 +101,21 @@ class BenchReport:
             "replayed_routing": self.replayed_routing,
             "fastest_resident": self.fastest_resident,
             "requests": self.requests,
+            "perplexity_tokens": self.perplexity_tokens,
             "tokens_equal": self.tokens_equal,
             "tokens_digests": list(self.tokens_digests),
             "rows": [
                 {
                     "name": row.subject.name,
                     **asdict(row.subject),
+                    "lossy": row.subject.lossy,
                     "error": row.error,
                     **{name: row.figure(name) for name in self.names},
                     "tokens_equal": row.tokens_equal,
                     "logits_equal": row.logits_equal,
                     "tpot_ratio": row.tpot_ratio,
                     "ttft_ratio": row.ttft_ratio,
+                    "perplexity_ratio": row.perplexity_ratio,
                     "runs": [asdict(run) | run.figures for run in row.runs],
                 }
                 for row in self.rows
@@ -127,7 +135,8 @@ def summarise(runs: list[Run]) -> tuple[tuple[Row, ...], str | None]:
     eager = Subject("resident", implementation="eager")
     reference = next((run.measured for run in runs if run.measured and run.subject == eager), None)
     if reference is None:
-        reference = next((run.measured for run in runs if isinstance(run.measured, Answered)), None)
+        answered = (run.measured for run in runs if not run.subject.lossy)
+        reference = next((measured for measured in answered if isinstance(measured, Answered)), None)
     speeds = {
         subject: median(run.figures["tpot_s"] or 0.0 for run in own if run.measured)
         for subject, own in grouped.items()
@@ -146,7 +155,18 @@ def summarise(runs: list[Run]) -> tuple[tuple[Row, ...], str | None]:
         )
         for subject, own in grouped.items()
     )
+    rows = _with_perplexity_ratios(rows)
     return rows, fastest.name if fastest else None
+
+
+def _with_perplexity_ratios(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    exact = next((value for row in rows if not row.subject.lossy and (value := row.figure("perplexity"))), None)
+    if exact is None:
+        return rows
+    return tuple(
+        row if (value := row.figure("perplexity")) is None else replace(row, perplexity_ratio=value / exact)
+        for row in rows
+    )
 
 
 def _equal(

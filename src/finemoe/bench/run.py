@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,14 +22,18 @@ from finemoe.bench import link
 from finemoe.bench.answers import Answered
 from finemoe.bench.config import BATCHED, DISK_OFFLOAD, BenchConfig
 from finemoe.bench.figures import ANSWER_NAMES, NAMES
+from finemoe.bench.perplexity import read_text
 from finemoe.bench.report import BenchReport, Run, summarise
 from finemoe.bench.requests import Requests, read_requests
 from finemoe.bench.subject import Measured, Order, Subject, subjects
-from finemoe.checkpoint import Checkpoint, locate
+from finemoe.checkpoint import Catalog, Checkpoint, locate, read_headers
+from finemoe.checkpoint.headers import evict_from_page_cache
 from finemoe.errors import CheckpointError
 from finemoe.model import describe, read_config, reference_model
 from finemoe.process import available_cores
+from finemoe.quantise import SCHEMES, ExpertCopy, copy_folder
 from finemoe.replay import check_fit, open_routing
+from finemoe.store import DiskStore
 
 Log = Callable[[str], None]
 
@@ -51,7 +56,9 @@ def run_bench(config: BenchConfig, log: Log) -> BenchReport:
             check_fit(trace, checkpoint.name, described.layers, experts, described.active)
     expert_bytes = catalog.weight_bytes // catalog.experts
     requests = read_requests(config, checkpoint, log)
-    bench = _Bench(replace(config, model=str(checkpoint.folder)), checkpoint, expert_bytes, requests, log)
+    text = read_text(config, checkpoint)
+    make_copies(config, checkpoint, catalog, log)
+    bench = _Bench(replace(config, model=str(checkpoint.folder)), checkpoint, expert_bytes, requests, text, log)
     runs = [bench.run(subject, repeat) for repeat in range(config.repeats) for subject in bench.due(repeat)]
     rows, fastest = summarise(runs)
     return BenchReport(
@@ -66,7 +73,19 @@ def run_bench(config: BenchConfig, log: Log) -> BenchReport:
         fastest_resident=fastest,
         names=ANSWER_NAMES if requests.measured else NAMES,
         requests=_sizes(requests) if requests.measured else None,
+        perplexity_tokens=len(text),
     )
+
+
+def make_copies(config: BenchConfig, checkpoint: Checkpoint, catalog: Catalog, log: Log) -> None:
+    """The quantised copies that lossy rows read, so that no row's time to load has their making in it."""
+    for scheme in (SCHEMES[name] for name in config.expert_dtypes if name in SCHEMES):
+        copy = ExpertCopy(catalog, scheme, copy_folder(checkpoint, read_headers(checkpoint.files), scheme))
+        log(f"copy of the experts as {scheme.name} ...")
+        with closing(DiskStore(checkpoint.files, catalog, config.io)) as store:
+            copy.write(store)
+        for file in copy.files:
+            evict_from_page_cache(file)
 
 
 def _sizes(requests: Requests) -> dict[str, int]:
@@ -100,13 +119,20 @@ class _Bench:
     """One benchmark under way."""
 
     def __init__(
-        self, config: BenchConfig, checkpoint: Checkpoint, expert_bytes: int, requests: Requests, log: Log
+        self,
+        config: BenchConfig,
+        checkpoint: Checkpoint,
+        expert_bytes: int,
+        requests: Requests,
+        perplexity_ids: tuple[int, ...],
+        log: Log,
     ) -> None:
         self.probes: list[link.LinkProbe] = []
         self._config = config
         self._checkpoint = checkpoint
         self._expert_bytes = expert_bytes
         self._requests = requests
+        self._perplexity_ids = perplexity_ids
         self._log = log
         self._memory_bytes = 0  # dense weights and pool of the first finemoe row that ran
         text = read_config(checkpoint.folder, trust_remote_code=config.trust_remote_code).get_text_config()
@@ -158,7 +184,10 @@ class _Bench:
         config = self._config
         if subject.kind == "disk-offload" and not self._memory_bytes:
             return "there is no finemoe row to take the memory of"
-        load = config.load_config(subject.budget or config.budgets[0], subject.policy or config.policies[0])
+        load = config.load_config(
+            subject.budget or config.budgets[0], subject.policy or config.policies[0], subject.expert_dtype
+        )
+        compared = subject.kind == "finemoe" or subject.implementation == "eager"
         with tempfile.TemporaryDirectory(prefix="finemoe-bench-", dir=config.offload_dir) as scratch:
             order = Order(
                 subject=subject,
@@ -174,6 +203,7 @@ class _Bench:
                 warm=self._requests.warm,
                 store="" if config.store is None else str(Path(config.store).absolute()),
                 replay_routing=config.replay_routing,
+                text=self._perplexity_ids if compared else (),
             )
             return run_order(order, Path(scratch), config.timeout_s)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 from finemoe.bench.config import DISK_OFFLOAD, BenchConfig
+from finemoe.config import STORED
 from finemoe.explain import Explained
 
 Kind = Literal["finemoe", "resident", "disk-offload"]
@@ -20,11 +22,17 @@ class Subject:
     budget: str = ""
     policy: str = ""
     implementation: str = ""
+    expert_dtype: str = STORED
+
+    @property
+    def lossy(self) -> bool:
+        """Whether its answers are not the checkpoint's own."""
+        return self.expert_dtype != STORED
 
     @property
     def name(self) -> str:
         if self.kind == "finemoe":
-            return f"finemoe {self.policy} {self.budget}"
+            return f"finemoe {self.policy} {self.budget}" + (f" {self.expert_dtype}" if self.lossy else "")
         if self.kind == "resident":
             return f"transformers {self.implementation}"
         return "transformers disk offload"
@@ -32,7 +40,10 @@ class Subject:
 
 def subjects(config: BenchConfig) -> tuple[Subject, ...]:
     """The rows of a run, in the order in which they are measured."""
-    rows = [Subject("finemoe", budget=b, policy=p) for p in config.policies for b in config.budgets]
+    rows = [
+        Subject("finemoe", budget=budget, policy=policy, expert_dtype=dtype)
+        for policy, dtype, budget in product(config.policies, config.expert_dtypes, config.budgets)
+    ]
     rows += [Subject("resident", implementation=n) for n in config.baseline_names if n != DISK_OFFLOAD]
     if DISK_OFFLOAD in config.baseline_names:
         rows.append(Subject("disk-offload", implementation="eager"))
@@ -56,10 +67,11 @@ class Order:
     warm: tuple[tuple[int, ...], ...] = ()  # to answer before them, unmeasured
     store: str = ""  # a trace, to learn from before all of that
     replay_routing: str | None = None  # the trace whose routing is forced onto the subject
+    text: tuple[int, ...] = ()  # to measure perplexity on, afterwards
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Order:
-        given: dict[str, Any] = {name: tuple(raw.pop(name)) for name in ("prompt", "context")}
+        given: dict[str, Any] = {name: tuple(raw.pop(name)) for name in ("prompt", "context", "text")}
         given |= {name: tuple(tuple(ids) for ids in raw.pop(name)) for name in ("requests", "warm")}
         return cls(subject=Subject(**raw.pop("subject")), **given, **raw)
 
@@ -101,6 +113,7 @@ class Measured:
     peak_rss_bytes: int
     torch_threads: int
     explained: tuple[Explained, ...] | None = None  # of decoding, with --explain
+    perplexity: float | None = None
 
     @property
     def weight_bytes(self) -> int:

@@ -16,6 +16,8 @@ MIB = 1 << 20
 def render(report: BenchReport) -> str:
     """The whole report as text, with a legend."""
     columns = _COLUMNS if report.requests is None else _ANSWER_COLUMNS
+    if report.perplexity_tokens:
+        columns = (*columns, *_PERPLEXITY_COLUMNS)
     lines = [
         f"model {report.model}",
         "host  " + ", ".join(f"{key} {value}" for key, value in report.host.items()),
@@ -27,7 +29,7 @@ def render(report: BenchReport) -> str:
         *_align([[title for title, _ in columns], *([cell(row) for _, cell in columns] for row in report.rows)]),
     ]
     lines += [f"{row.subject.name}: {row.error}" for row in report.rows if row.error]
-    return "\n".join([*lines, "", *_legend(report), *_explanations(report)])
+    return "\n".join([*lines, "", *_legend(report), *_perplexity_legend(report), *_explanations(report)])
 
 
 def _explanations(report: BenchReport) -> list[str]:
@@ -110,6 +112,19 @@ def _legend(report: BenchReport) -> list[str]:
     return lines
 
 
+def _perplexity_legend(report: BenchReport) -> list[str]:
+    lines = []
+    if report.perplexity_tokens:
+        text = report.settings.get("perplexity") or "Python's reference manual"
+        lines.append(
+            f"perplexity: on {report.perplexity_tokens} tokens of {text}; change: against the first row whose experts "
+            "are as the checkpoint has them."
+        )
+    if lossy := [row.subject.name for row in report.rows if row.subject.lossy]:
+        lines.append(f"LOSSY (--expert-dtype), their answers are not the checkpoint's own: {', '.join(lossy)}.")
+    return lines
+
+
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns as wide as their widest cell: the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -177,6 +192,11 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("over", _size("overhead_bytes")),
     ("tokens", lambda row: _yes(row.tokens_equal)),
     ("logits", lambda row: _yes(row.logits_equal)),
+)
+
+_PERPLEXITY_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("perplexity", _number("perplexity", ".4f")),
+    ("change", lambda row: "-" if row.perplexity_ratio is None else f"{row.perplexity_ratio - 1:+.2%}"),
 )
 
 _ANSWER_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (

@@ -8,7 +8,7 @@ code that defines it. Addresses stand for rows: a tensor `[.., R, C]` of weights
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -20,6 +20,7 @@ from finemoe.types import ExpertId, Run
 ALIGN_BYTES = 64  # of a small parameter inside a slot: what torch's own allocator gives
 PAGE_BYTES = 4096
 PLACED_BYTES = 16 * PAGE_BYTES  # a parameter this long keeps its place within a page of its file
+_MINOR_SHARE = 0.1  # of an expert's bytes; what takes less (a bias) does not count for what it is stored as
 _MANY_BREAKS = 8  # jumps in one parameter's rows beyond which they are read in file order instead
 _FILE_SHIFT = 44  # an address is file << 44 | offset: 16 TiB a file
 _OFFSET_MASK = (1 << _FILE_SHIFT) - 1
@@ -47,6 +48,36 @@ class Field:
         """Whether the module can compute on the slot's own bytes."""
         return not self.transposed and self.order is None
 
+    def restore(self, stored: torch.Tensor) -> torch.Tensor:
+        """The parameter as the module wants it, out of what the checkpoint stores; a copy unless `in_place`."""
+        if self.order is not None:
+            stored = stored[self.order]
+        if self.transposed:
+            stored = stored.T.contiguous()
+        return stored.reshape(self.shape)
+
+
+Dequantise = Callable[[Sequence[torch.Tensor], torch.dtype], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Quantised:
+    """One parameter of an experts module that is stored quantised, in several fields, and the way back.
+
+    `dequantise` makes of the fields' tensors, in their order, the parameter in a dtype; `transposed` if the checkpoint
+    stores it the other way round. The tensors may be cut into up to `parts` equal parts along their first dimension:
+    the parts' results, put together along dimension `axis`, are the whole's.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    form: str  # what people call this way of storing weights
+    fields: tuple[str, ...]
+    dequantise: Dequantise
+    transposed: bool = False
+    parts: int = 1
+    axis: int = 0
+
 
 @dataclass(frozen=True, eq=False)
 class LayerLayout:
@@ -54,6 +85,7 @@ class LayerLayout:
 
     Large parameters keep the place within a page that they have in their file, so that whole pages are read straight
     into the slot. Experts differ in that; `offsets_bytes` `[expert]` has, for each of `fields`, its start in the slot.
+    A field is a parameter of the module, or belongs to one of `quantised`.
     """
 
     module: str  # name of the experts module
@@ -61,11 +93,21 @@ class LayerLayout:
     fields: tuple[Field, ...]
     offsets_bytes: tuple[tuple[int, ...], ...]
     length_bytes: int  # of the longest expert, padding included
+    quantised: tuple[Quantised, ...] = ()
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of one expert without padding."""
         return sum(field.length_bytes for field in self.fields)
+
+    @property
+    def stored_dtype(self) -> str:
+        """What an expert is stored as: a dtype or the name of a quantised form; more than one with `+` between."""
+        forms = {name: quantised.form for quantised in self.quantised for name in quantised.fields}
+        parts: Counter[str] = Counter()
+        for field in self.fields:
+            parts[forms.get(field.name, str(field.dtype).removeprefix("torch."))] += field.length_bytes
+        return "+".join(name for name, length in parts.most_common() if length >= _MINOR_SHARE * self.weight_bytes)
 
 
 class Catalog:
@@ -89,6 +131,11 @@ class Catalog:
         return sum(layout.experts * layout.weight_bytes for layout in self.layouts)
 
     @property
+    def stored_dtype(self) -> str:
+        """What experts are stored as; more than one where layers differ."""
+        return ", ".join(dict.fromkeys(layout.stored_dtype for layout in self.layouts))
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of one slot: the largest expert; whole pages unless experts are tiny."""
         largest = max(layout.length_bytes for layout in self.layouts)
@@ -96,7 +143,7 @@ class Catalog:
 
 
 @dataclass(frozen=True, eq=False)
-class _Addresses:
+class Addresses:
     """The addresses of one parameter's stored rows, for all experts: int64 `[E, rows]`."""
 
     rows: torch.Tensor
@@ -122,7 +169,7 @@ def address_items(file: int, offset_bytes: int, shape: Sequence[int], item_bytes
     return (items + (file << _FILE_SHIFT) + offset_bytes).reshape(*shape)
 
 
-def stored_rows(name: str, shape: Sequence[int], addresses: torch.Tensor, columns: int, item_bytes: int) -> _Addresses:
+def stored_rows(name: str, shape: Sequence[int], addresses: torch.Tensor, columns: int, item_bytes: int) -> Addresses:
     """Reads the converter's result for a parameter `[E, R, C]` whose sources have rows of `columns` elements.
 
     Raises:
@@ -130,9 +177,9 @@ def stored_rows(name: str, shape: Sequence[int], addresses: torch.Tensor, column
     """
     experts, rows, width = shape
     if addresses.shape == (experts, rows, 1) and columns == width:
-        return _Addresses(addresses.reshape(experts, rows), width * item_bytes, (rows, width), transposed=False)
+        return Addresses(addresses.reshape(experts, rows), width * item_bytes, (rows, width), transposed=False)
     if addresses.shape == (experts, 1, width) and columns == rows:
-        return _Addresses(addresses.reshape(experts, width), rows * item_bytes, (width, rows), transposed=True)
+        return Addresses(addresses.reshape(experts, width), rows * item_bytes, (width, rows), transposed=True)
     if addresses.numel() * columns != experts * rows * width:
         raise CheckpointError(
             f"{name}: the checkpoint has {addresses.numel() * columns} weights for it, the model expects {list(shape)}"
@@ -142,13 +189,13 @@ def stored_rows(name: str, shape: Sequence[int], addresses: torch.Tensor, column
     )
 
 
-def stored_items(name: str, shape: Sequence[int], addresses: torch.Tensor, item_bytes: int) -> _Addresses:
+def stored_items(name: str, shape: Sequence[int], addresses: torch.Tensor, item_bytes: int) -> Addresses:
     """Like `stored_rows`, for addresses of single elements: any rearrangement of a small parameter `[E, ..]`."""
     if addresses.shape != tuple(shape):
         raise CheckpointError(
             f"{name}: the checkpoint gives shape {list(addresses.shape)}, the model expects {list(shape)}"
         )
-    return _Addresses(addresses.reshape(shape[0], -1), item_bytes, tuple(shape[1:]), transposed=False)
+    return Addresses(addresses.reshape(shape[0], -1), item_bytes, tuple(shape[1:]), transposed=False)
 
 
 class LayerBuilder:
@@ -160,10 +207,11 @@ class LayerBuilder:
         self._experts = experts
         self._fields: list[Field] = []
         self._offsets: list[list[int]] = [[] for _ in range(experts)]
+        self._quantised: list[Quantised] = []
         self._runs: list[list[Run]] = [[] for _ in range(experts)]
         self._ends = [0] * experts  # of each expert's bytes
 
-    def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, stored: _Addresses) -> None:
+    def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, stored: Addresses) -> None:
         """Append a parameter (`shape` is one expert's) whose rows are where `stored` says."""
         rows = stored.rows
         order = None
@@ -185,9 +233,20 @@ class LayerBuilder:
             )
             self._ends[expert] = offset_bytes + length_bytes
 
+    def add_quantised(self, quantised: Quantised) -> None:
+        """Say how a parameter is made of fields that were added."""
+        self._quantised.append(quantised)
+
     def build(self) -> tuple[LayerLayout, dict[ExpertId, tuple[Run, ...]]]:
         offsets_bytes = tuple(map(tuple, self._offsets))
-        layout = LayerLayout(self._module, self._experts, tuple(self._fields), offsets_bytes, max(self._ends))
+        layout = LayerLayout(
+            self._module,
+            self._experts,
+            tuple(self._fields),
+            offsets_bytes,
+            max(self._ends),
+            tuple(self._quantised),
+        )
         return layout, {ExpertId(self._layer, e): tuple(runs) for e, runs in enumerate(self._runs)}
 
 

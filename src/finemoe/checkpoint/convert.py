@@ -7,19 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from finemoe.checkpoint.catalog import Catalog, LayerBuilder, address_items, address_rows, stored_items, stored_rows
+from finemoe.checkpoint.catalog import (
+    Addresses,
+    Catalog,
+    LayerBuilder,
+    Quantised,
+    address_items,
+    address_rows,
+    stored_items,
+    stored_rows,
+)
+from finemoe.checkpoint.conversion import Conversion, convert_labels
 from finemoe.checkpoint.headers import TensorHeader
+from finemoe.checkpoint.quantised import (
+    Located,
+    dequantisation,
+    locate_quantised,
+    roles_of,
+    without_dequantisation,
+)
 from finemoe.errors import CheckpointError, UnsupportedModelError
 from finemoe.types import ExpertId, Run
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_Stored = tuple[Addresses, torch.dtype] | Located
 _SMALL_ITEMS = 1 << 24  # up to here a parameter may be followed element by element: 128 MiB of addresses
 
 
@@ -31,28 +49,6 @@ class ExpertsModule:
     experts: int
     parameters: dict[str, torch.Tensor]  # on meta
     same_as: str | None = None  # the module whose experts these are, where transformers ties them
-
-
-@dataclass
-class _Conversion:
-    """All tensors that one converter instance turns into one parameter (or, rarely, several)."""
-
-    transform: WeightConverter | WeightRenaming
-    sources: list[tuple[str, str]] = field(default_factory=list)  # (tensor, source pattern)
-
-
-class _CollapsedModel:
-    """Shows the model to operations that ask for a parameter's shape, with its rows collapsed to addresses."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-
-    def get_parameter(self, name: str) -> torch.Tensor:
-        parameter = self._model.get_parameter(name)
-        return torch.empty(*parameter.shape[:-1], 1, device="meta")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
 
 
 def read_catalog(
@@ -83,7 +79,7 @@ def read_catalog(
 
 def sort_keys(
     model: PreTrainedModel, keys: Iterable[str], weight_mapping: list[Any], routed: set[str]
-) -> tuple[set[str], dict[str, _Conversion]]:
+) -> tuple[set[str], dict[str, Conversion]]:
     """Tells the tensors of routed experts from all others, by transformers' renaming rules.
 
     Args:
@@ -101,7 +97,7 @@ def sort_keys(
     meta_state = model.state_dict()
     prefix = model.base_model_prefix
     dense: set[str] = set()
-    conversions: dict[str, _Conversion] = {}
+    conversions: dict[str, Conversion] = {}
     for key in sorted(keys, key=dot_natural_key):
         target, pattern = rename_source_key(key, renamings, converters, prefix, meta_state)
         if target not in meta_state and key in meta_state:
@@ -111,7 +107,7 @@ def sort_keys(
             continue
         if target not in conversions:
             rule = WeightRenaming(key, target) if pattern is None else deepcopy(by_pattern[pattern])
-            conversions[target] = _Conversion(rule)
+            conversions[target] = Conversion(rule)
         conversions[target].sources.append((key, pattern or key))
     return dense, conversions
 
@@ -120,7 +116,7 @@ def build_catalog(
     model: PreTrainedModel,
     modules: list[ExpertsModule],
     headers: Mapping[str, TensorHeader],
-    conversions: Mapping[str, _Conversion],
+    conversions: Mapping[str, Conversion],
 ) -> Catalog:
     """Where every expert's parameters lie.
 
@@ -129,7 +125,7 @@ def build_catalog(
         UnsupportedModelError: a dtype or a conversion that can't be followed.
     """
     owners = {f"{module.name}.{name}": module for module in modules for name in module.parameters}
-    located: dict[str, tuple[Any, torch.dtype]] = {}
+    located: dict[str, _Stored] = {}
     for target, conversion in conversions.items():
         located.update(_locate(model, owners, headers, target, conversion))
     layouts = []
@@ -140,12 +136,36 @@ def build_catalog(
             full_name = f"{module.name}.{name}"
             if full_name not in located:
                 raise CheckpointError(f"the checkpoint has no tensor for {full_name}; is it complete?")
-            stored, dtype = located[full_name]
-            builder.add(name, tuple(parameter.shape[1:]), dtype, stored)
+            _add(builder, name, tuple(parameter.shape[1:]), located[full_name])
         layout, layer_runs = builder.build()
         layouts.append(layout)
         runs.update(layer_runs)
     return Catalog(layouts, runs)
+
+
+def _add(builder: LayerBuilder, name: str, shape: tuple[int, ...], stored: _Stored) -> None:
+    """Append one parameter, of one expert's `shape`, to a layout."""
+    if not isinstance(stored, Located):
+        rows, dtype = stored
+        builder.add(name, shape, dtype, rows)
+        return
+    fields = []
+    for piece in stored.pieces:
+        fields.append(f"{name}.{piece.role}")
+        as_stored = replace(piece.stored, transposed=False)  # only what is restored is turned round
+        builder.add(fields[-1], piece.stored.stored_shape, piece.dtype, as_stored)
+    builder.add_quantised(
+        Quantised(
+            name,
+            shape,
+            stored.dequantise.form,
+            tuple(fields),
+            stored.dequantise,
+            stored.transposed,
+            stored.parts,
+            stored.axis,
+        )
+    )
 
 
 def _locate(
@@ -153,9 +173,15 @@ def _locate(
     owners: Mapping[str, ExpertsModule],
     headers: Mapping[str, TensorHeader],
     target: str,
-    conversion: _Conversion,
-) -> dict[str, tuple[Any, torch.dtype]]:
-    """Runs one conversion on addresses. Returns the stored rows and dtype of every parameter that it fills."""
+    conversion: Conversion,
+) -> Mapping[str, _Stored]:
+    """Runs one conversion on addresses. Returns where every parameter that it fills is stored, and how."""
+    shape = _parameter(owners, target).shape
+    if dequantisation(conversion) is not None:
+        roles = roles_of(conversion)
+        if len(roles) > 1:
+            return {target: locate_quantised(model, headers, target, conversion, tuple(shape))}
+        conversion = without_dequantisation(conversion, next(iter(roles.values())))  # left as they were trained
     sources = [headers[key] for key, _ in conversion.sources]
     first_key, first = conversion.sources[0][0], sources[0]
     if first.dtype not in DTYPES:
@@ -166,15 +192,15 @@ def _locate(
         if header.dtype != first.dtype:
             raise CheckpointError(f"{key} is stored as {header.dtype}, but {first_key} as {first.dtype}")
     dtype = DTYPES[first.dtype]
-    shape = _parameter(owners, target).shape
     columns = first.shape[-1] if first.shape else 1
     by_rows = len(shape) > 2 and all(len(h.shape) > 1 and h.shape[-1] == columns for h in sources)
     if not by_rows and sum(h.length_bytes for h in sources) // dtype.itemsize > _SMALL_ITEMS:
         raise UnsupportedModelError(f"{target}: its tensors differ in row length; transformers' conversion of them "
                                     "can't be followed row by row")  # fmt: skip
-    converted = _convert(model, target, conversion, sources, dtype.itemsize, by_rows=by_rows)
-    result: dict[str, tuple[Any, torch.dtype]] = {}
-    for name, addresses in converted.items():
+    make = address_rows if by_rows else address_items
+    labels = [make(header.file, header.offset_bytes, header.shape, dtype.itemsize) for header in sources]
+    result: dict[str, _Stored] = {}
+    for name, addresses in convert_labels(model, target, conversion, labels, by_rows=by_rows).items():
         expected = tuple(_parameter(owners, name).shape)
         if addresses.dim() == 0 or addresses.shape[0] != expected[0]:
             raise CheckpointError(
@@ -186,30 +212,6 @@ def _locate(
         else:
             result[name] = stored_items(name, expected, addresses, dtype.itemsize), dtype
     return result
-
-
-def _convert(
-    model: PreTrainedModel,
-    target: str,
-    conversion: _Conversion,
-    sources: list[TensorHeader],
-    item_bytes: int,
-    *,
-    by_rows: bool,
-) -> dict[str, torch.Tensor]:
-    make = address_rows if by_rows else address_items
-    for (key, pattern), header in zip(conversion.sources, sources, strict=True):
-        tensor: Any = make(header.file, header.offset_bytes, header.shape, item_bytes)
-        conversion.transform.add_tensor(target, key, pattern, tensor)
-    seen: Any = _CollapsedModel(model) if by_rows else model
-    try:
-        converted = conversion.transform.convert(target, model=seen, config=model.config)
-    except (ValueError, RuntimeError, IndexError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{target}: its tensors do not fit together ({reason}); is the checkpoint complete?"
-        ) from error
-    return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
 def _parameter(owners: Mapping[str, ExpertsModule], full_name: str) -> torch.Tensor:

@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 
 from finemoe.cli.flags import add_flags, read_flags
-from finemoe.cli.generate import summary
+from finemoe.cli.generate import say_lossy, summary
 from finemoe.config import GenerateConfig, LoadConfig
 from finemoe.process import unmap_idle_code
 
@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         unmap_idle_code()
         turns, reply = list(opening), None
         print(_HELP, file=sys.stderr)
+        say_lossy(load_config)
         while (line := _ask()) is not None:
             if line == "/exit":
                 break

@@ -61,6 +61,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def say_lossy(config: LoadConfig) -> None:
+    """A line on standard error if experts are not the checkpoint's own."""
+    if config.lossy:
+        print(_lossy(config.expert_dtype), file=sys.stderr)
+
+
+def _lossy(expert_dtype: str) -> str:
+    return f"LOSSY: experts are kept as {expert_dtype}, answers are not the checkpoint's own (--expert-dtype)"
+
+
 def summary(reply: Reply) -> str:
     """What an answer took, in three lines for people; then, where it was asked for, why."""
     stats = reply.stats
@@ -79,6 +89,8 @@ def summary(reply: Reply) -> str:
         experts += f"; {stats.prefetched} prefetched, {stats.precision:.1%} of them used"
     if stats.paused:
         experts += f"; paused for {stats.paused} tokens, as they did not pay"
+    if stats.lossy:
+        experts += f"\n{_lossy(stats.expert_dtype)}"
     held = stats.link_bandwidth_bytes_s
     how = f"{stats.io} I/O" if held is None else f"{stats.io} I/O, link held to {format_bytes(held)}/s"
     moved = f"copied {format_bytes(stats.bytes_read)} to {stats.device}, " if on_gpu else ""

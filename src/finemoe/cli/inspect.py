@@ -7,7 +7,7 @@ import json
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from finemoe.config import format_bytes
+from finemoe.config import EXPERT_DTYPES, format_bytes
 
 if TYPE_CHECKING:
     from finemoe.model import Description
@@ -24,6 +24,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=None, help="folder or hub id; by default the built-in reference model")
     parser.add_argument("--revision", default=None, help="hub revision (branch, tag or commit)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run modelling code that the model repo ships")
+    parser.add_argument(
+        "--expert-dtype", choices=EXPERT_DTYPES, default="stored", help="as of the lossy copy that this flag makes"
+    )
 
 
 def describe_model(arguments: argparse.Namespace) -> Description:
@@ -31,7 +34,12 @@ def describe_model(arguments: argparse.Namespace) -> Description:
     from finemoe.model import describe, reference_model
 
     model = arguments.model or reference_model()
-    return describe(model, arguments.revision, trust_remote_code=arguments.trust_remote_code)
+    return describe(
+        model,
+        arguments.revision,
+        trust_remote_code=arguments.trust_remote_code,
+        expert_dtype=arguments.expert_dtype,
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -51,6 +59,8 @@ def as_dict(description: Description) -> dict[str, Any]:
         "experts": catalog.experts,
         "experts_per_token": description.active,
         "expert_bytes": catalog.weight_bytes,
+        "expert_dtype": catalog.stored_dtype,
+        "lossy": description.lossy,
         "dense_bytes": description.dense_bytes,
         "slot_bytes": catalog.slot_bytes,
         "least_expert_memory_bytes": description.least_slots * catalog.slot_bytes,
@@ -69,6 +79,11 @@ def as_dict(description: Description) -> dict[str, Any]:
     }
 
 
+def stored_as(description: Description) -> str:
+    """The dtype of the experts, and whether it is the checkpoint's."""
+    return description.catalog.stored_dtype + (" (lossy copy: --expert-dtype)" if description.lossy else "")
+
+
 def table(description: Description) -> str:
     """For people; like layers stand on one line."""
     catalog = description.catalog
@@ -77,7 +92,7 @@ def table(description: Description) -> str:
         f"{description.name}: {description.kind}",
         f"{description.layers} MoE layers, {catalog.experts} routed experts, {description.active} active per token",
         f"routed experts {format_bytes(catalog.weight_bytes)}, everything else {format_bytes(description.dense_bytes)}",
-        f"one expert takes {format_bytes(catalog.slot_bytes)}",
+        f"one expert takes {format_bytes(catalog.slot_bytes)}, stored as {stored_as(description)}",
         f"the least --expert-memory is {format_bytes(least * catalog.slot_bytes)} ({least} experts)",
         "",
     ]

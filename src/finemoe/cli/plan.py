@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from finemoe.cli.inspect import add_model_flags, describe_model
+from finemoe.cli.inspect import add_model_flags, describe_model, stored_as
 from finemoe.config import format_bytes, parse_budget
 
 _SHARES = ("10%", "25%", "50%", "75%", "all")
@@ -47,12 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
     shares = [budget.slots(catalog.slot_bytes, catalog.experts) / catalog.experts for budget in budgets]
     rows = [forecast(sizes, rates, share) for share in shares]
     if arguments.json:
-        document = {"model": description.name, "sizes": asdict(sizes), "rates": asdict(rates)}
+        stored = {"expert_dtype": catalog.stored_dtype, "lossy": description.lossy}
+        document = {"model": description.name, **stored, "sizes": asdict(sizes), "rates": asdict(rates)}
         print(json.dumps(document | {"rows": [asdict(row) for row in rows]}))
         return 0
     experts, dense = format_bytes(catalog.weight_bytes), format_bytes(description.dense_bytes)
     disk, matmul = format_bytes(rates.disk_bytes_s), format_bytes(rates.memory_bytes_s)
-    print(f"{description.name}: experts {experts}, dense {dense}")
+    print(f"{description.name}: experts {experts}, stored as {stored_as(description)}; dense {dense}")
     print(f"this machine: {format_bytes(rates.available_bytes)} of memory available")
     print(f"disk {disk}/s, weights through a matmul {matmul}/s")
     print(f"\n{'experts in memory':>24}  {'total memory':>12}  {'fits':4}  {'tok/s expected':>14}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finemoe.cli.flags import add_flags, read_flags
+from finemoe.cli.generate import say_lossy
 from finemoe.config import GenerateConfig, LoadConfig, format_bytes
 from finemoe.errors import ConfigError
 from finemoe.explain import explain_table
@@ -63,7 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
         "temperature": generate_config.temperature,
         "raw": generate_config.raw,
         "expert_memory": load_config.expert_memory,
+        "expert_dtype": load_config.expert_dtype,
     }
+    say_lossy(load_config)
     with load(load_config) as model:
         session = Session(model)
         encoded = _encoded(session, prompts.texts, generate_config, config.max_prompt_tokens)
@@ -100,6 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
             "tokens": tokens,
             "bytes": out.stat().st_size,
             "fields": list(recorder.header.fields),
+            "lossy": load_config.lossy,
             "seconds": time.perf_counter() - start_s,
         }
     print(json.dumps(summary) if arguments.json else _text(summary))

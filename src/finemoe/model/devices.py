@@ -19,7 +19,7 @@ from finemoe.config import format_bytes, parse_budget
 from finemoe.device import Device
 from finemoe.engine import Engine
 from finemoe.errors import BudgetError, ConfigError, InvariantError
-from finemoe.experts import ExpertLayer, Kernel, field_views, restore
+from finemoe.experts import ExpertLayer, Kernel, field_views
 from finemoe.link import Link, Piece
 from finemoe.metrics import Counters
 from finemoe.stalls import Stalls
@@ -53,7 +53,7 @@ def arrange(raw: Tensor, expert: int, stored: LayerLayout, wanted: LayerLayout) 
     """Turns one expert's bytes, as the checkpoint has them, into those of a device's slot. In place."""
     views = field_views(raw, stored.fields, stored.offsets_bytes[expert])
     pairs = zip(stored.fields, wanted.fields, strict=True)
-    made = [restore(f, views[f.name]).to(w.dtype).clone(memory_format=torch.contiguous_format) for f, w in pairs]
+    made = [f.restore(views[f.name]).to(w.dtype).clone(memory_format=torch.contiguous_format) for f, w in pairs]
     for field, begin, value in zip(wanted.fields, wanted.offsets_bytes[expert], made, strict=True):
         raw[begin : begin + field.length_bytes] = value.reshape(-1).view(torch.uint8)
 

@@ -18,6 +18,7 @@ from finemoe.checkpoint import Catalog
 from finemoe.checkpoint.convert import ExpertsModule
 from finemoe.config import format_bytes, parse_budget
 from finemoe.errors import BudgetError, CheckpointError, FinemoeError, UnsupportedModelError
+from finemoe.model.quantised import refuse_unrestored, restore_on_load
 
 # slots beyond one token's experts that the pool must have, for what is in flight
 IN_FLIGHT_SLOTS = 1
@@ -33,12 +34,13 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
 
     Raises:
         CheckpointError: config.json is damaged, or of no model that transformers knows.
-        UnsupportedModelError: quantised, or in need of remote code that was not asked for.
+        UnsupportedModelError: quantised in a way that can't be restored, or in need of remote code that was not asked
+            for.
     """
     try:
         raw = json.loads((folder / "config.json").read_text())
         model_type, remote = raw.get("model_type"), "auto_map" in raw
-        quantised = raw.get("quantization_config")
+        quantised = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: can't be read ({error})") from error
     if not (isinstance(model_type, str) and model_type in CONFIG_MAPPING) and not (remote and trust_remote_code):
@@ -50,15 +52,12 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
             f"{folder / 'config.json'}: transformers {transformers.__version__} knows no model type {model_type!r}"
         )
     if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
-        raise UnsupportedModelError(
-            f"{folder} is quantised ({method}), which finemoe does not offload yet; "
-            "take the model's unquantised release"
-        )
+        refuse_unrestored(folder, quantised)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # configs validate themselves, with errors of every kind
         raise CheckpointError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from error
+    restore_on_load(config)
     return config
 
 
@@ -83,6 +82,18 @@ def transformers_errors(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{place}: {error.strerror or first_line(error)}") from error
     except Exception as error:  # constructors fail in every way
         raise CheckpointError(f"{folder}: transformers can't load this model: {first_line(error)}") from error
+
+
+def refuse_made_up(info: dict[str, Any]) -> None:
+    """Raises `CheckpointError` where transformers made a parameter up, for want of a tensor that fits."""
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise CheckpointError(f"{name}: the checkpoint has shape {list(stored)}, the model expects {list(expected)}")
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"the checkpoint has no tensor for {missing[0]}{more}; is it complete?")
+    if errors := info.get("error_msgs"):
+        raise CheckpointError(f"the checkpoint can't be loaded: {str(errors[0]).splitlines()[0]}")
 
 
 def first_line(error: BaseException) -> str:

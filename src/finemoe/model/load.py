@@ -21,9 +21,10 @@ from finemoe.checkpoint import Catalog, Checkpoint, TensorHeader, locate, read_h
 from finemoe.checkpoint.convert import ExpertsModule, read_catalog
 from finemoe.checkpoint.fingerprint import fingerprint
 from finemoe.config import LoadConfig, format_bytes
+from finemoe.dequantise import Dequantiser, scratch_bytes
 from finemoe.device import Device, open_devices
 from finemoe.engine import Engine
-from finemoe.errors import BudgetError, CheckpointError, ConfigError, UnsupportedModelError
+from finemoe.errors import BudgetError, CheckpointError, ConfigError
 from finemoe.experts import HANDLE, IMPLEMENTATION, Accumulator, ExpertLayer, Kernel, LazyParameter, choose_path
 from finemoe.link import Link
 from finemoe.maps import Keeper, open_keeper, refuse_useless
@@ -35,11 +36,14 @@ from finemoe.model.find import (
     parameter_dtypes,
     pool_slots,
     read_config,
+    refuse_made_up,
     transformers_errors,
 )
 from finemoe.model.observe import Observer
 from finemoe.model.offload import Offload, OffloadedModel
+from finemoe.model.quantised import refuse_on_devices, refuse_unasked, refuse_uncast, restored_bytes
 from finemoe.policy import Controller, make_controller, make_policy, policy_class
+from finemoe.quantise import planned_copy
 from finemoe.store import DevicePool, DiskStore, Pool, available_bytes
 from finemoe.store.dense import LazyTensor
 from finemoe.store.verify import SecondReader
@@ -56,6 +60,7 @@ def load(
     host_memory: str | None = None,
     expert_kernel: Literal["auto", "eager", "grouped_mm"] = "auto",
     host_compute: Literal["off", "auto"] = "off",
+    expert_dtype: str = "stored",
     policy: str = "lfru",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | torch.dtype = "auto",
     io: Literal["auto", "direct", "buffered"] = "auto",
@@ -71,7 +76,8 @@ def load(
     """A transformers model whose routed experts live in a bounded pool.
 
     It generates, streams, batches and serves as an assistant like any other, and answers exactly as it would with all
-    of its experts in memory. `model.finemoe.stats()` tells what the pool did; `close()`, or a `with` block, frees it.
+    of its experts in memory, unless `expert_dtype` asks for less. `model.finemoe.stats()` tells what the pool did;
+    `close()`, or a `with` block, frees it.
 
     Args:
         model: folder or Hugging Face hub id; `None` is the built-in reference model.
@@ -84,6 +90,7 @@ def load(
             `grouped_mm` where its results do not depend on what was resident, else `eager`.
         host_compute: on a GPU: `auto` computes missing experts of few tokens on the CPU where that is faster than to
             copy them; answers then differ in rounding, by what was resident.
+        expert_dtype: `int8` or `int4` keep experts in fewer bits, which is lossy, by a copy in the cache folder.
         policy: what to keep and what to prefetch; one of `finemoe.policy.POLICIES`.
         dtype: of computation; `auto` takes the checkpoint's.
         io: `direct` reads past the page cache, `buffered` through it, `auto` chooses.
@@ -114,6 +121,7 @@ def load(
             host_memory=host_memory,
             expert_kernel=expert_kernel,
             host_compute=host_compute,
+            expert_dtype=expert_dtype,
             policy=policy,
             predictors=None if predictors is None else str(predictors),
             map_store=None if map_store is None else str(map_store),
@@ -194,18 +202,6 @@ def reference_model() -> str:
     return str(ensure())
 
 
-def refuse_made_up(info: dict[str, Any]) -> None:
-    """Raises `CheckpointError` where transformers made a parameter up, for want of a tensor that fits."""
-    if mismatched := sorted(info["mismatched_keys"]):
-        name, stored, expected = mismatched[0]
-        raise CheckpointError(f"{name}: the checkpoint has shape {list(stored)}, the model expects {list(expected)}")
-    if missing := sorted(info["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"the checkpoint has no tensor for {missing[0]}{more}; is it complete?")
-    if errors := info.get("error_msgs"):
-        raise CheckpointError(f"the checkpoint can't be loaded: {str(errors[0]).splitlines()[0]}")
-
-
 class _Loading:
     """One load under way: what the wrapped loader has set up so far."""
 
@@ -225,7 +221,9 @@ class _Loading:
         self.keeper: Keeper | None = None  # of its maps
         self._experts: list[tuple[ExpertsModule, nn.Module]] = []
         self._catalog: Catalog | None = None
-        self._store: DiskStore | None = None
+        self._opened: list[DiskStore] = []
+        self._files = checkpoint.files  # that experts are read from
+        self._store: DiskStore | None = None  # over these
         self._devices = devices
         self._tiers: Tiers | None = None  # where there are devices
         self._pool: Pool | DevicePool | None = None
@@ -233,32 +231,33 @@ class _Loading:
 
     def convert_and_load(self, original: Callable[..., Any], model: PreTrainedModel, load_config: Any) -> Any:
         """In place of transformers' function: keeps experts from it, and gives it slices that read directly."""
-        if load_config.hf_quantizer is not None:
-            raise UnsupportedModelError(f"{self._checkpoint.name} is quantised, which finemoe does not offload yet")
+        refuse_unasked(load_config.hf_quantizer)
         self._experts = find_experts(model)
         modules = [described for described, _ in self._experts]
         routed = {f"{module.name}.{name}" for module in modules for name in module.parameters}
-        dense, self._catalog = read_catalog(model, modules, self._headers, load_config.weight_mapping or [])
+        dense, catalog = read_catalog(model, modules, self._headers, load_config.weight_mapping or [])
+        copy = planned_copy(self._checkpoint, self._headers, catalog, self._config.expert_dtype)
+        self._catalog = catalog if copy is None else copy.catalog
         slot_bytes = self._catalog.slot_bytes
         if self._devices:
+            refuse_on_devices(self._catalog)
             owners = {module.name: module for module in modules}
             dtypes = [parameter_dtypes(owners[layout.module]) for layout in self._catalog.layouts]
             self._tiers = Tiers(self._devices, self._catalog, dtypes)
             slot_bytes = self._tiers.slot_bytes
         slots, least = pool_slots(self._catalog, self._model_config, self._config.expert_memory, slot_bytes)
-        dense_bytes = sum(self._headers[key].length_bytes for key in dense)
+        dense_bytes = restored_bytes((self._headers[key] for key in dense), model.dtype)
+        dense_bytes += scratch_bytes(self._catalog.layouts, model.dtype)
         needed, available = dense_bytes + (0 if self._devices else slots * slot_bytes), available_bytes()
         if needed > available:
             raise BudgetError(
                 f"--expert-memory: {slots} experts and the dense part take {format_bytes(needed)}, but only "
                 f"{format_bytes(available)} of memory are available; give a smaller budget"
             )
-        try:
-            self._store = DiskStore(self._checkpoint.files, self._catalog, self._config.io)
-        except OSError as error:
-            raise CheckpointError(
-                f"{error.filename}: can't be opened for --io {self._config.io} ({error.strerror})"
-            ) from error
+        self._store = dense_store = self._open(self._checkpoint.files, catalog)
+        if copy is not None:
+            copy.write(dense_store)
+            self._files, self._store = copy.files, self._open(copy.files, copy.catalog)
         if self._tiers is None:
             self._pool = Pool(slots, slot_bytes)
         else:
@@ -266,10 +265,25 @@ class _Loading:
         for module in modules:
             for parameter in module.parameters.values():
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined] # nothing to fill in
-        state = {key: LazyTensor(self._store, key, self._headers[key]) for key in dense}
+        state = {key: LazyTensor(dense_store, key, self._headers[key]) for key in dense}
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         info, index = original(model=model, state_dict=state, load_config=load_config, disk_offload_index=None)
+        if load_config.hf_quantizer is not None and self._config.dtype != "auto":
+            refuse_uncast(model, dtypes)
+        if dense_store is not self._store:
+            dense_store.close()
         info.missing_keys -= routed
         return info, index
+
+    def _open(self, files: Sequence[Path], catalog: Catalog) -> DiskStore:
+        try:
+            store = DiskStore(files, catalog, self._config.io)
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename}: can't be opened for --io {self._config.io} ({error.strerror})"
+            ) from error
+        self._opened.append(store)
+        return store
 
     def finish(self, model: PreTrainedModel) -> Any:
         """Swap the experts' weights for handles on the pool."""
@@ -328,11 +342,12 @@ class _Loading:
         """A handle in the place of each experts module's weights; by the module's path."""
         numbers = {layout.module: layer for layer, layout in enumerate(catalog.layouts)}
         layers: dict[str, ExpertLayer] = {}
+        dequantiser = Dequantiser()
         for described, module in self._experts:
             dtypes = parameter_dtypes(described)
             layer = numbers[described.same_as or described.name]
             if self._tiers is None:
-                handle = ExpertLayer(engine, lock, layer, catalog.layouts[layer], dtypes)
+                handle = ExpertLayer(engine, lock, layer, catalog.layouts[layer], dtypes, dequantiser)
             else:
                 handle = self._tiers.layer(engine, lock, layer, dtypes)
             for name, parameter in described.parameters.items():
@@ -348,8 +363,8 @@ class _Loading:
             self._transfer.close()
         if self._pool is not None:
             self._pool.close()
-        if self._store is not None:
-            self._store.close()
+        for store in self._opened:
+            store.close()
 
     def _choose_paths(self, layers: list[ExpertLayer], dtype: torch.dtype) -> None:
         """Try the fast path against the twin once for each kind of experts module."""
@@ -373,6 +388,6 @@ class _Loading:
     def _verifier(self) -> Callable[[ExpertId, int], None]:
         assert self._catalog is not None and self._pool is not None
         if self._tiers is not None:
-            return DeviceReader(self._tiers, self._catalog, self._checkpoint.files).check
+            return DeviceReader(self._tiers, self._catalog, self._files).check
         assert isinstance(self._pool, Pool)
-        return SecondReader(self._checkpoint.files, self._catalog, self._pool).check
+        return SecondReader(self._files, self._catalog, self._pool).check

@@ -48,6 +48,7 @@ class Offload:
         self.checkpoint = checkpoint
         self.catalog = catalog
         self.policy = config.policy
+        self.lossy = config.lossy
         self.link_bandwidth_bytes_s = config.link_bandwidth_bytes_s
         self._store = store
         self._engine = engine
@@ -80,6 +81,8 @@ class Offload:
             layers=len(self.catalog.layouts),
             experts=self.catalog.experts,
             expert_bytes=self.catalog.weight_bytes,
+            expert_dtype=self.catalog.stored_dtype,
+            lossy=self.lossy,
             expert_memory_bytes=pool.size_bytes,
             slots=pool.slots,
             resident=pool.resident,
