@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Live]:
-    config = ServeConfig(cache_bytes="4MiB", max_running=4)
+    config = ServeConfig(cache_bytes="16MiB", max_batch_tokens=64, max_running=4)
     with finemoe.load(folder, expert_memory="17%", dtype="float32") as model:
         worker = BatchingWorker(model, config)
         try:

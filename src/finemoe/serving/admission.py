@@ -25,11 +25,11 @@ class Admission:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def enter(self, answers: int) -> None:
-        """Take so many answers in; `leave` lets them out.
+    def check(self, answers: int) -> None:
+        """Find out whether so many answers would be taken in.
 
         Raises:
-            ApiError: 400 if they never fit, 429 if not now, 503 if the server is closing.
+            ApiError: no: 400 if they never fit, 429 if not now, 503 if the server is closing.
         """
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
@@ -44,6 +44,10 @@ class Admission:
                 code="queue_full",
                 headers={"Retry-After": str(self._retry_after_s())},
             )
+
+    def enter(self, answers: int) -> None:
+        """Take so many answers in, or raise what `check` raises; `leave` lets them out."""
+        self.check(answers)
         self.answers += answers
         self._idle.clear()
 

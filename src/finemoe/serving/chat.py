@@ -46,6 +46,7 @@ def routes(house: House) -> APIRouter:
         """Answer a conversation."""
         served = house.served
         refuse_other_model(served, body)
+        house.admission.check(body.n or 1)  # before the work of making a prompt
         tools = body.tools if body.tool_choice != "none" else None
         if tools and not teaches_calls(_template(served.tokenizer)):
             raise bad_value("tools", "this model's chat template has none, or in a notation that is not read here")

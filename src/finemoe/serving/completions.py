@@ -34,6 +34,7 @@ def routes(house: House) -> APIRouter:
         """Continue a text, or several."""
         served = house.served
         refuse_other_model(served, body)
+        house.admission.check(len(body.prompts) * (body.n or 1))  # before the work of making prompts
         request.state.remember(user=body.user, prompt=body.prompts)
         prompts = [await house.prompts.text(prompt) for prompt in body.prompts]
         max_tokens = answer_tokens(served, body.max_tokens, _DEFAULT_TOKENS, max(map(len, prompts)), "max_tokens")

@@ -83,6 +83,7 @@ class _Passage:
         self._fields: dict[str, Any] = {}
         config = house.served.config
         scope.setdefault("state", {}).update(
+            arrived_s=self._started_s,
             fields=self._fields,
             log_prompts=config.log_prompts,
             max_body_bytes=config.body_bytes,

@@ -39,6 +39,6 @@ class House:
 
     def run(self, request: Request, jobs: Sequence[Job], answers: Sequence[Answer], prompt_tokens: int) -> Running:
         """Start the answers to a request."""
-        running = Running(self._shelter, jobs, answers, prompt_tokens)
+        running = Running(self._shelter, jobs, answers, prompt_tokens, request.state.arrived_s)
         running.start(request.receive)
         return running

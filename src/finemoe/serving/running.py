@@ -56,9 +56,12 @@ class Running:
         jobs: one for each answer; their names are replaced by unique ones.
         answers: what comes of them.
         prompt_tokens: of all prompts together.
+        arrived_s: when the request came, by the monotonic clock.
     """
 
-    def __init__(self, shelter: Shelter, jobs: Sequence[Job], answers: Sequence[Answer], prompt_tokens: int) -> None:
+    def __init__(
+        self, shelter: Shelter, jobs: Sequence[Job], answers: Sequence[Answer], prompt_tokens: int, arrived_s: float
+    ) -> None:
         self._shelter = shelter
         self._answers = list(answers)
         prefix = uuid.uuid4().hex
@@ -68,7 +71,7 @@ class Running:
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._cleanup: list[Callable[[], object]] = []
-        self.timings = Timings(prompt_tokens, len(self._jobs), shelter.progress)
+        self.timings = Timings(prompt_tokens, len(self._jobs), arrived_s, shelter.progress)
 
     @property
     def completion_tokens(self) -> int:
@@ -104,7 +107,8 @@ class Running:
         except RuntimeError as error:
             self._abandon()
             raise ApiError(503, "the server is shutting down", code="shutting_down") from error
-        timer = self._loop.call_later(self._shelter.timeout_s, self._events.put_nowait, _Event(-1, "timeout"))
+        left_s = self.timings.started_s + self._shelter.timeout_s - time.monotonic()
+        timer = self._loop.call_later(left_s, self._events.put_nowait, _Event(-1, "timeout"))
         watch = self._loop.create_task(self._watch(receive))
         self._cleanup += [timer.cancel, watch.cancel]
 

@@ -40,8 +40,8 @@ class Timings:
 
     prompt_tokens: int
     answers: int
-    progress: Progress = field(default_factory=Unwatched)
-    started_s: float = field(default_factory=time.monotonic)
+    started_s: float
+    progress: Progress
     outcome: Outcome = "finished"
     message: str = ""  # what failed
     total_s: float = 0.0
