@@ -17,8 +17,8 @@ from torch import Tensor
 
 # chosen so that LRU's hits come near those on recorded routing of gpt-oss-20b; see docs/benchmarks.md
 TOPICS = 64
-STRETCH = 128  # tokens of the walk before it turns to another topic
-TOPIC_SHARE = 0.64  # of an embedding's power
+STRETCH = 64  # tokens of the walk before it turns to another topic
+TOPIC_SHARE = 0.62  # of an embedding's power
 
 
 @dataclass(frozen=True)
