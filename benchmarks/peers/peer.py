@@ -174,8 +174,12 @@ def hold(order: Order) -> None:
     assert order.limit_file is not None and order.memory_bytes is not None
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+    group = Path(order.limit_file).parent
     try:
         Path(order.limit_file).write_text(str(order.memory_bytes))
+        with suppress(OSError):  # kernels without swap accounting
+            (group / "memory.memsw.limit_in_bytes").write_text(str(order.memory_bytes))
+        (group / "memory.max_usage_in_bytes").write_text("0")  # the peak from now on
     except OSError as error:
         raise MemoryError(f"holds more than {order.memory_bytes} bytes after loading ({error.strerror})") from error
 

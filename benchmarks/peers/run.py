@@ -223,7 +223,7 @@ class Comparison:
 def last_line(said: str, status: int) -> str:
     """Why a process failed, in one line."""
     if status in {-9, 137}:
-        return "killed: it needs more memory than the cap"
+        return "killed: it needs more memory than it was given"
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     return lines[-1] if lines else f"ended with exit status {status}"
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finemoe.bench.link import cached_share, evict
-from tests.peers.conftest import Script
+from tests.peers.conftest import SCRIPTS, Script
 
 
 @pytest.mark.parametrize(
@@ -72,3 +75,19 @@ def test_what_takes_more_than_the_cap_is_killed_and_what_takes_less_is_not(held:
     folder = held.folder
     held.__exit__(None, None, None)
     assert not folder.exists()
+
+
+def test_a_cap_can_come_into_force_later(script: Script, held: Any) -> None:
+    """As for an engine that needs more to load than to run."""
+    order = script("peer").Order("m", "w", [], 2, 1, memory_bytes=48 << 20, limit_file=str(held.limit_file))
+    take = (
+        "import sys, json; sys.path.insert(0, sys.argv[1]); import peer; data = bytearray(90 << 20); del data\n"
+        "peer.hold(peer.Order(**json.loads(sys.argv[2]))); data = bytearray(int(sys.argv[3]) << 20)"
+    )
+    for mebibytes, status in ((5, {0}), (90, {-9, 137})):
+        with suppress(OSError):
+            held.limit_file.with_name("memory.memsw.limit_in_bytes").write_text(str(256 << 20))
+        held.limit_file.write_text(str(256 << 20))
+        command = [sys.executable, "-c", take, str(SCRIPTS), json.dumps(asdict(order)), str(mebibytes)]
+        assert subprocess.run(held.command(command), check=False).returncode in status
+        assert held.felt().peak_bytes <= 48 << 20
