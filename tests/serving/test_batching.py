@@ -123,10 +123,10 @@ def test_what_a_prompt_shares_with_an_earlier_one_is_not_computed_again(offloade
     "settings", [{"cache_bytes": "150KiB"}, {}, {"cache_bytes": "64MiB", "max_batch_tokens": 512}], ids=str
 )
 def test_the_cache_keeps_to_its_memory(tiny: Make, family: str, settings: dict[str, Any]) -> None:
-    config = ServeConfig(**SMALL | settings)
-    batch = PagedBatch(eager(tiny(family)), config.key_value_bytes, config.max_batch_tokens, config.max_running)
+    config, model = ServeConfig(**SMALL | settings), eager(tiny(family))
+    batch = PagedBatch(model, config.key_value_bytes, config.max_batch_tokens, config.max_running)
     taken = _allocated_bytes(batch._processor)
     assert taken <= config.key_value_bytes
-    context = 4 * 2048 // PAGE_TOKENS  # all that four answers can use
-    assert taken > config.key_value_bytes // 2 or batch.blocks >= context
+    usable = config.max_running * model.config.max_position_embeddings // PAGE_TOKENS
+    assert taken > config.key_value_bytes // 2 or batch.blocks == usable
     assert batch.capacity_tokens >= (batch.blocks - 2) * PAGE_TOKENS

@@ -177,6 +177,22 @@ def test_a_listener_that_fails_is_heard_out_and_harms_nobody_else(offloaded: Any
     assert [type(news) for news in heard] == [Token, Finished]
 
 
+def test_a_thread_that_fails_says_so_to_every_job(offloaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError("no more")
+
+    ear = Ear()
+    with serving(offloaded, max_running=1) as worker:
+        worker.submit(Job("runs", a_prompt(5), LONG), ear)
+        worker.submit(Job("waits", a_prompt(5), LONG), ear)
+        ear.wait_for_tokens("runs", 1)
+        monkeypatch.setattr(worker, "_deliver", fails)
+        failed = Finished("error", "the model's thread has failed (MemoryError: no more)")
+        assert ear.wait("runs", "waits") == [failed, failed]
+        with pytest.raises(RuntimeError, match="shutting down"):
+            worker.submit(Job("late", a_prompt(5), 20), ear)
+
+
 def test_draining_finishes_what_runs_and_takes_no_more(offloaded: Any) -> None:
     ear = Ear()
     with serving(offloaded) as worker:

@@ -2,7 +2,7 @@
 
 Everything that finemoe knows of `transformers.generation.continuous_batching` stands here. It is driven below its
 manager's thread, which samples all requests alike and fails them together; these parts are not promised to stay as
-they are. Tried with transformers 5.17 to 5.23.
+they are. Tried with transformers 5.17, 5.18, 5.20, 5.22 and 5.23.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class PagedBatch:
         self._states: dict[str, Any] = {}  # the request state that each name was last seen with
         config = model.config.get_text_config()
         _check(model, config)
+        self._processor: Any = None
         try:
             self._processor, self.blocks = _processor(model, config, cache_bytes, max_batch_tokens, max_running)
             self._scheduler, self._cache = self._processor.scheduler, self._processor.cache
@@ -126,8 +127,10 @@ class PagedBatch:
         self._processor.reset()
 
     def close(self) -> None:
-        """The model runs as before. Nothing else may be called any more."""
+        """The model runs as before, and the cache is gone. Nothing else may be called any more."""
         self._model.set_attn_implementation(self._attention)
+        self._processor = self._scheduler = self._cache = None
+        self._allocators = []
 
     def _part(self, future: Any) -> Part:
         state = future.state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,17 +147,21 @@ class BatchingWorker:
             self._thread.join()
 
     def _run(self) -> None:
+        last = Finished("cancelled")
         try:
             while self._take():
                 self._step()
-        except BaseException:
+        except Exception as error:  # noqa: BLE001 - whatever it is, jobs must hear of it
             _LOG.exception("the model's thread has failed")
-            raise
+            last = Finished("error", f"the model's thread has failed ({_message(error)})")
+            self._taken.clear()
+            with suppress(Exception):  # it may be what has failed
+                self._batch.clear()
         finally:
             with self._changed:
                 self._closing = True
             for running in list(self._jobs.values()):
-                self._end(running, Finished("cancelled"))
+                self._end(running, last)
             self._batch.close()
 
     def _take(self) -> bool:
