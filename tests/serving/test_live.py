@@ -76,7 +76,12 @@ def test_the_thread_samples_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_told_from_many_threads_is_taken_once() -> None:
     progress = Progress()
-    threads = [threading.Thread(target=lambda: [progress.token() for _ in range(500)]) for _ in range(4)]
+
+    def tell() -> None:
+        for _ in range(500):
+            progress.token()
+
+    threads = [threading.Thread(target=tell) for _ in range(4)]
     for thread in threads:
         thread.start()
     taken = 0
