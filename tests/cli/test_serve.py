@@ -158,7 +158,8 @@ def test_the_page_follows_an_answer(model: Path) -> None:
 
     with process(model.parent, "--model", str(model), "--expert-memory", "50%") as server:
         assert b"<title>finemoe</title>" in read(server, "/")
-        server.client().completions.create(model=server.name, prompt="Hi", max_tokens=40, temperature=0)
+        with server.client() as client:
+            client.completions.create(model=server.name, prompt="Hi", max_tokens=40, temperature=0)
         experts = json.loads(read(server, "/v1/experts"))
         assert sum(experts["hits"]) + sum(experts["misses"]) > 0
         deadline_s = time.monotonic() + 30
