@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -146,6 +148,25 @@ def test_ctrl_c_ends_it_with_one_line(model: Path) -> None:
         assert server.end(signal.SIGINT) == INTERRUPTED
     assert server.errors[-1] == "finemoe: interrupted\n"
     assert "Traceback" not in "".join(server.errors)
+
+
+def test_the_page_follows_an_answer(model: Path) -> None:
+    def read(server: Process, path: str) -> bytes:
+        with urllib.request.urlopen(server.url + path, timeout=60) as response:
+            content: bytes = response.read()
+            return content
+
+    with process(model.parent, "--model", str(model), "--expert-memory", "50%") as server:
+        assert b"<title>finemoe</title>" in read(server, "/")
+        with server.client() as client:
+            client.completions.create(model=server.name, prompt="Hi", max_tokens=40, temperature=0)
+        experts = json.loads(read(server, "/v1/experts"))
+        assert sum(experts["hits"]) + sum(experts["misses"]) > 0
+        deadline_s = time.monotonic() + 30
+        while not any((samples := json.loads(read(server, "/v1/live"))["samples"])["tok_s"]):
+            assert time.monotonic() < deadline_s, "no sample tells of the answer"
+            time.sleep(0.1)
+        assert any(ttft_s is not None for ttft_s in samples["ttft_s"])
 
 
 def test_the_document_is_right(model: Path) -> None:

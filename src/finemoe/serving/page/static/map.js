@@ -201,7 +201,7 @@ export class ExpertMap {
       context.fillText(row, this.left - 6 * ratio, this.top + (row + 0.5) * this.h - this.gap / 2);
     }
     const [across, down] = this.across === "layer" ? ["layers", "experts"] : ["experts", "layers"];
-    this.axes.textContent = `${across} left to right, ${down} top to bottom`;
+    this.axes.textContent = `${across} across, ${down} down`;
   }
 
   #point(event) {
