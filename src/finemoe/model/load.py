@@ -266,10 +266,10 @@ class _Loading:
             for parameter in module.parameters.values():
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined] # nothing to fill in
         state = {key: LazyTensor(dense_store, key, self._headers[key]) for key in dense}
-        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        before = {name: parameter.dtype for name, parameter in model.named_parameters()}
         info, index = original(model=model, state_dict=state, load_config=load_config, disk_offload_index=None)
         if load_config.hf_quantizer is not None and self._config.dtype != "auto":
-            refuse_uncast(model, dtypes)
+            refuse_uncast(model, before)
         if dense_store is not self._store:
             dense_store.close()
         info.missing_keys -= routed
