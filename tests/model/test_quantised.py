@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import finemoe
 from finemoe.errors import CheckpointError, ConfigError, UnsupportedModelError
 from finemoe.model import describe
+from finemoe.model.quantised import refuse_on_devices
 from tests.families.evaluate import answers
 from tests.families.examine import least_memory
 from tests.quantised import fp8, mxfp4, restored
@@ -177,3 +178,8 @@ def test_the_missing_library_is_named(stored: Callable[[str], Path], monkeypatch
     with pytest.raises(ConfigError, match=r"pip install 'finemoe\[quantised\]'"):
         finemoe.load(stored("fp8, other names"))
     finemoe.load(stored("mxfp4")).close()
+
+
+def test_devices_refuse_them(stored: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError, match=r"^--device: experts stored as mxfp4 .* give --device cpu"):
+        refuse_on_devices(describe(str(stored("mxfp4"))).catalog)
