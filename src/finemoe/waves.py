@@ -77,7 +77,12 @@ class DeviceExpertLayer(ExpertLayer):
         assert engine is not None
         if self.first is None or self.kernel != "grouped_mm" or pool.resident < pool.slots:
             return False
-        if (self.listen is not None and engine.deciding) or engine.controller.ledger is not None:
+        controller = engine.controller
+        if (
+            (self.listen is not None and engine.deciding)
+            or controller.ledger is not None
+            or controller.census is not None
+        ):
             return False
         if self._whole != pool.epoch:
             for slot in range(self.first, self.first + self.layout.experts):

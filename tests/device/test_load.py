@@ -193,3 +193,17 @@ def test_modules_that_only_run_by_their_own_forward_do(
     with load(folder, device, expert_memory="60%") as model:
         assert model.finemoe.stats().expert_kernel == "forward"
         assert torch.equal(answer(model), answer(eager(folder)))
+
+
+def test_experts_that_are_counted_one_by_one_are_read_back(
+    load: Load, tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load(tiny("mixtral", "bfloat16"), expert_memory="all") as model:
+        for _ in range(1000):
+            logits(model)
+            if model.finemoe.stats().resident == model.finemoe.stats().experts:
+                break
+        model.finemoe._engine.controller.watch()
+        monkeypatch.setattr(CpuDevice, "read_back", None)
+        with pytest.raises(TypeError):
+            logits(model)
