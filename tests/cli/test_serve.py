@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -97,8 +98,13 @@ def _leave_this_process_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     monkeypatch.setattr(cli, "return_freed_memory", lambda: None)
     for name in ("TRANSFORMERS_VERBOSITY", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "HF_HUB_VERBOSITY"):
         monkeypatch.setenv(name, "error")
+    loggers = [logging.getLogger(name) for name in ("finemoe.serving", "uvicorn.error")]
+    before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
     yield
     signal.signal(signal.SIGINT, handler)
+    for logger, handlers, level, propagate in before:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.mark.usefixtures("_leave_this_process_as_it_is")
