@@ -55,7 +55,6 @@ class Offload:
         self._layers = layers
         self._lock = lock
         self._keeper = keeper
-        self._observer = observer
         self.replayed_routing: str | None = None  # the trace that stands in for the routers
         self._tiers = tiers
         self._closed = False
@@ -122,8 +121,8 @@ class Offload:
         if self._keeper is not None:
             raise ConfigError(f"--map-store: maps of replayed routing are not this model's; give none ({name})")
         self.replayed_routing = name
-        if self._observer is not None:
-            self._observer.stand_in(evidence)
+        if self.observer is not None:
+            self.observer.stand_in(evidence)
 
     @property
     def device(self) -> str:
