@@ -25,6 +25,7 @@ def commands() -> list[str]:
 
 
 USAGE = [command for command in commands() if command.startswith("finemoe ")]
+SERVE = [command for command in commands() if command.startswith("finemoe serve ")]
 FIRST, *_, LAST = commands()
 
 
@@ -44,11 +45,16 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", USAGE)
+@pytest.mark.parametrize("command", sorted(set(USAGE) - set(SERVE)))
 def test_command_runs(command: str, folder: Path) -> None:
     done = run(command, folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_the_server_is_started_as_in_its_own_document_whose_commands_are_run() -> None:
+    assert SERVE
+    assert all(command in (ROOT / "docs" / "serving.md").read_text() for command in SERVE)
 
 
 @pytest.mark.parametrize("code", blocks("python"))
