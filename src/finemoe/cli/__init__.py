@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -71,6 +72,8 @@ def _quieten() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it finds it, with complaints
+        logging.getLogger(name).setLevel(logging.ERROR)
     if warnings.formatwarning is not _one_line:
         _FORMATS.append(warnings.formatwarning)
         warnings.formatwarning = _one_line
