@@ -57,9 +57,7 @@ class Engine:
         self._prefetching: dict[ExpertId, None] = {}  # in flight and not needed yet, in order
         self._fill: tuple[ExpertId, ...] = ()  # to be brought into free slots, in order
         self._filled = 0  # how many of these were seen to
-        self._filling: set[ExpertId] = (
-            set()
-        )  # of these, in flight and not needed yet: not withdrawn, whatever they are worth
+        self._filling: set[ExpertId] = set()  # of these, in flight and not needed yet: never withdrawn
         self._broken_off = False  # a layer was left in the middle, and clearing up after it was interrupted too
         if controller.policy.prefetches:
             transfer.when_idle = self._prefetch
