@@ -3,7 +3,7 @@
 Direct I/O moves whole pages between the disk and page-aligned memory, and expert pieces start anywhere. Where a piece
 lies in memory at the same place within a page as in its file (slots are laid out so), its whole pages are read straight
 to where they belong, in one call with the two pages at its ends, which go by way of a small buffer of the thread's own.
-Elsewhere the whole piece takes that way: the copy costs the CPU two to five times as much as the read (docs/results).
+Elsewhere the whole piece takes that way, and the copy costs the CPU more than the read (docs/results).
 """
 
 from __future__ import annotations
