@@ -49,7 +49,12 @@ def test_a_bound_is_for_replays_alone() -> None:
         policy_class("oracle")
 
 
-@pytest.mark.parametrize("part", Finemoe.parts)
+def test_pauses_of_finemoe_can_be_left_out() -> None:
+    whole, rest = (make_policy(name, SHAPE.layers, SHAPE.experts) for name in ("finemoe", "finemoe/no-pause"))
+    assert (whole.pauses, rest.pauses) == (True, False)
+
+
+@pytest.mark.parametrize("part", [part for part in Finemoe.parts if part != "pause"])  # that one changes no score
 def test_each_part_of_finemoe_can_be_left_out_and_matters(part: str) -> None:
     whole, rest = (make_policy(name, *(SHAPE.layers, SHAPE.experts)) for name in ("finemoe", f"finemoe/no-{part}"))
     differ = False

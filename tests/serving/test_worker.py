@@ -231,7 +231,7 @@ def test_closing_ends_every_job_once_and_leaves_the_model_as_it_was(offloaded: A
 
 def test_a_listener_may_close_the_worker(offloaded: Any) -> None:
     ear = Ear(lambda _name, _news: worker.close())
-    worker = BatchingWorker(offloaded, ServeConfig(cache_bytes="1MiB"))
+    worker = BatchingWorker(offloaded, ServeConfig(cache_bytes="1MiB", max_batch_tokens=16, max_running=2))
     worker.submit(Job("job", a_prompt(5), LONG), ear)
     assert ear.wait("job") == [Finished("cancelled")]
     worker.close()
