@@ -32,8 +32,8 @@ class Engine:
         transfer: moves bytes into slots.
         verify: called with every landed expert and its slot; raises if the slot's bytes are not that expert's.
         clock: seconds, for the stall time.
-        experts: how many there are. Once all of them are resident there is nothing to decide, and the policy is not
-            told any more.
+        experts: how many there are. Once all of them are resident, or have room and none was missed lately, there is
+            nothing to decide, and the policy is not told any more.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Engine:
         self._clock = clock
         self._experts = experts
         self.deciding = True  # whether the policy is told of this iteration
+        self._missed = -1  # accesses that found nothing, up to the last iteration
         self._lock = threading.RLock()
         self._prefetching: dict[ExpertId, None] = {}  # in flight and not needed yet, in order
         self._fill: tuple[ExpertId, ...] = ()  # to be brought into free slots, in order
@@ -78,10 +79,17 @@ class Engine:
     def begin(self, steps: Sequence[Step]) -> None:
         """An iteration begins: what the running requests bring to it."""
         with self._lock:
-            decided, self.deciding = self.deciding, self.pool.resident != self._experts
+            decided, self.deciding = self.deciding, not self._at_rest()
             if self.deciding or decided:
                 self.controller.begin(steps if self.deciding else ())
         self.transfer.nudge()
+
+    def _at_rest(self) -> bool:
+        """Whether there is nothing to decide: all experts are resident, or have room and none was missed lately."""
+        missed, self._missed = self._missed, self.counters.misses + self.counters.late
+        if self._experts is None:
+            return False
+        return self.pool.resident == self._experts or (self.pool.slots >= self._experts and missed == self._missed)
 
     def end(self) -> None:
         """The iteration is over: all its layers were served."""
@@ -166,6 +174,7 @@ class Engine:
             self._prefetching.clear()
             self._filling.clear()
             self._filled = 0
+            self._missed = -1
             self._broken_off = False
 
     def check_integrity(self) -> None:

@@ -101,6 +101,19 @@ def test_predictors_are_asked_for_and_refused_where_they_do_not_belong(
         finemoe.load(folder, policy="promoe", predictors=tmp_path / "other")
 
 
+def test_a_policy_rests_where_all_have_room_and_none_is_missed(
+    folder: Path, prompts: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    with finemoe.load(folder, expert_memory="all", policy="expert-map") as model:
+        ids = prompts[0][:, :2]
+        model.generate(ids, max_new_tokens=30, min_new_tokens=30, do_sample=False)
+        model.finemoe.reset_stats()
+        model.generate(ids, max_new_tokens=30, min_new_tokens=30, do_sample=False)
+        stats = model.finemoe.stats()
+        assert stats.misses + stats.late == 0
+        assert stats.searches < stats.layer_calls / 10
+
+
 @pytest.mark.parametrize("policy", ["finemoe", "mixtral-offloading"])
 def test_a_policy_rests_once_everything_is_resident(
     folder: Path, prompts: tuple[torch.Tensor, torch.Tensor], expected: list[torch.Tensor], policy: str
