@@ -82,7 +82,7 @@ class Engine:
             decided, self.deciding = self.deciding, not self._at_rest()
             if self.deciding or decided:
                 self.controller.begin(steps if self.deciding else ())
-        self.transfer.nudge()
+        self._nudge()
 
     def _at_rest(self) -> bool:
         """Whether there is nothing to decide: all experts are resident, or have room and none was missed lately."""
@@ -91,12 +91,17 @@ class Engine:
             return False
         return self.pool.resident == self._experts or (self.pool.slots >= self._experts and missed == self._missed)
 
+    def _nudge(self) -> None:
+        """What is worth prefetching may have changed; at rest it has not, and waking readers costs the model time."""
+        if self.deciding or self._filled < len(self._fill):
+            self.transfer.nudge()
+
     def end(self) -> None:
         """The iteration is over: all its layers were served."""
         with self._lock:
             if self.deciding:
                 self.controller.end()
-        self.transfer.nudge()
+        self._nudge()
 
     def serve(self, event: Routed) -> Iterator[tuple[int, int]]:
         """Yields `(expert, slot)` for each of a layer's experts, ready ones first, each exactly once.
@@ -125,7 +130,7 @@ class Engine:
                     self.pool.unpin(expert)
                     self._execute(self.controller.used(expert))
                 ready.extend(self._settle(self.transfer.poll(), pending))
-                self.transfer.nudge()
+                self._nudge()
         except BaseException:
             self.clear()
             raise
@@ -159,7 +164,7 @@ class Engine:
                         self.pool.unpin(expert)
                         self._execute(self.controller.used(expert))
                 ready += self._settle(self.transfer.poll(), pending)
-                self.transfer.nudge()
+                self._nudge()
         except BaseException:
             self.clear()
             raise
@@ -217,7 +222,7 @@ class Engine:
                 if not self.controller.still_wanted(expert) or self.controller.short_of_slots:
                     self.transfer.withdraw(expert)
             ready.extend(self._settle(self.transfer.poll(), pending))
-        self.transfer.nudge()
+        self._nudge()
         return ready
 
     def _prefetch(self, device: int = 0) -> None:
