@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -47,9 +47,12 @@ class Process:
     name: str
     url: str
     errors: list[str]
+    clients: ExitStack
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        """Closed with the server."""
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        return self.clients.enter_context(client)
 
     def end(self, number: int) -> int:
         self.popen.send_signal(number)
@@ -75,7 +78,8 @@ def process(folder: Path, *flags: str) -> Iterator[Process]:
     try:
         name, _, url = popen.stdout.readline().strip().partition(" at ")
         assert url, errors
-        yield Process(popen, name, url, errors)
+        with ExitStack() as clients:
+            yield Process(popen, name, url, errors, clients)
     finally:
         popen.kill()
         popen.wait()
@@ -164,8 +168,7 @@ def test_the_page_follows_an_answer(model: Path) -> None:
 
     with process(model.parent, "--model", str(model), "--expert-memory", "50%") as server:
         assert b"<title>finemoe</title>" in read(server, "/")
-        with server.client() as client:
-            client.completions.create(model=server.name, prompt="Hi", max_tokens=40, temperature=0)
+        server.client().completions.create(model=server.name, prompt="Hi", max_tokens=40, temperature=0)
         experts = json.loads(read(server, "/v1/experts"))
         assert sum(experts["hits"]) + sum(experts["misses"]) > 0
         deadline_s = time.monotonic() + 30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -110,9 +110,12 @@ class Live:
     house: House
     server: Server
     url: str
+    clients: ExitStack
 
     def client(self, api_key: str = "none", **options: Any) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, **{"max_retries": 0, "timeout": 30} | options)
+        """Closed with the server."""
+        options = {"max_retries": 0, "timeout": 30} | options
+        return self.clients.enter_context(OpenAI(base_url=f"{self.url}/v1", api_key=api_key, **options))
 
 
 @contextmanager
@@ -125,7 +128,8 @@ def live(house: House, api_key: str | None = None) -> Iterator[Live]:
     thread.start()
     assert ready.wait(30)
     try:
-        yield Live(house, server, address_of(taken))
+        with ExitStack() as clients:
+            yield Live(house, server, address_of(taken), clients)
     finally:
         if thread.is_alive():
             server.stop()

@@ -165,7 +165,9 @@ def test_who_hangs_up_frees_the_place(worker: FakeWorker, stream: bool) -> None:
         body = json.dumps({"model": NAME, "messages": HI, "stream": stream})
         connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
         if stream:
-            assert connection.getresponse().read(200)
+            answer = connection.getresponse()
+            assert answer.read(200)
+            answer.close()
         else:
             until(lambda: server.house.served.worker.load().running == 1)
         assert connection.sock is not None
