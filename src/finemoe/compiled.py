@@ -41,6 +41,12 @@ def compiler() -> Jit[Any]:
     return jit
 
 
+def ready() -> bool:
+    """Whether anything was compiled on this machine yet."""
+    folder = _folder()
+    return folder is not None and any(folder.rglob("*.nbi"))
+
+
 def _register() -> None:
     """Lets compiled code call the kernels of every module that was imported by now."""
     from numba.extending import overload, register_jitable

@@ -160,7 +160,7 @@ class LoadConfig:
         },
     )
     policy: str = field(
-        default="lfru",
+        default="finemoe",
         metadata={
             "help": "what to keep and what to fetch: finemoe, lru, lfu, lfru, or a published system's policy "
             "(docs/simulator.md)"

@@ -75,7 +75,7 @@ def test_lossy_rows_stand_beside_exact_ones_and_say_so() -> None:
     config = BenchConfig(expert_memory="50%,all", expert_dtype="stored,int8", baselines="none")
     rows = subjects(config)
     assert [row.name for row in rows] == [
-        "finemoe lfru 50%", "finemoe lfru all", "finemoe lfru 50% int8", "finemoe lfru all int8"
+        "finemoe finemoe 50%", "finemoe finemoe all", "finemoe finemoe 50% int8", "finemoe finemoe all int8"
     ]  # fmt: skip
     assert [row.lossy for row in rows] == [False, False, True, True]
     assert config.lossy

@@ -67,7 +67,7 @@ def test_a_lossy_row_is_compared_with_the_exact_one(
     assert exact.perplexity_ratio == 1
     assert lossy.perplexity_ratio not in {None, 1}
     assert (lossy.figure("pool_bytes") or 0) < 0.5 * (exact.figure("pool_bytes") or 0)
-    assert "LOSSY (--expert-dtype), their answers are not the checkpoint's own: finemoe lfru 50% int4." in render(
+    assert "LOSSY (--expert-dtype), their answers are not the checkpoint's own: finemoe finemoe 50% int4." in render(
         report
     )
     assert [row["lossy"] for row in json.loads(json.dumps(report.as_dict()))["rows"]] == [False, True]

@@ -37,7 +37,7 @@ class BenchConfig(LoadConfig):
             "are lossy, and measured in perplexity too"
         },
     )
-    policy: str = field(default="lfru", metadata={"help": "policies to measure, separated by commas"})
+    policy: str = field(default="finemoe", metadata={"help": "policies to measure, separated by commas"})
     device: str = field(default="cpu", metadata={"help": "cpu; GPUs are measured by scripts/gpu_bench.py"})
     map_store: str | None = field(
         default="none",

@@ -44,6 +44,7 @@ from finemoe.model.offload import Offload, OffloadedModel
 from finemoe.model.quantised import refuse_on_devices, refuse_unasked, refuse_uncast, restored_bytes
 from finemoe.policy import Controller, make_controller, make_policy, policy_class
 from finemoe.quantise import planned_copy
+from finemoe.rehearsal import rehearse
 from finemoe.store import DevicePool, DiskStore, Pool, available_bytes
 from finemoe.store.dense import LazyTensor
 from finemoe.store.verify import SecondReader
@@ -61,7 +62,7 @@ def load(
     expert_kernel: Literal["auto", "eager", "grouped_mm"] = "auto",
     host_compute: Literal["off", "auto"] = "off",
     expert_dtype: str = "stored",
-    policy: str = "lfru",
+    policy: str = "finemoe",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | torch.dtype = "auto",
     io: Literal["auto", "direct", "buffered"] = "auto",
     reader_threads: int = 4,
@@ -307,6 +308,7 @@ class _Loading:
         if self._tiers is not None and self._config.host_compute == "auto":
             self._tiers.help_out(handles, [module for _, module in self._experts], model.dtype)
         trial.clear()
+        rehearse(self._config.policy, **self.options)
         policy = make_policy(self._config.policy, *shape, **self.options)
         if self.keeper is not None:
             self.keeper.bring(policy)

@@ -1,0 +1,40 @@
+"""What was rehearsed is not compiled again while a model answers."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import finemoe
+from finemoe.beside import Beside
+from finemoe.compiled import compiler
+from finemoe.policy import POLICIES, policy_class
+from finemoe.rehearsal import rehearse
+from tests.tiny import Make
+
+
+def signatures(policy: Any) -> dict[str, int]:
+    """How often each kernel of a policy was compiled."""
+    kernels = {name: getattr(value, "signatures", None) for name, value in vars(policy).items()}
+    return {name: len(found) for name, found in kernels.items() if found is not None}
+
+
+def test_nothing_is_left_to_compile(tiny: Make) -> None:
+    with finemoe.load(tiny("mixtral", "bfloat16"), expert_memory="50%", policy="finemoe", map_store="none") as model:
+        beside = model.finemoe._engine.controller.policy
+        assert isinstance(beside, Beside)
+        rehearsed = signatures(beside.inner)
+        assert rehearsed and all(rehearsed.values())
+        for _ in range(2):
+            model.generate(torch.arange(4).view(1, -1) + 3, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        beside.settle()
+        assert signatures(beside.inner) == rehearsed
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "finemoe/no-own/capacity=100"])
+def test_every_policy_can_be_rehearsed(policy: str) -> None:
+    rehearse(policy, **({"jit": lambda kernel: kernel} if policy_class(policy).compiles else {}))
+
+
+def test_a_policy_for_one_shape_is_left_alone() -> None:
+    rehearse("promoe", jit=compiler(), predictors=object())
