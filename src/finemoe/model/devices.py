@@ -19,7 +19,7 @@ from finemoe.config import format_bytes, parse_budget
 from finemoe.device import Device
 from finemoe.engine import Engine
 from finemoe.errors import BudgetError, ConfigError, InvariantError
-from finemoe.experts import ExpertLayer, Kernel, field_views
+from finemoe.experts import ExpertLayer, Kernel, Views, field_views
 from finemoe.link import Link, Piece
 from finemoe.metrics import Counters
 from finemoe.stalls import Stalls
@@ -175,12 +175,14 @@ class Tiers:
         self.stalls.settle(wait=True)
         self.touched.settle()
 
-    def layer(self, engine: Engine, lock: threading.RLock, layer: int, dtypes: Dtypes) -> DeviceExpertLayer:
+    def layer(
+        self, engine: Engine, lock: threading.RLock, layer: int, dtypes: Dtypes, views: Views
+    ) -> DeviceExpertLayer:
         """A handle for an experts module."""
         assert self.pool is not None
         layout = self.layouts[layer]
         handle = DeviceExpertLayer(
-            engine, lock, layer, layout, dtypes, self.pool, stalls=self.stalls, touched=self.touched
+            engine, lock, layer, layout, dtypes, self.pool, stalls=self.stalls, touched=self.touched, views=views
         )
         handle.first = None if self._firsts is None else self._firsts[layer]
         return handle

@@ -24,7 +24,7 @@ from finemoe.dequantise import Dequantiser, scratch_bytes
 from finemoe.device import Device
 from finemoe.engine import Engine
 from finemoe.errors import BudgetError, CheckpointError
-from finemoe.experts import HANDLE, Accumulator, ExpertLayer, Kernel, LazyParameter, choose_path
+from finemoe.experts import HANDLE, Accumulator, ExpertLayer, Kernel, LazyParameter, Views, choose_path
 from finemoe.link import Link
 from finemoe.maps import Keeper
 from finemoe.model.devices import DeviceReader, Tiers, choose_kernel
@@ -191,14 +191,14 @@ class Loading:
         """A handle in the place of each experts module's weights; by the module's path."""
         numbers = {layout.module: layer for layer, layout in enumerate(catalog.layouts)}
         layers: dict[str, ExpertLayer] = {}
-        dequantiser = Dequantiser()
+        dequantiser, views = Dequantiser(), Views()
         for described, module in self._experts:
             dtypes = parameter_dtypes(described)
             layer = numbers[described.same_as or described.name]
             if self._tiers is None:
-                handle = ExpertLayer(engine, lock, layer, catalog.layouts[layer], dtypes, dequantiser)
+                handle = ExpertLayer(engine, lock, layer, catalog.layouts[layer], dtypes, dequantiser, views)
             else:
-                handle = self._tiers.layer(engine, lock, layer, dtypes)
+                handle = self._tiers.layer(engine, lock, layer, dtypes, views)
             for name, parameter in described.parameters.items():
                 delattr(module, name)
                 module.__dict__[name] = LazyParameter(handle, name, parameter)
