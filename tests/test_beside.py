@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -106,6 +107,26 @@ def test_nobody_waits_and_late_thoughts_are_not_published() -> None:
         assert slow.seen[-1] == ("layer 1", False)
         assert published[-1] == run.worth[0, 0] == 3
         assert run.late == sum(behind for _, behind in slow.seen) == run.searches - len(published)
+
+
+def test_an_interruption_while_an_event_is_told_does_not_leave_it_behind_for_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    slow = Slow()
+    slow.go.release(3)
+    with beside(slow) as run:
+        calls = run._calls
+        monkeypatch.setattr(run, "_calls", SimpleNamespace(put=interrupted, get=calls.get))
+        with pytest.raises(KeyboardInterrupt):
+            run.begin([])
+        monkeypatch.setattr(run, "_calls", calls)
+        run.routed(Routed(0, [0]))
+        run.settle()
+        assert [what for what, _ in slow.seen] == ["begin 0", "layer 0"]
+        assert run.worth[0, 0] == 2  # the last thought was published
 
 
 def test_iterations_go_unobserved_rather_than_pile_up() -> None:

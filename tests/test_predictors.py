@@ -105,6 +105,18 @@ def test_a_damaged_file_is_refused(tmp_path: Path, position: int | None) -> None
         load(path, "m")
 
 
+@pytest.mark.parametrize("about", [None, "", "[]", '{"stride": 2}'])
+def test_a_damaged_header_is_refused(tmp_path: Path, about: str | None) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = tmp_path / "p"
+    save(untrained(SHAPE), path, "m")
+    metadata = {"format": "finemoe predictors 1", "model": "m"} | ({} if about is None else {"about": about})
+    save_file(load_file(path), path, metadata)
+    with pytest.raises(FinemoeError, match=r"p: the predictors are damaged .*; train them again"):
+        load(path, "m")
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FinemoeError, match="train them again"):
         load(tmp_path / "nothing")

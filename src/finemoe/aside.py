@@ -145,13 +145,17 @@ class Aside:
 
     def choose(self, missing: Sequence[int]) -> list[int]:
         """Takes on some of the experts that miss, and begins."""
-        held = {expert: raw for expert in missing if (raw := self._host.link.hold(self._id(expert))) is not None}
-        here = list(held)
-        taken = {here[i] for i in share([len(self._tokens[expert]) for expert in here], self._host.costs)}
-        for expert, raw in held.items():
-            if expert in taken:
-                self._started[expert] = self._host.submit(self._compute, expert, raw)
-            else:
+        held: dict[int, Tensor] = {}
+        try:
+            for expert in missing:
+                if (raw := self._host.link.hold(self._id(expert))) is not None:
+                    held[expert] = raw
+            here = list(held)
+            for i in share([len(self._tokens[expert]) for expert in here], self._host.costs):
+                self._started[here[i]] = self._host.submit(self._compute, here[i], held[here[i]])
+                del held[here[i]]  # `_compute` lets go of it
+        finally:
+            for expert in held:
                 self._host.link.release(self._id(expert))
         return list(self._started)
 

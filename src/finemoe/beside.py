@@ -41,7 +41,7 @@ class Beside(Policy):
         self.searches = 0  # events that scores were asked of
         self.late = 0  # of these, dropped
         self._events: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
-        self._calls: SimpleQueue[threading.Event | None] = SimpleQueue()  # one for each event: None; or a question
+        self._calls: SimpleQueue[threading.Event | None] = SimpleQueue()  # there are events: None; or a question
         self._skipping = False  # this iteration goes unobserved
         self._fault: BaseException | None = None
         self._closed = False
@@ -101,24 +101,26 @@ class Beside(Policy):
     def _run(self) -> None:
         while True:
             question = self._calls.get()
+            while self._events and not self._closed:  # all of them: a Ctrl-C may have kept one from being called out
+                try:
+                    self._think(*self._events.popleft())
+                except BaseException as fault:  # noqa: BLE001 - belongs to whoever tells the next event
+                    self._fault = fault
+                    return
             if self._closed:
                 return
             if question is not None:
                 question.set()
-                continue
-            what, arguments = self._events.popleft()
-            self.inner.behind = bool(self._events)
-            try:
-                what(*arguments)
-            except BaseException as fault:  # noqa: BLE001 - belongs to whoever tells the next event
-                self._fault = fault
-                return
-            self.searches += 1
-            if self.inner.behind:
-                self.late += 1
-            else:
-                self._copy()
-                self.published()
+
+    def _think(self, what: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self.inner.behind = bool(self._events)
+        what(*arguments)
+        self.searches += 1
+        if self.inner.behind:
+            self.late += 1
+        else:
+            self._copy()
+            self.published()
 
     def _copy(self) -> None:
         np.copyto(self.worth, self.inner.worth)

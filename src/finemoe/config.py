@@ -57,13 +57,12 @@ def parse_budget(text: str, flag: str = "--expert-memory") -> Budget:
         return Budget(share=value / 100)
     if cleaned.startswith("-"):
         raise BudgetError(f"{flag}: {text!r} is negative; give bytes (2GiB), a share (25%) or all")
-    size = _SIZE.fullmatch(cleaned)
-    if size is None or size[2].lower() not in _UNITS:
+    size = _read_size(cleaned)
+    if size is None:
         raise BudgetError(f"{flag}: can't read {text!r}; give bytes (2GiB, 800MB), a share (25%) or all")
-    size_bytes = int(Decimal(size[1]) * _UNITS[size[2].lower()])
-    if size_bytes <= 0:
+    if size < 1:
         raise BudgetError(f"{flag}: {text!r} is no memory at all; give bytes (2GiB), a share (25%) or all")
-    return Budget(size_bytes=size_bytes)
+    return Budget(size_bytes=int(size))
 
 
 def parse_bytes(text: str, flag: str) -> int:
@@ -72,13 +71,18 @@ def parse_bytes(text: str, flag: str) -> int:
     Raises:
         ConfigError: not one of these, or nothing at all; the message names `flag`.
     """
-    size = _SIZE.fullmatch(text.strip().lower())
-    if size is None or size[2] not in _UNITS:
+    size = _read_size(text)
+    if size is None:
         raise ConfigError(f"{flag}: can't read {text!r}; give bytes (2GiB, 800MB)")
-    size_bytes = int(Decimal(size[1]) * _UNITS[size[2]])
-    if size_bytes < 1:
+    if size < 1:
         raise ConfigError(f"{flag}: {text!r} is no memory at all; give bytes (2GiB, 800MB)")
-    return size_bytes
+    return int(size)
+
+
+def _read_size(text: str) -> Decimal | None:
+    """Bytes; `None` if this is no size."""
+    size = _SIZE.fullmatch(text.strip().lower())
+    return None if size is None or size[2] not in _UNITS else Decimal(size[1]) * _UNITS[size[2]]
 
 
 def format_bytes(count: float) -> str:
@@ -96,13 +100,12 @@ def parse_bandwidth(text: str) -> float:
     Raises:
         ConfigError: not one of these, or nothing at all; the message names `--link-bandwidth`.
     """
-    size = _SIZE.fullmatch(text.strip().lower().removesuffix("/s"))
-    if size is None or size[2] not in _UNITS:
+    size = _read_size(text.strip().lower().removesuffix("/s"))
+    if size is None:
         raise ConfigError(f"--link-bandwidth: can't read {text!r}; give bytes per second (500MiB, 1.5GB)")
-    bandwidth_bytes_s = float(Decimal(size[1]) * _UNITS[size[2]])
-    if bandwidth_bytes_s < 1:
+    if size < 1:
         raise ConfigError(f"--link-bandwidth: {text!r} moves nothing; give bytes per second (500MiB, 1.5GB)")
-    return bandwidth_bytes_s
+    return float(size)
 
 
 STORED = "stored"  # experts as the checkpoint has them

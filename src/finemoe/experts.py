@@ -32,6 +32,8 @@ Accumulator = Literal["hidden", "weights", "float32"]
 Floats = npt.NDArray[np.float32]
 Listen = Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]  # ids, weights -> gates, lookahead
 Kernel = Literal["eager", "grouped_mm"]  # whose arithmetic
+# a slot's bytes as tensors: by what fields lie in it, then by the slot and their offsets
+Views = dict[tuple[Any, ...], dict[tuple[int, tuple[int, ...]], dict[str, Tensor]]]
 ACCUMULATORS: tuple[Accumulator, ...] = ("hidden", "weights", "float32")
 
 
@@ -45,6 +47,7 @@ class ExpertLayer:
         layout: how an expert lies in a slot.
         dtypes: of the module's parameters, by name; a slot in another dtype is cast on use.
         dequantiser: restores what is stored quantised; may be shared by all layers of a model, as the lock is.
+        views: of the engine's slots, shared by all layers of a model: by the thousand they take memory too.
     """
 
     device = torch.device("cpu")  # of its inputs and outputs
@@ -58,6 +61,7 @@ class ExpertLayer:
         layout: LayerLayout,
         dtypes: dict[str, torch.dtype],
         dequantiser: Dequantiser | None = None,
+        views: Views | None = None,
     ) -> None:
         self.engine: Engine | None = engine
         self.layer = layer
@@ -68,7 +72,8 @@ class ExpertLayer:
         self._lock = lock
         self._dtypes = dtypes
         self._dequantiser = dequantiser or Dequantiser()
-        self._views: dict[tuple[int, tuple[int, ...]], dict[str, Tensor]] = {}  # of a slot, by its parameters' offsets
+        form = tuple((field.name, field.dtype, field.stored_shape) for field in layout.fields)
+        self._views = ({} if views is None else views).setdefault(form, {})
         self._as_stored = all(field.in_place and field.dtype == dtypes.get(field.name) for field in layout.fields)
         # twin: an expert, its parameters, its serving
         self._held: tuple[int, dict[str, Tensor], Iterator[tuple[int, int]]] | None = None

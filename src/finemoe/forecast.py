@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F  # noqa: N812 - the name that torch users know
 
+from finemoe.checkpoint.catalog import PAGE_BYTES
 from finemoe.errors import FinemoeError
 from finemoe.store import available_bytes
 
-_PAGE_BYTES = 4096
 _CHUNK_BYTES = 1 << 20
 # hit rate of lfru by share of resident experts: gpt-oss-20b, decoding (tests/policy/test_real_traces.py)
 LOCAL_HITS = ((0.0, 0.0), (0.1, 0.28), (0.25, 0.66), (0.5, 0.915), (0.75, 0.985), (1.0, 1.0))
@@ -132,7 +132,7 @@ def _disk_bytes_s(folder: Path | None, sample_bytes: int) -> float:
         try:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            size_bytes = path.stat().st_size // _PAGE_BYTES * _PAGE_BYTES
+            size_bytes = path.stat().st_size // PAGE_BYTES * PAGE_BYTES
             steps = max(1, size_bytes // _CHUNK_BYTES)
             stride = next((s for s in (37, 41, 43, 47) if steps % s), 1)  # scattered, each chunk once
             with mmap.mmap(-1, _CHUNK_BYTES) as buffer:

@@ -145,12 +145,18 @@ def load(path: Path, model: str | None = None) -> Predictors:
         raise FinemoeError(f"{path}: can't read the predictors ({error}); train them again") from error
     if metadata.get("format") != _FORMAT:
         raise FinemoeError(f"{path}: not a file of predictors; train them again")
-    if model is not None and metadata["model"] != model:
-        raise FinemoeError(f"{path}: predictors for another model ({metadata['model']}); train them for this one")
-    about: dict[str, Any] = json.loads(metadata["about"])
-    if tuple(sorted(arrays)) != tuple(sorted(_ARRAYS)) or about["sha256"] != _digest(arrays):
+    try:
+        about: dict[str, Any] = json.loads(metadata["about"])
+        trained_for, digest, stride, history = metadata["model"], about["sha256"], about["stride"], about["history"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FinemoeError(
+            f"{path}: the predictors are damaged (their header can't be read); train them again"
+        ) from error
+    if model is not None and trained_for != model:
+        raise FinemoeError(f"{path}: predictors for another model ({trained_for}); train them for this one")
+    if set(arrays) != set(_ARRAYS) or digest != _digest(arrays):
         raise FinemoeError(f"{path}: the predictors are damaged; train them again")
-    return Predictors(**arrays, stride=about["stride"], history=about["history"])
+    return Predictors(**arrays, stride=stride, history=history)
 
 
 def _digest(arrays: dict[str, Floats]) -> str:

@@ -14,9 +14,10 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from itertools import pairwise
 
+from finemoe.checkpoint.catalog import PAGE_BYTES
 from finemoe.pace import Pace
 from finemoe.process import available_cores
-from finemoe.store.disk import CHUNK_BYTES, PAGE_BYTES
+from finemoe.store.disk import CHUNK_BYTES
 from finemoe.types import ExpertId, ExpertSource, Landed, Run, Withdrawn
 
 

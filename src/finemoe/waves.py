@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from finemoe.aside import MOST_TOKENS, Aside, HostCompute
 from finemoe.checkpoint import LayerLayout
 from finemoe.engine import Engine
-from finemoe.experts import Accumulator, ExpertLayer, apply_expert, group_rows
+from finemoe.experts import Accumulator, ExpertLayer, Views, apply_expert, group_rows
 from finemoe.grouped import apply_experts, plan_groups, rows_of_experts, stack_slots, windows
 from finemoe.stalls import Stalls
 from finemoe.store import Arrival, DevicePool
@@ -49,8 +49,9 @@ class DeviceExpertLayer(ExpertLayer):
         *,
         stalls: Stalls,
         touched: Touched,
+        views: Views | None = None,
     ) -> None:
-        super().__init__(engine, lock, layer, layout, dtypes)
+        super().__init__(engine, lock, layer, layout, dtypes, views=views)
         self.device = pool.devices[0].torch_device
         self.apart = False  # for trials: every expert a wave of its own
         self.pool = pool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finemoe.aside import Costs, fit, share
+from finemoe.aside import Aside, Costs, fit, share
 from tests.device.test_load import Load, load
 from tests.tiny import Make, eager, logits
 
@@ -35,6 +36,27 @@ def test_a_slow_host_computes_nothing_and_a_slow_link_copies_nothing() -> None:
     assert share([1, 1, 1], Costs(copy_s=1, fixed_s=10, row_s=0)) == []
     assert sorted(share([1, 1, 1], Costs(copy_s=10, fixed_s=1, row_s=0))) == [0, 1, 2]
     assert share([4, 1, 4], Costs(copy_s=3, fixed_s=1, row_s=1)) == [1]  # the one with the fewest rows
+
+
+def test_what_is_not_taken_on_is_let_go_of_even_where_choosing_fails() -> None:
+    held: list[int] = []
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    link = SimpleNamespace(
+        hold=lambda expert: held.append(expert.expert) or torch.zeros(1), release=lambda e: held.remove(e.expert)
+    )
+    costs = Costs(copy_s=1, fixed_s=0.4, row_s=0)
+    host: Any = SimpleNamespace(link=link, costs=costs, submit=lambda *_: None)
+    tokens = {0: [0], 1: [0], 2: [0]}
+    taken = Aside(host, None, 0, torch.zeros(1, 4), tokens).choose([0, 1, 2])
+    assert held == taken != []  # those are let go of when they are computed
+    held.clear()
+    host.submit = refuse
+    with pytest.raises(RuntimeError, match="shutdown"):
+        Aside(host, None, 0, torch.zeros(1, 4), tokens).choose([0, 1, 2])
+    assert held == []
 
 
 def test_costs_are_fitted_and_never_below_zero() -> None:

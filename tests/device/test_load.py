@@ -184,7 +184,7 @@ def test_once_all_experts_are_there_nothing_is_read_back(
 def test_modules_that_only_run_by_their_own_forward_do(
     load: Load, tiny: Make, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("finemoe.model.load"), "choose_path", lambda *_: None)
+    monkeypatch.setattr(importlib.import_module("finemoe.model.loading"), "choose_path", lambda *_: None)
     folder = tiny("mixtral", "bfloat16")
     if "," in device:  # a module's own forward has all of its experts on one device
         with pytest.raises(ConfigError, match="--device: this model's experts run by their own code, on one device"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -104,6 +105,14 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_transfer, "URGENT_CHUNK_BYTES", 100)
 
 
+def wait_until(true: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if true():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it never came to this")
+
+
 Needs = st.lists(st.sets(st.integers(0, EXPERTS - 1), min_size=1), min_size=LAYERS, max_size=2 * LAYERS)
 
 
@@ -155,11 +164,7 @@ def test_what_the_host_tier_holds_is_not_read_again() -> None:
 
 def test_the_host_tier_fills_by_itself() -> None:
     with rig() as under_test:
-        for _ in range(2000):
-            if under_test.link.host.resident == len(BYTES):
-                break
-            threading.Event().wait(0.005)
-        assert under_test.link.host.resident == len(BYTES)
+        wait_until(lambda: under_test.link.host.resident == len(BYTES))
         assert under_test.link.moved_bytes == 0
 
 
@@ -198,6 +203,48 @@ def test_a_device_that_fails_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(under_test.devices[0], "copy", fails)
         with pytest.raises(RuntimeError, match="illegal memory access"):
             under_test.run(0, [0, 1])
+
+
+def test_a_device_that_fails_later_is_told_of_and_hangs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise RuntimeError("unspecified launch failure")
+
+    with rig(fill=False) as under_test:
+        device, link = under_test.devices[0], under_test.link
+        mark = device.mark_copies
+
+        def mark_broken() -> SimulatedEvent:
+            event = mark()
+            event.wait = fails  # type: ignore[method-assign]
+            return event
+
+        def run() -> None:
+            under_test.run(0, [0])
+            wait_until(lambda: link._fault is not None)
+            under_test.run(0, [1])
+
+        with monkeypatch.context() as patched:
+            patched.setattr(device, "mark_copies", mark_broken)
+            with pytest.raises(RuntimeError, match="unspecified launch failure"):
+                run()
+        under_test.run(0, [0, 1])
+        under_test.engine.check_integrity()
+
+
+def test_a_fault_while_the_disk_is_asked_to_fill_the_host_tier_hangs_nobody() -> None:
+    def fails() -> None:
+        raise RuntimeError("nothing to fill with")
+
+    with rig(fill=False) as under_test:
+        readers = under_test.link._readers
+        readers.when_idle = fails
+        readers.nudge()
+        wait_until(lambda: readers._fault is not None)
+        readers.when_idle = None
+        with pytest.raises(RuntimeError, match="nothing to fill with"):
+            under_test.run(0, [0])
+        under_test.run(0, [0, 1])
+        under_test.engine.check_integrity()
 
 
 def test_urgent_overtakes_a_prefetch_after_the_chunks_under_way() -> None:

@@ -26,6 +26,14 @@ def test_counts_and_places_are_those_of_the_stats(offloaded: Any) -> None:
     assert not experts.pinned.any()
 
 
+def test_layers_alike_share_what_they_make_of_a_slot(offloaded: Any) -> None:
+    answer(offloaded, new_tokens=8)
+    layers = offloaded.finemoe._layers
+    assert all(layer._views is layers[0]._views for layer in layers)
+    places = {offsets_bytes for layer in layers for offsets_bytes in layer.layout.offsets_bytes}
+    assert 0 < len(layers[0]._views) <= offloaded.finemoe.stats().slots * len(places)
+
+
 def test_what_the_layer_under_way_uses_is_in_use(offloaded: Any) -> None:
     offloaded.finemoe.watch()
     seen = []

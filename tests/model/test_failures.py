@@ -110,16 +110,18 @@ def test_ctrl_c_in_mid_generation_leaves_nothing_wedged(
     assert torch.equal(answer(offloaded), answer(whole))
 
 
-@pytest.mark.parametrize("name", ["find_experts", "DiskStore", "Pool", "ReaderThreads", "choose_path", "Engine"])
+@pytest.mark.parametrize(
+    "name", ["find_experts", "DiskStore", "Pool", "ReaderThreads", "choose_path", "Engine", "Offload"]
+)
 def test_ctrl_c_while_loading_gives_everything_back(
     chat_folder: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     original = modeling_utils.convert_and_load_state_dict_in_model
     threads, files = threading.active_count(), open_files()
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["finemoe.model.load"], name, interrupt)
+        patch.setattr(sys.modules["finemoe.model.loading"], name, interrupt)
         with pytest.raises(KeyboardInterrupt):
-            finemoe.load(chat_folder)
+            finemoe.load(chat_folder, policy="deepspeed")  # one that runs on a thread of its own
     give_up_s = time.monotonic() + 10
     while threading.active_count() > threads and time.monotonic() < give_up_s:
         time.sleep(0.01)  # transformers' own loader threads end when they get to it

@@ -203,7 +203,7 @@ def test_a_budget_below_the_minimum_is_refused_and_the_minimum_works(chat_folder
 
 
 def test_a_budget_beyond_the_machine_is_refused(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (pool, sys.modules["finemoe.model.load"]):
+    for module in (pool, sys.modules["finemoe.model.loading"]):
         monkeypatch.setattr(module, "available_bytes", lambda: 1000)
     assert refused(BudgetError, chat_folder, expert_memory="all").startswith("--expert-memory: ")
 

@@ -53,6 +53,26 @@ def test_a_policy_starts_from_what_it_learned_last_time(chat_folder: Path, tmp_p
     assert len(read_maps(path)) > len(learned["tokens"])
 
 
+def test_a_ctrl_c_while_closing_loses_nothing_that_was_learned(
+    chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = finemoe.load(chat_folder, policy="expert-map", map_store=tmp_path / "maps")
+    generate(model)
+    transfer = model.finemoe._engine.transfer
+    end = transfer.close
+
+    def interrupted() -> None:
+        end()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transfer, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.close()
+    assert len(read_maps(tmp_path / "maps")) > 0
+    assert model.finemoe._store._descriptors == []
+    model.close()
+
+
 def test_each_model_and_policy_has_a_default_file(
     chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,9 +18,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finemoe.checkpoint import Catalog, TensorHeader
+from finemoe.checkpoint.catalog import PAGE_BYTES
 from finemoe.store import DiskStore
 from finemoe.store.dense import LazyTensor
-from finemoe.store.disk import CHUNK_BYTES, PAGE_BYTES
+from finemoe.store.disk import CHUNK_BYTES
 from finemoe.types import Run
 
 EMPTY = Catalog([], {})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import sys
+from types import FrameType
 from typing import NoReturn
 
 import pytest
@@ -77,6 +79,27 @@ def test_what_was_not_asked_for_does_not_land_or_fail() -> None:
     ready(under_test, A)
     with pytest.raises(InvariantError, match="unpinned more often"):
         under_test.unpin(A)
+
+
+def test_what_is_on_its_way_is_at_no_moment_counted_as_resident() -> None:
+    under_test = Pool(2, SLOT_BYTES)
+    ready(under_test, A)
+    seen = set()
+
+    def ask(
+        _frame: FrameType, _event: str, _argument: object
+    ) -> object:  # between any two lines, as another thread may
+        seen.add(under_test.resident)
+        return ask
+
+    before = sys.gettrace()
+    sys.settrace(ask)  # type: ignore[arg-type] # it returns itself
+    try:
+        under_test.reserve(B, None)
+        under_test.failed(B)
+    finally:
+        sys.settrace(before)
+    assert seen == {1}
 
 
 def test_slots_do_not_overlap_and_are_written_in_place() -> None:

@@ -139,7 +139,7 @@ class Catalog:
     def slot_bytes(self) -> int:
         """Bytes of one slot: the largest expert; whole pages unless experts are tiny."""
         largest = max(layout.length_bytes for layout in self.layouts)
-        return _round_up(largest, PAGE_BYTES if largest >= PLACED_BYTES else ALIGN_BYTES)
+        return round_up(largest, PAGE_BYTES if largest >= PLACED_BYTES else ALIGN_BYTES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +152,8 @@ class Addresses:
     transposed: bool
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is not below `value`."""
     return -(-value // multiple) * multiple
 
 
@@ -263,7 +264,7 @@ def _place(end_bytes: int, runs: Sequence[Run], length_bytes: int, item_bytes: i
         place = fits.most_common(1)[0][0]
         if place % item_bytes == 0:
             return end_bytes + (place - end_bytes) % PAGE_BYTES
-    return _round_up(end_bytes, ALIGN_BYTES)
+    return round_up(end_bytes, ALIGN_BYTES)
 
 
 def _most_breaks(rows: torch.Tensor, row_bytes: int) -> int:

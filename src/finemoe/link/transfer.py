@@ -55,7 +55,7 @@ class Link:
         self._reading: set[ExpertId] = set()  # from the disk
         self._starved: dict[ExpertId, None] = {}  # to be read once the host tier has room
         self._landed: list[Landed] = []
-        self._fault: BaseException | None = None  # what `when_idle` or a device raised
+        self._fault: BaseException | None = None  # what `when_idle`, a device or the readers' own asking raised
         self._waiting = False
         self._moved_bytes = 0
         self._waited_bytes = 0.0
@@ -186,10 +186,8 @@ class Link:
             while any(lane.sending for lane in self._lanes):
                 self._done.wait()
             under_way = [(lane, chunk) for lane in self._lanes for chunk in lane.flying]
-        for (
-            lane,
-            chunk,
-        ) in under_way:  # not left to the lanes' threads: they may be waiting for the engine to be cleared
+        # not left to the lanes' threads: they may be waiting for the engine to be cleared
+        for lane, chunk in under_way:
             chunk.end.wait()
             self._copied(lane, chunk)
         with self._lock:
@@ -286,12 +284,22 @@ class Link:
                 try:
                     ask(lane.index)  # without our lock: it submits
                 except BaseException as fault:  # noqa: BLE001 - belongs to the consumer
-                    with self._lock:
-                        self._fault = fault
-                        self._done.notify_all()
+                    self._fail(fault)
             elif oldest is not None:
-                oldest.end.wait()
-                self._copied(lane, oldest)
+                self._see_out(lane, oldest)
+
+    def _see_out(self, lane: Lane, chunk: Chunk) -> None:
+        try:
+            chunk.end.wait()
+        except Exception as fault:  # noqa: BLE001 - of the device: a dead lane would hang the consumer
+            self._fail(fault)
+        self._copied(lane, chunk)
+
+    def _fail(self, fault: BaseException) -> None:
+        """The consumer's next `poll` or `wait` raises this."""
+        with self._lock:
+            self._fault = fault
+            self._done.notify_all()
 
     def _may_ask(self, lane: Lane) -> bool:
         return lane.ask and self.when_idle is not None and lane.idle and not self._closed
@@ -356,8 +364,11 @@ class Link:
                     self._staging.wait()
             try:
                 landed = self._readers.wait()
-            except RuntimeError:  # closed
-                return
+            except BaseException as fault:  # noqa: BLE001 - belongs to the consumer: a dead thread would hang it
+                if self._closed:
+                    return
+                self._fail(fault)
+                continue
             for expert, error in landed:
                 self._staged(expert, error)
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from finemoe.aside import HostCompute, measure
 from finemoe.checkpoint import Catalog, LayerLayout
-from finemoe.checkpoint.catalog import PAGE_BYTES, PLACED_BYTES
+from finemoe.checkpoint.catalog import PAGE_BYTES, PLACED_BYTES, round_up
 from finemoe.config import format_bytes, parse_budget
 from finemoe.device import Device
 from finemoe.engine import Engine
 from finemoe.errors import BudgetError, ConfigError, InvariantError
-from finemoe.experts import ExpertLayer, Kernel, field_views
+from finemoe.experts import ExpertLayer, Kernel, Views, field_views
 from finemoe.link import Link, Piece
 from finemoe.metrics import Counters
 from finemoe.stalls import Stalls
@@ -43,7 +43,7 @@ def arranged(layout: LayerLayout, dtypes: Dtypes) -> LayerLayout:
         length = int(torch.Size(field.shape).numel()) * dtype.itemsize
         plain = {"stored_shape": field.shape, "dtype": dtype, "length_bytes": length}
         fields.append(replace(field, transposed=False, order=None, **plain))  # type: ignore[arg-type] # by name
-        offsets.append(_round_up(end, ALIGN_BYTES))
+        offsets.append(round_up(end, ALIGN_BYTES))
         end = offsets[-1] + length
     everyone = (tuple(offsets),) * layout.experts
     return replace(layout, fields=tuple(fields), offsets_bytes=everyone, length_bytes=end)
@@ -72,7 +72,7 @@ class Tiers:
         self._catalog = catalog
         self.layouts = tuple(arranged(layout, own) for layout, own in zip(catalog.layouts, dtypes, strict=True))
         largest = max(layout.length_bytes for layout in self.layouts)
-        self.slot_bytes = _round_up(largest, PAGE_BYTES if largest >= PLACED_BYTES else ALIGN_BYTES)
+        self.slot_bytes = round_up(largest, PAGE_BYTES if largest >= PLACED_BYTES else ALIGN_BYTES)
         self._host_slot_bytes = max(self.slot_bytes, catalog.slot_bytes)  # read in one form, kept in the other
         self._as_stored = all(map(_same, catalog.layouts, self.layouts))  # but for its place
         self._most = max(layout.experts for layout in self.layouts)
@@ -175,12 +175,14 @@ class Tiers:
         self.stalls.settle(wait=True)
         self.touched.settle()
 
-    def layer(self, engine: Engine, lock: threading.RLock, layer: int, dtypes: Dtypes) -> DeviceExpertLayer:
+    def layer(
+        self, engine: Engine, lock: threading.RLock, layer: int, dtypes: Dtypes, views: Views
+    ) -> DeviceExpertLayer:
         """A handle for an experts module."""
         assert self.pool is not None
         layout = self.layouts[layer]
         handle = DeviceExpertLayer(
-            engine, lock, layer, layout, dtypes, self.pool, stalls=self.stalls, touched=self.touched
+            engine, lock, layer, layout, dtypes, self.pool, stalls=self.stalls, touched=self.touched, views=views
         )
         handle.first = None if self._firsts is None else self._firsts[layer]
         return handle
@@ -272,7 +274,3 @@ def _computes_anywhere(layer: ExpertLayer, module: Any) -> bool:
 def _same(stored: LayerLayout, wanted: LayerLayout) -> bool:
     """Whether the checkpoint's parameters are those of the device's slot, byte for byte."""
     return all(s.in_place and s.dtype == w.dtype for s, w in zip(stored.fields, wanted.fields, strict=True))
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -231,17 +232,21 @@ class Offload:
             if self._closed:
                 return
             self._closed = True
-            if self._tiers is not None:
-                self._tiers.close()
-            self._engine.transfer.close()
-            policy = self._engine.controller.policy
-            learned = policy.finish() if isinstance(policy, Beside) else policy
-            for layer in self._layers:
-                layer.close()
-            self._engine.pool.close()
-            self._store.close()
-            if self._keeper is not None and learned is not None:
-                self._keeper.keep(learned)
+            with ExitStack() as rest:  # from its end on; a Ctrl-C that breaks one off does not keep back the others
+                rest.callback(self._keep)
+                rest.callback(self._store.close)
+                rest.callback(self._engine.pool.close)
+                for layer in self._layers:
+                    rest.callback(layer.close)
+                rest.callback(self._engine.transfer.close)
+                if self._tiers is not None:
+                    rest.callback(self._tiers.close)
+
+    def _keep(self) -> None:
+        policy = self._engine.controller.policy
+        learned = policy.finish() if isinstance(policy, Beside) else policy
+        if self._keeper is not None and learned is not None:
+            self._keeper.keep(learned)
 
 
 class OffloadedModel:

@@ -18,7 +18,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from finemoe.checkpoint import Catalog, Checkpoint, Field, LayerLayout, Quantised, TensorHeader
-from finemoe.checkpoint.catalog import ALIGN_BYTES, PAGE_BYTES, PLACED_BYTES
+from finemoe.checkpoint.catalog import ALIGN_BYTES, PAGE_BYTES, PLACED_BYTES, round_up
 from finemoe.checkpoint.fingerprint import files_fingerprint, fingerprint
 from finemoe.checkpoint.headers import evict_from_page_cache
 from finemoe.config import format_bytes
@@ -187,7 +187,7 @@ def _plan(layout: LayerLayout, scheme: Scheme) -> LayerLayout:
 
     def add(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         nonlocal end_bytes
-        offsets_bytes.append(_round_up(end_bytes, ALIGN_BYTES))
+        offsets_bytes.append(round_up(end_bytes, ALIGN_BYTES))
         length_bytes = torch.Size(shape).numel() * dtype.itemsize
         fields.append(Field(name, shape, shape, dtype, length_bytes))
         end_bytes = offsets_bytes[-1] + length_bytes
@@ -229,17 +229,13 @@ def _header(layout: LayerLayout, scheme: Scheme) -> bytes:
         _TENSOR: {"dtype": "U8", "shape": [layout.experts, record], "data_offsets": [0, layout.experts * record]},
     }
     text = json.dumps(table).encode()
-    text = text.ljust(_round_up(8 + len(text), PAGE_BYTES) - 8)
+    text = text.ljust(round_up(8 + len(text), PAGE_BYTES) - 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def _record_bytes(layout: LayerLayout) -> int:
     large = layout.length_bytes >= PLACED_BYTES
-    return _round_up(layout.length_bytes, PAGE_BYTES if large else ALIGN_BYTES)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    return round_up(layout.length_bytes, PAGE_BYTES if large else ALIGN_BYTES)
 
 
 def _read(store: DiskStore, expert: ExpertId, into: Tensor) -> None:

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finemoe.checkpoint import Catalog
+from finemoe.checkpoint.catalog import PAGE_BYTES, round_up
 from finemoe.types import ExpertId, Run
 
-PAGE_BYTES = 4096
 CHUNK_BYTES = 2 << 20  # the largest read that callers should ask for at once
 
 
@@ -147,7 +147,7 @@ class DiskStore:
         first = offset_bytes // PAGE_BYTES * PAGE_BYTES
         head = offset_bytes - first
         wanted = head + len(into)
-        window = memoryview(self._buffers.memory)[: -(-wanted // PAGE_BYTES) * PAGE_BYTES]
+        window = memoryview(self._buffers.memory)[: round_up(wanted, PAGE_BYTES)]
         done = 0
         while done < wanted:  # the last page of a file comes back short, and that is enough
             got = os.preadv(self._descriptors[file], [window[done:]], first + done)

@@ -45,6 +45,7 @@ class Slots:
         self.starts = tuple(accumulate(slots, initial=0))  # of device i: the slots from starts[i] to starts[i + 1]
         self._slot: dict[ExpertId, int] = {}  # loading or ready
         self._loading: set[ExpertId] = set()
+        self._ready = 0  # counted, so that whoever asks without a lock never counts one that is on its way
         self._pins: Counter[ExpertId] = Counter()
         self._free = self._all_free()
 
@@ -54,8 +55,8 @@ class Slots:
 
     @property
     def resident(self) -> int:
-        """How many experts are ready."""
-        return len(self._slot) - len(self._loading)
+        """How many experts are ready. May be asked from any thread, while others change the pool."""
+        return self._ready
 
     @property
     def free(self) -> int:
@@ -86,6 +87,7 @@ class Slots:
                 raise InvariantError(f"{victim} is not ready and can't make room for {expert}")
             if self._pins[victim]:
                 raise InvariantError(f"{victim} is in use and can't make room for {expert}")
+            self._ready -= 1
             slot = self._slot.pop(victim)
         self._slot[expert] = slot
         self._loading.add(expert)
@@ -96,6 +98,7 @@ class Slots:
         if expert not in self._loading:
             raise InvariantError(f"{expert} landed without being expected")
         self._loading.remove(expert)
+        self._ready += 1
 
     def failed(self, expert: ExpertId) -> None:
         """The expert's bytes will not come; its slot is free again."""
@@ -129,6 +132,7 @@ class Slots:
 
     def clear(self) -> None:
         """Forget everything: all slots are free. Only when no transfer writes to them any more."""
+        self._ready = 0
         self._slot.clear()
         self._loading.clear()
         self._pins.clear()
@@ -139,6 +143,8 @@ class Slots:
         used = sorted([*self._slot.values(), *chain(*self._free)])
         if used != list(range(self.slots)):
             raise InvariantError(f"slots are lost or shared: {used}")
+        if self._ready != len(self._slot) - len(self._loading):
+            raise InvariantError(f"{self._ready} experts are counted as ready, of {len(self._slot)} with a slot")
         for expert in self._loading:
             if expert not in self._slot:
                 raise InvariantError(f"{expert} is loading without a slot")
