@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finemoe.aside import Aside, Costs, fit, share
+from finemoe.types import ExpertId
 from tests.device.test_load import Load, load
 from tests.tiny import Make, eager, logits
 
@@ -44,9 +45,11 @@ def test_what_is_not_taken_on_is_let_go_of_even_where_choosing_fails() -> None:
     def refuse(*_: object) -> None:
         raise RuntimeError("cannot schedule new futures after shutdown")
 
-    link = SimpleNamespace(
-        hold=lambda expert: held.append(expert.expert) or torch.zeros(1), release=lambda e: held.remove(e.expert)
-    )
+    def hold(expert: ExpertId) -> torch.Tensor:
+        held.append(expert.expert)
+        return torch.zeros(1)
+
+    link = SimpleNamespace(hold=hold, release=lambda expert: held.remove(expert.expert))
     costs = Costs(copy_s=1, fixed_s=0.4, row_s=0)
     host: Any = SimpleNamespace(link=link, costs=costs, submit=lambda *_: None)
     tokens = {0: [0], 1: [0], 2: [0]}
