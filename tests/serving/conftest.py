@@ -1,9 +1,12 @@
-"""Workers on tiny models in float32: where rounding is small, answers do not depend on what else runs."""
+"""Workers on tiny models in float32: where rounding is small, answers do not depend on what else runs. And scripts."""
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from finemoe.serving.config import ServeConfig
 from finemoe.serving.worker import BatchingWorker
 from tests.tiny import Make, eager
 
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 Serve = Callable[..., BatchingWorker]
 SMALL: dict[str, Any] = {"cache_bytes": "1MiB", "max_batch_tokens": 16, "max_running": 4}
 
@@ -57,3 +61,15 @@ def whole(tiny: Make) -> Any:
 def offloaded(tiny: Make) -> Iterator[Any]:
     with finemoe.load(tiny(), expert_memory="40%") as model:
         yield model
+
+
+@pytest.fixture(scope="package")
+def scripts() -> Iterator[Callable[[str], Any]]:
+    """Imports programs of `scripts` by their names."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(SCRIPTS))
+    yield importlib.import_module
+    sys.path.remove(str(SCRIPTS))
+    for path in SCRIPTS.glob("*.py"):
+        if path.stem not in before:
+            sys.modules.pop(path.stem, None)

@@ -41,6 +41,7 @@ class FakeWorker:
         self.may_step = threading.Event()  # cleared: the model hangs
         self.may_step.set()
         self.longest_prompt = 1 << 20
+        self.failed: str | None = None
         self._max_running = max_running
         self._vocabulary_size = vocabulary_size
         self._changed = threading.Condition()
@@ -55,7 +56,7 @@ class FakeWorker:
         if len(job.prompt) > self.longest_prompt:
             raise ValueError(f"the prompt's {len(job.prompt)} tokens never fit the key-value cache")
         with self._changed:
-            if not self._taking:
+            if not self._taking or self.failed:
                 raise RuntimeError("the worker takes no more jobs")
             self.jobs.append(job)
             self._waiting.append((job, listener))
@@ -74,6 +75,9 @@ class FakeWorker:
     def load(self) -> Load:
         with self._changed:
             return Load(len(self._running), len(self._waiting), 64 - len(self._running), 64)
+
+    def failure(self) -> str | None:
+        return self.failed
 
     def drain(self, timeout_s: float) -> bool:
         with self._changed:

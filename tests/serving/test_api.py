@@ -426,6 +426,16 @@ def test_a_key_is_asked_for_and_nothing_else_opens() -> None:
         assert opened.status_code == 200
 
 
+def test_a_model_that_is_dead_is_told_to_probes_and_clients() -> None:
+    with fake() as server:
+        server.worker.failed = "the model's thread has failed (OSError: /secret/path)"
+        for response in (server.client.get("/health"), server.client.get("/ready"), server.chat()):
+            error = refusal(response, 503)
+            assert error["code"] == "model_failed"
+            assert error["message"].startswith("the model's thread has failed; ")
+        assert server.client.get("/metrics").status_code == 200
+
+
 def test_every_response_has_a_request_id() -> None:
     with fake() as server:
         assert server.client.get("/health").headers["x-request-id"].startswith("req-")

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,6 +104,16 @@ def test_answers_have_the_shapes_that_the_document_says(client: TestClient) -> N
     assert "422" not in document
 
 
+def test_the_page_calls_the_model_what_requests_call_it(offload: FakeOffload) -> None:
+    worker = FakeWorker(say(TEXT), 4)
+    house = make_house(worker)
+    page = routes(Source(offload, Progress(), worker.load, "our/model"))
+    with TestClient(make_app(house, routers=[page])) as client:
+        assert client.get("/v1/live").json()["model"] == "our/model"
+    worker.close()
+    house.prompts.close()
+
+
 @pytest.mark.parametrize("query", ["since=soon", "since=-1", "since=nan", "since=1e999", "until=3", "since=1&all=1"])
 @pytest.mark.parametrize("path", ["/v1/experts", "/v1/live"])
 def test_what_can_not_be_asked_is_refused_by_name(client: TestClient, path: str, query: str) -> None:
@@ -157,6 +168,7 @@ def test_a_real_model_is_watched_from_the_start(tiny: Make) -> None:
             assert sum(table["misses"]) == stats.misses > 0
             assert sum(state == 2 for state in table["state"]) == stats.resident
             live = client.get("/v1/live").json()
+            assert live["model"] == Path(model.finemoe.checkpoint.folder).name
             assert (live["misses"], live["slots"]) == (stats.misses, stats.slots)
         worker.close()
         house.prompts.close()

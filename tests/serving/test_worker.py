@@ -186,10 +186,12 @@ def test_a_thread_that_fails_says_so_to_every_job(offloaded: Any, monkeypatch: p
         worker.submit(Job("runs", a_prompt(5), LONG), ear)
         worker.submit(Job("waits", a_prompt(5), LONG), ear)
         ear.wait_for_tokens("runs", 1)
+        assert worker.failure() is None
         monkeypatch.setattr(worker, "_deliver", fails)
         failed = Finished("error", "the model's thread has failed (MemoryError: no more)")
         assert ear.wait("runs", "waits") == [failed, failed]
-        with pytest.raises(RuntimeError, match="shutting down"):
+        assert worker.failure() == failed.message
+        with pytest.raises(RuntimeError, match="has failed"):
             worker.submit(Job("late", a_prompt(5), 20), ear)
 
 

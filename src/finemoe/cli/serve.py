@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
             with closing(BatchingWorker(model, config)) as worker:
                 progress = Progress()
                 house = House(served(model, tokenizer, worker, config, worker.capacity_tokens), progress)
-                page = routes(Source(model.finemoe, progress, worker.load))
+                page = routes(Source(model.finemoe, progress, worker.load, house.served.name))
                 server = Server(make_app(house, api_key=api_key, routers=[page]), house)
                 unmap_idle_code()
                 arguments.interrupts.check()

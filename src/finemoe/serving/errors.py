@@ -72,6 +72,11 @@ def bad_value(param: str, message: str, code: str = "invalid_value") -> ApiError
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 
 
+def model_failed() -> ApiError:
+    """503: the thread that ran the model has ended; nothing but a restart helps."""
+    return ApiError(503, "the model's thread has failed; restart the server, its log says why", code="model_failed")
+
+
 async def on_http_exception(_: Request, error: Exception) -> JSONResponse:
     """Starlette's own refusals (404, 405) in the same shape."""
     assert isinstance(error, HTTPException)

@@ -91,6 +91,9 @@ class Worker(Protocol):
 
     def load(self) -> Load: ...
 
+    def failure(self) -> str | None:
+        """Why no job can run any more, in one line, if the thread has ended by itself; else `None`."""
+
     def drain(self, timeout_s: float) -> bool:
         """Take no more jobs and wait for those at hand. Returns whether all finished; the others are cancelled."""
 

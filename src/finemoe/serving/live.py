@@ -36,11 +36,13 @@ class Source:
         offload: `model.finemoe`.
         progress: the server tells it of tokens and times.
         load: the worker's.
+        name: of the model, in requests; `None`: its own.
     """
 
     offload: Offloaded
     progress: Progress
     load: Callable[[], Load]
+    name: str | None = None
 
 
 @dataclass(frozen=True)

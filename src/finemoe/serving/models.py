@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from finemoe.serving.documents import Responses, refusals
-from finemoe.serving.errors import ApiError
+from finemoe.serving.errors import ApiError, model_failed
 from finemoe.serving.house import House
 from finemoe.serving.objects import Model, ModelList, Status
 
@@ -45,14 +45,18 @@ def probes(house: House) -> APIRouter:
     """`/health`, `/ready` and `/metrics`."""
     router = APIRouter()
 
-    @router.get("/health")
+    @router.get("/health", responses=refusals(503))
     async def health() -> Status:
-        """Whether the process answers."""
+        """Whether the process answers, and its model's thread is alive."""
+        if house.served.worker.failure() is not None:
+            raise model_failed()
         return Status(status="ok")
 
     @router.get("/ready", responses=refusals(503))
     async def ready() -> Status:
-        """Whether requests are taken: not any more once the server is shutting down."""
+        """Whether requests are taken: not any more once the server is shutting down, or its model has failed."""
+        if house.served.worker.failure() is not None:
+            raise model_failed()
         if house.admission.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
         return Status(status="ok")

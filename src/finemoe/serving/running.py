@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from finemoe.serving.admission import Admission
 from finemoe.serving.answer import Answer, Piece
-from finemoe.serving.errors import ApiError
+from finemoe.serving.errors import ApiError, model_failed
 from finemoe.serving.job import Finished, Job, Token, Worker
 from finemoe.serving.timings import Outcome, Progress, Timings
 
@@ -106,6 +106,8 @@ class Running:
             raise ApiError(400, str(error), code="context_length_exceeded") from error
         except RuntimeError as error:
             self._abandon()
+            if self._shelter.worker.failure() is not None:
+                raise model_failed() from error
             raise ApiError(503, "the server is shutting down", code="shutting_down") from error
         left_s = self.timings.started_s + self._shelter.timeout_s - time.monotonic()
         timer = self._loop.call_later(left_s, self._events.put_nowait, _Event(-1, "timeout"))

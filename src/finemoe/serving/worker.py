@@ -73,6 +73,7 @@ class BatchingWorker:
         self._load = Load(0, 0, self._batch.blocks, self._batch.blocks)
         self._draining = False
         self._closing = False
+        self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="finemoe-model", daemon=True)
         self._thread.start()
 
@@ -90,7 +91,7 @@ class BatchingWorker:
         Raises:
             ValueError: the job can't be run: its prompt is empty, no token ids, or longer than the cache; the message
                 says so.
-            RuntimeError: the worker is draining or closed.
+            RuntimeError: the worker is draining or closed, or has failed.
         """
         prompt, capacity = job.prompt, self.capacity_tokens
         if not prompt:
@@ -108,6 +109,8 @@ class BatchingWorker:
             raise ValueError(f"max_tokens is {job.max_tokens}, and an answer has at least 1")
         running = _Running(job, listener, min(job.max_tokens, capacity - len(prompt) + 1), Sampler(job))
         with self._changed:
+            if self._failure is not None:
+                raise RuntimeError(self._failure)
             if self._draining or self._closing:
                 raise RuntimeError("the server is shutting down; it takes no more jobs")
             if job.name in self._jobs:
@@ -127,6 +130,11 @@ class BatchingWorker:
         with self._changed:
             last = self._load
             return Load(last.running, len(self._jobs) - last.running, last.free_cache_blocks, last.cache_blocks)
+
+    def failure(self) -> str | None:
+        """Why no job can run any more, in one line, if the thread has ended by itself; else `None`."""
+        with self._changed:
+            return self._failure
 
     def drain(self, timeout_s: float) -> bool:
         """Take no more jobs and wait for those at hand. Returns whether all finished; the others are cancelled."""
@@ -148,18 +156,21 @@ class BatchingWorker:
 
     def _run(self) -> None:
         last = Finished("cancelled")
+        failure = None
         try:
             while self._take():
                 self._step()
-        except Exception as error:  # noqa: BLE001 - whatever it is, jobs must hear of it
+        except BaseException as error:  # noqa: BLE001 - whatever it is, jobs must hear of it
             _LOG.exception("the model's thread has failed")
-            last = Finished("error", f"the model's thread has failed ({_message(error)})")
+            failure = f"the model's thread has failed ({_message(error)})"
+            last = Finished("error", failure)
             self._taken.clear()
             with suppress(Exception):  # it may be what has failed
                 self._batch.clear()
         finally:
             with self._changed:
                 self._closing = True
+                self._failure = failure
             for running in list(self._jobs.values()):
                 self._end(running, last)
             self._batch.close()
@@ -280,7 +291,7 @@ class BatchingWorker:
         self._load = Load(running, 0, blocks - self._batch.used_blocks, blocks)
 
 
-def _message(error: Exception) -> str:
+def _message(error: BaseException) -> str:
     """One line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, FinemoeError | ValueError) else f"{type(error).__name__}: {text}"

@@ -15,6 +15,7 @@ from finemoe.serving.live import INTERVAL_S, Live, Source
 from finemoe.serving.page.answers import Experts, Now, SinceSnapshot, SinceTime
 from finemoe.serving.page.files import read_files
 from finemoe.serving.page.snapshots import Snapshots
+from finemoe.serving.served import own_name
 
 
 def routes(source: Source) -> APIRouter:
@@ -55,6 +56,7 @@ def routes(source: Source) -> APIRouter:
     def now(asked: Annotated[SinceTime, Query()]) -> Response:
         """Totals, and the last ten minutes second by second."""
         stats = source.offload.stats().as_dict()
+        stats["model"] = source.name or own_name(stats["model"])
         chosen = {name: stats[name] for name in Now.model_fields if name in stats}
         return _as_json(chosen | {"interval_s": INTERVAL_S, "samples": live.since(asked.since)})
 

@@ -54,7 +54,7 @@ class Samples(BaseModel):
 class Now(BaseModel):
     """What the server runs, its totals since it started, and its last ten minutes."""
 
-    model: str
+    model: str = Field(description="its name in requests")
     policy: str
     interval_s: float
     layers: int

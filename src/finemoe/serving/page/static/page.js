@@ -42,9 +42,8 @@ async function askLive() {
 }
 
 function showTotals() {
-  const name = /^[./~]/.test(now.model) ? now.model.replace(/\/+$/, "").split("/").pop() : now.model; // of a folder
-  $("model").textContent = name;
-  document.title = `${name} – finemoe`;
+  $("model").textContent = now.model;
+  document.title = `${now.model} – finemoe`;
   $("policy").textContent = now.policy;
   $("policy").hidden = false;
   $("held").hidden = now.link_bandwidth_bytes_s === null;

@@ -1,0 +1,60 @@
+"""The parts of `finemoe serve` in this process, for programs that look at them from within."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from finemoe.serving.app import make_app
+from finemoe.serving.config import ServeConfig
+from finemoe.serving.house import House
+from finemoe.serving.live import Source
+from finemoe.serving.page import routes
+from finemoe.serving.progress import Progress
+from finemoe.serving.served import served
+from finemoe.serving.server import Server, address_of, reserve
+from finemoe.serving.worker import BatchingWorker
+from finemoe.session import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A server that does not run yet."""
+
+    house: House
+    worker: BatchingWorker
+    server: Server
+    taken: socket.socket
+
+    @property
+    def url(self) -> str:
+        return address_of(self.taken)
+
+
+@contextmanager
+def server_parts(model: Any, config: ServeConfig) -> Iterator[Parts]:
+    """As the command makes them, the live page included; the worker is closed in the end."""
+    with closing(reserve(config)) as taken, closing(BatchingWorker(model, config)) as worker:
+        progress, tokenizer = Progress(), load_tokenizer(model.finemoe.checkpoint.folder)
+        house = House(served(model, tokenizer, worker, config, worker.capacity_tokens), progress)
+        page = routes(Source(model.finemoe, progress, worker.load, house.served.name))
+        yield Parts(house, worker, Server(make_app(house, routers=[page]), house), taken)
+
+
+@contextmanager
+def running(parts: Parts) -> Iterator[None]:
+    """The server runs on a thread, until the block ends."""
+    ready = threading.Event()
+    thread = threading.Thread(target=parts.server.run, args=(parts.taken, ready.set), name="server")
+    thread.start()
+    if not ready.wait(60):
+        raise SystemExit("the server does not start")
+    try:
+        yield
+    finally:
+        parts.server.stop()
+        thread.join()
