@@ -18,6 +18,7 @@ from finemoe.model.divert import diverted
 from finemoe.model.find import model_class, read_config, refuse_made_up, transformers_errors
 from finemoe.model.loading import Loading
 from finemoe.policy import policy_class
+from finemoe.process import release_threads
 
 
 def load(
@@ -138,10 +139,12 @@ def load_config(config: LoadConfig) -> Any:
                 output_loading_info=True,
             )
         refuse_made_up(info)
-        return loading.finish(model)
+        offloaded = loading.finish(model)
     except BaseException:
         loading.undo()
         raise
+    release_threads()  # another thread may run it
+    return offloaded
 
 
 def policy_options(config: LoadConfig, checkpoint: Checkpoint, headers: dict[str, TensorHeader]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from finemoe.errors import FinemoeError, UnsupportedModelError
 from finemoe.model.observe import Piece
+from finemoe.process import release_threads
 from finemoe.serving.config import ServeConfig
 from finemoe.serving.job import Finished, Job, Listener, Load, Token
 from finemoe.serving.paged import PagedBatch, Part
@@ -67,6 +68,7 @@ class BatchingWorker:
             )
         except UnsupportedModelError as error:
             self._batch = self._single(error)
+        release_threads()  # that filled the cache here: the model's thread needs the cores
         self._changed = threading.Condition()  # guards what follows
         self._jobs: dict[str, _Running] = {}  # submitted and not ended
         self._arrived: deque[_Running] = deque()  # of these, not taken yet
