@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Make:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command of the command line may take this process for its own, and it is left as it was."""
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("finemoe.cli.return_freed_memory", lambda: None)
+    for name in ("TRANSFORMERS_VERBOSITY", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "HF_HUB_VERBOSITY"):
+        monkeypatch.setenv(name, "error")
+    loggers = [logging.getLogger(name) for name in ("finemoe.serving", "uvicorn.error")]
+    before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    yield
+    signal.signal(signal.SIGINT, handler)
+    for logger, handlers, level, propagate in before:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

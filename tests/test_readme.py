@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from finemoe.cli import main
+from tests.bench.rows import run_rows_here
 from tests.chat_model import make_chat_model
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +28,7 @@ def commands() -> list[str]:
 
 USAGE = [command for command in commands() if command.startswith("finemoe ")]
 SERVE = [command for command in commands() if command.startswith("finemoe serve ")]
+(RECORD,) = [command for command in USAGE if command.startswith("finemoe record ")]
 FIRST, *_, LAST = commands()
 
 
@@ -46,10 +49,21 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("command", sorted(set(USAGE) - set(SERVE)))
-def test_command_runs(command: str, folder: Path) -> None:
-    done = run(command, folder)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+@pytest.mark.usefixtures("own_process")
+def test_command_runs(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "<" in command:  # what a shell has to do with
+        done = run(command, folder)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+        return
+    monkeypatch.chdir(folder)
+    run_rows_here(monkeypatch)
+    if "my.trace" in command and command != RECORD and not Path("my.trace").exists():
+        assert main(shlex.split(RECORD)[1:]) == 0  # another process of the tests has run that line
+    assert main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out.strip()
 
 
 def test_the_server_is_started_as_in_its_own_document_whose_commands_are_run() -> None:

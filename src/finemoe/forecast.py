@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -124,11 +124,7 @@ def _memory_bytes_s(sample_bytes: int) -> float:
 
 def _disk_bytes_s(folder: Path | None, sample_bytes: int) -> float:
     with _sample_file(folder, sample_bytes) as path:
-        flags = os.O_RDONLY | getattr(os, "O_DIRECT", 0)
-        try:
-            descriptor = os.open(path, flags)
-        except OSError:  # no direct I/O there
-            descriptor = os.open(path, os.O_RDONLY)
+        descriptor = _open_past_cache(path)
         try:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -144,6 +140,19 @@ def _disk_bytes_s(folder: Path | None, sample_bytes: int) -> float:
                 return done / (time.perf_counter() - start_s)
         finally:
             os.close(descriptor)
+
+
+def _open_past_cache(path: Path) -> int:
+    """A descriptor of `path`, for direct reads where these can be had."""
+    with suppress(AttributeError, OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        try:
+            os.preadv(descriptor, [mmap.mmap(-1, PAGE_BYTES)], 0)  # some accept the flag and refuse the read
+        except OSError:
+            os.close(descriptor)
+            raise
+        return descriptor
+    return os.open(path, os.O_RDONLY)
 
 
 @contextmanager

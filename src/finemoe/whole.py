@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -14,27 +15,31 @@ from finemoe.metrics import Counters
 class Touched:
     """Counts distinct experts on the device, so that a hit is not waited for to be counted.
 
+    The model's thread notes; whoever asks for statistics settles, from any thread.
+
     Args:
         counters: of the engine.
     """
 
     def __init__(self, counters: Counters) -> None:
         self.counters = counters
+        self._lock = threading.Lock()
         self._hits: Tensor | None = None  # int64, on the device
 
     def note(self, index: Tensor, experts: int) -> None:
         """A layer of so many experts executed `index` `[T, K]`."""
-        if self._hits is None:
-            self._hits = torch.zeros((), dtype=torch.int64, device=index.device)
         seen = torch.zeros(experts + 1, dtype=torch.int64, device=index.device)
         seen[index.reshape(-1).clamp(max=experts)] = 1
-        self._hits += seen[:experts].sum()
+        hits = seen[:experts].sum()
+        with self._lock:
+            self._hits = hits if self._hits is None else self._hits.add_(hits)
 
     def settle(self) -> None:
         """Add what was noted to the counters. Waits for the device."""
-        if self._hits is not None:
-            self.counters.hits += int(self._hits)
-            self._hits = None
+        with self._lock:
+            hits, self._hits = self._hits, None
+        if hits is not None:
+            self.counters.hits += int(hits)
 
 
 def run_whole(module: Any, parameters: dict[str, Tensor], hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:

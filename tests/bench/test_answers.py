@@ -161,7 +161,7 @@ def test_a_trace_of_another_shape_teaches_nothing(folder: Path) -> None:
         teach(other, folder / "store.trace")
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
 def test_all_policies_and_budgets_answer_alike(folder: Path) -> None:
     log: list[str] = []
     config = BenchConfig(

@@ -49,7 +49,7 @@ def test_the_text_is_cut_and_there_is_one_without_a_file(folder: Path, tmp_path:
         read_text(config, checkpoint)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
 def test_a_lossy_row_is_compared_with_the_exact_one(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,7 @@ def test_rows_are_measured_and_agree_and_one_that_fails_does_not_stop_the_others
     assert "transformers disk offload" in render(report)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_disk_offload_alone_has_no_memory_to_match(tiny: Make) -> None:
     report = run_bench(settings(tiny(), expert_memory="1B", baselines="disk-offload"), lambda _: None)
     assert "no finemoe row" in (report.rows[1].error or "")
@@ -62,7 +63,7 @@ def test_an_unknown_policy_is_refused(tiny: Make) -> None:
         run_bench(settings(tiny(), policy="lucky"), lambda _: None)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
 def test_all_rows_replay_the_same_routing(tiny: Make, tmp_path: Path) -> None:
     folder, trace = tiny(dtype="bfloat16"), tmp_path / "trace"
     sizes = describe(str(folder))

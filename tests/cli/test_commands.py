@@ -5,22 +5,21 @@ from __future__ import annotations
 import errno
 import io
 import json
-import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finemoe import __version__, cli
+from finemoe import __version__
 from finemoe.cli import COMMANDS, INTERRUPTED, main
 from finemoe.config import GenerateConfig, LoadConfig
 from finemoe.store import DiskStore
 from tests.chat_model import make_chat_model
 from tests.trace.make import make_header, make_trace
 
+pytestmark = pytest.mark.usefixtures("own_process")
 Capture = pytest.CaptureFixture[str]
 CONTRACT = {
     "text", "tokens", "hit_rate", "late_rate", "miss_rate", "ttft_s", "tpot_s", "tok_s", "bytes_read", "stall_s",
@@ -31,16 +30,6 @@ CONTRACT = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_chat_model(tmp_path_factory.mktemp("cli") / "tiny"))
-
-
-@pytest.fixture(autouse=True)
-def _leave_this_process_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(cli, "return_freed_memory", lambda: None)
-    for name in ("TRANSFORMERS_VERBOSITY", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "HF_HUB_VERBOSITY"):
-        monkeypatch.setenv(name, "error")
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 
 def refused(capsys: Capture, *arguments: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shlex
@@ -22,7 +21,6 @@ from pathlib import Path
 import openai
 import pytest
 
-from finemoe import cli
 from finemoe.cli import INTERRUPTED, main
 from finemoe.config import LoadConfig
 from finemoe.serving.config import ServeConfig
@@ -96,22 +94,7 @@ def refused(capsys: Capture, *arguments: str) -> str:
     return errors.rstrip("\n").rpartition("\n")[2].removeprefix("finemoe: error: ")
 
 
-@pytest.fixture
-def _leave_this_process_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(cli, "return_freed_memory", lambda: None)
-    for name in ("TRANSFORMERS_VERBOSITY", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "HF_HUB_VERBOSITY"):
-        monkeypatch.setenv(name, "error")
-    loggers = [logging.getLogger(name) for name in ("finemoe.serving", "uvicorn.error")]
-    before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
-    yield
-    signal.signal(signal.SIGINT, handler)
-    for logger, handlers, level, propagate in before:
-        logger.handlers[:], logger.propagate = handlers, propagate
-        logger.setLevel(level)
-
-
-@pytest.mark.usefixtures("_leave_this_process_as_it_is")
+@pytest.mark.usefixtures("own_process")
 def test_bad_input_is_refused_before_a_model_is_loaded(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     where = "--model", "/no/where"
     with reserve(ServeConfig(port=0)) as taken:

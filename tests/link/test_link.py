@@ -18,7 +18,6 @@ from finemoe.checkpoint import LayerLayout
 from finemoe.engine import Engine
 from finemoe.errors import ExpertReadError
 from finemoe.link import Link, Piece, cut, lane
-from finemoe.link import transfer as link_transfer
 from finemoe.policy import make_controller
 from finemoe.stalls import Stalls
 from finemoe.store import DevicePool, HostTier
@@ -101,8 +100,8 @@ def rig(
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_transfer, "CHUNK_BYTES", 40)  # neither a half nor an expert is a whole number of them
-    monkeypatch.setattr(link_transfer, "URGENT_CHUNK_BYTES", 100)
+    monkeypatch.setattr(lane, "CHUNK_BYTES", 40)  # neither a half nor an expert is a whole number of them
+    monkeypatch.setattr(lane, "URGENT_CHUNK_BYTES", 100)
 
 
 def wait_until(true: Callable[[], bool]) -> None:

@@ -117,6 +117,14 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     assert not list(cache.rglob("layer-*"))
 
 
+def test_a_cache_that_can_not_be_written_to_is_named(tiny: Make, cache: Path) -> None:
+    cache.write_text("a file")
+    with pytest.raises(
+        ConfigError, match=r"^--expert-dtype: .*can't be written to \(.*\); point FINEMOE_CACHE elsewhere"
+    ):
+        finemoe.load(tiny("mixtral", "bfloat16"), expert_dtype="int8")
+
+
 def test_what_is_quantised_already_is_refused(tmp_path: Path) -> None:
     folder = fp8(tmp_path, "mixtral")
     with pytest.raises(ConfigError, match=r"^--expert-dtype: this checkpoint's experts are stored as fp8 already"):

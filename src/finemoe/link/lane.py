@@ -90,6 +90,27 @@ class Lane:
             return self.later[0]
         return None
 
+    def add(self, job: Job) -> None:
+        """Queue a job, whose source is known."""
+        (self.urgent if job.urgent else self.later).append(job)
+        self.work.notify()
+
+    def drop(self, job: Job) -> bool:
+        """Take a job out of its queue. Returns whether it was in one: not if it was sent, or has no source yet."""
+        for queue in (self.urgent, self.later):
+            if job in queue:
+                queue.remove(job)
+                return True
+        return False
+
+    def begin(self, job: Job) -> None:
+        """A chunk of the job is about to be sent; a job leaves its queue with its last one."""
+        job.sent_bytes += min(job.left_bytes, URGENT_CHUNK_BYTES if job.urgent else CHUNK_BYTES)
+        job.flying += 1
+        self.sending = True
+        if not job.left_bytes:
+            self.drop(job)
+
     @property
     def idle(self) -> bool:
         """Whether a prefetch would be sent at once."""

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Container, Sequence
-from contextlib import suppress
 
 from torch import Tensor
 
 from finemoe.device import Device
-from finemoe.link.lane import CHUNK_BYTES, URGENT_CHUNK_BYTES, Chunk, Job, Lane, Pieces, cut
+from finemoe.link.lane import Chunk, Job, Lane, Pieces, cut
 from finemoe.store import Arrival, DeviceSlot, HostTier
 from finemoe.transfer import ReaderThreads
 from finemoe.types import ExpertId, Landed, Withdrawn
@@ -118,10 +117,8 @@ class Link:
                 return
             job.urgent = True
             lane = self._lanes[job.slot.device]
-            if job in lane.later:
-                lane.later.remove(job)
-                lane.urgent.append(job)
-                lane.work.notify()
+            if lane.drop(job):
+                lane.add(job)
             if expert in self._reading:
                 self._readers.hasten(expert)
 
@@ -134,8 +131,7 @@ class Link:
             job = self._jobs.get(expert)
             if job is None or job.urgent:
                 return
-            with suppress(ValueError):  # it is not sent yet
-                self._lanes[job.slot.device].later.remove(job)
+            self._lanes[job.slot.device].drop(job)
             self._report(job, Withdrawn())
 
     def nudge(self) -> None:
@@ -215,9 +211,7 @@ class Link:
         """Queue the job at its lane if the host tier has its expert; if not, have it read first."""
         job.source = self.host.take(job.expert)
         if job.source is not None:
-            lane = self._lanes[job.slot.device]
-            (lane.urgent if job.urgent else lane.later).append(job)
-            lane.work.notify()
+            self._lanes[job.slot.device].add(job)
         elif job.expert in self._reading:
             if job.urgent:
                 self._readers.hasten(job.expert)
@@ -275,7 +269,7 @@ class Link:
                 begin = job.sent_bytes if job is not None else 0
                 ask = self.when_idle if job is None and self._may_ask(lane) else None
                 if job is not None:
-                    self._begin(lane, job)
+                    lane.begin(job)
                 elif ask is not None:
                     lane.ask = False
             if job is not None:
@@ -304,16 +298,8 @@ class Link:
     def _may_ask(self, lane: Lane) -> bool:
         return lane.ask and self.when_idle is not None and lane.idle and not self._closed
 
-    def _begin(self, lane: Lane, job: Job) -> None:
-        """A chunk of the job is about to be sent; a job leaves its queue with its last one."""
-        job.sent_bytes += min(job.left_bytes, URGENT_CHUNK_BYTES if job.urgent else CHUNK_BYTES)
-        job.flying += 1
-        lane.sending = True
-        if not job.left_bytes:
-            (lane.urgent if lane.urgent and lane.urgent[0] is job else lane.later).remove(job)
-
     def _send(self, lane: Lane, job: Job, begin: int) -> None:
-        """Hand the bytes from `begin` to what `_begin` said over to the copy stream."""
+        """Hand the bytes from `begin` to what `Lane.begin` said over to the copy stream."""
         end, source, slot, device = job.sent_bytes, job.source, job.slot, lane.device
         error, copied = None, None
         try:
@@ -331,9 +317,7 @@ class Link:
             lane.sending = False
             if copied is None:
                 job.flying -= 1
-                for queue in (lane.urgent, lane.later):
-                    with suppress(ValueError):
-                        queue.remove(job)
+                lane.drop(job)
             else:
                 lane.flying.append(Chunk(job, copied, end - begin))
             if error is not None and not job.over:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +93,15 @@ class ExpertCopy:
             progress: a bar on standard error; by default on a terminal only.
 
         Raises:
-            ConfigError: the disk is too full; the message says by how much.
-            OSError: reading or writing failed.
+            ConfigError: the folder can't be written to, or the disk is too full; the message says by how much.
+            OSError: reading failed.
         """
         if not self._missing():
             return
         require_torchao()
         from tqdm import tqdm
 
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._folder / ".lock"):
+        with self._alone():
             missing = self._missing()
             self._require_disk(missing)
             total = sum(self.catalog.layouts[layer].experts for layer in missing)
@@ -109,6 +109,22 @@ class ExpertCopy:
             with tqdm(total=total, unit=" experts", desc=title, disable=_hidden(progress)) as bar:
                 for layer in missing:
                     self._write_layer(layer, store, bar)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        lock = FileLock(self._folder / ".lock")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except OSError as error:
+            raise ConfigError(
+                f"--expert-dtype: {self._folder}, where the copy of the experts belongs, can't be written to "
+                f"({error.strerror or error}); point FINEMOE_CACHE elsewhere"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _missing(self) -> list[int]:
         return [layer for layer, file in enumerate(self.files) if not self._whole(layer, file)]
