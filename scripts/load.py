@@ -192,9 +192,9 @@ class Load:
         report = self.report
         come = window(self.arrivals, report["rate"], self.given.skip_s + repeat * window_s, window_s)
         asks = fill(come, self.measured, self.lengths, self.encode, self.decode, repeat * len(self.measured) // 2)
-        own = None if store is None else self.folder / "own.maps"  # it adds to it
-        if own is not None:
-            shutil.copy(store, own)
+        own = None
+        if store is not None and store.exists():
+            own = shutil.copy(store, self.folder / "own.maps")  # it adds to it
         cell: dict[str, Any] = {"policy": policy, "repeat": repeat, "asked": len(asks), "requests": []}
         report["cells"].append(cell)
         tell(f"{policy}, repeat {repeat + 1}: {len(asks)} requests in {window_s:.0f} s")
@@ -342,9 +342,10 @@ def main() -> None:
             load.run()
         except KeyboardInterrupt:
             tell("cut short")
-        load.write()
-        if any(cell["requests"] for cell in load.report["cells"]):
-            print(render(load.report))
+        finally:  # a server that fails does not take with it what was measured before
+            load.write()
+            if any(cell["requests"] for cell in load.report["cells"]):
+                print(render(load.report))
 
 
 if __name__ == "__main__":

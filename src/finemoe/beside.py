@@ -10,8 +10,10 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from finemoe.policy import Policy
+from finemoe.policy.book import Scores
 from finemoe.types import Recorded, Routed, Step
 
 _ITERATIONS_BEHIND = 4  # with more than these waiting, an iteration goes unobserved: the policy can't keep up
@@ -41,7 +43,8 @@ class Beside(Policy):
         self.searches = 0  # events that scores were asked of
         self.late = 0  # of these, dropped
         self._events: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
-        self._calls: SimpleQueue[threading.Event | None] = SimpleQueue()  # there are events: None; or a question
+        # there are events: None; or a question
+        self._calls: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._skipping = False  # this iteration goes unobserved
         self._fault: BaseException | None = None
         self._closed = False
@@ -68,10 +71,14 @@ class Beside(Policy):
     def learn(self, recorded: Recorded) -> None:
         self._tell(self.inner.learn, recorded)
 
+    def ask_ahead(self, embedding: npt.NDArray[np.float32], reply: Callable[[Scores | None], object]) -> None:
+        """What the other policy foresees of a prompt; `reply` hears it from the thread, when that gets there."""
+        self._calls.put(lambda: reply(self.inner.foresee(embedding)))
+
     def settle(self) -> None:
         """Returns when everything is thought through. Raises what a thought has raised."""
         done = threading.Event()
-        self._calls.put(done)
+        self._calls.put(done.set)
         while self._thread.is_alive() and not done.wait(0.1):
             pass
         self._raise()
@@ -101,16 +108,16 @@ class Beside(Policy):
     def _run(self) -> None:
         while True:
             question = self._calls.get()
-            while self._events and not self._closed:  # all of them: a Ctrl-C may have kept one from being called out
-                try:
+            try:
+                while self._events and not self._closed:  # all: a Ctrl-C may have kept one from being called out
                     self._think(*self._events.popleft())
-                except BaseException as fault:  # noqa: BLE001 - belongs to whoever tells the next event
-                    self._fault = fault
+                if self._closed:
                     return
-            if self._closed:
+                if question is not None:
+                    question()
+            except BaseException as fault:  # noqa: BLE001 - belongs to whoever tells the next event
+                self._fault = fault
                 return
-            if question is not None:
-                question.set()
 
     def _think(self, what: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self.inner.behind = bool(self._events)

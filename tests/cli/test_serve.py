@@ -105,6 +105,9 @@ def test_bad_input_is_refused_before_a_model_is_loaded(capsys: Capture, monkeypa
         )
     assert refused(capsys, "serve", *where, "--port", "70000").startswith("--port: 70000")
     assert refused(capsys, "serve", *where, "--request-timeout-s", "nan").startswith("--request-timeout-s: nan")
+    assert refused(capsys, "serve", *where, "--schedule", "overlap", "--policy", "lru") == (
+        "--schedule: --policy lru does not foresee what a prompt uses; give --policy finemoe, or fifo"
+    )
     assert refused(capsys, "serve", *where, "--api-key-file", "/no/key").startswith("--api-key-file: ")
     assert refused(capsys, "serve", *where, "--port", "0").startswith("--model: ")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else object())

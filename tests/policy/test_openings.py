@@ -70,6 +70,14 @@ def test_a_prompt_is_known_by_those_like_it_before_any_gate_has_run(without: fro
     here, there = np.eye(4, dtype=np.float32)[:2]
     for i in range(6):
         request(policy, i, here if i % 2 else there, [0, 1] if i % 2 else [2, 3])
+    policy.begin([])  # the last request is over
+    foreseen = policy.foresee(here)
+    if without:
+        assert foreseen is None
+    else:
+        assert foreseen is not None
+        assert foreseen.shape == SIZE
+        assert foreseen[:, :2].min() > foreseen[:, 2:].max() + 0.3
     policy.begin([Step(99, PREFILL, np.zeros(2, np.int32), here)])
     first = policy.expected(0)
     assert first is not None

@@ -50,9 +50,9 @@ def test_a_served_model_is_soaked_and_leaves_nothing(
         "--model",
         str(model),
         "--minutes",
-        "0.05",
+        "0.02",
         "--sample-s",
-        "0.05",
+        "0.02",
     ]
     sizes = ["--warm-up-minutes", "0", "--policy", "lru", "--max-output-tokens", "64", "--cache-bytes", "16MiB"]
     monkeypatch.setattr(sys, "argv", ["soak.py", *flags, *sizes, "--json", str(out)])

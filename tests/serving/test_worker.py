@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,11 +19,13 @@ from finemoe.errors import ConfigError, UnsupportedModelError
 from finemoe.serving.config import ServeConfig
 from finemoe.serving.job import Finished, Job, Load, Token, Worker
 from finemoe.serving.paged import PagedBatch
+from finemoe.serving.schedule import OVERTAKEN
 from finemoe.serving.worker import BatchingWorker
 from finemoe.store import DiskStore
 from finemoe.types import Run
 from tests.serving.conftest import a_prompt, greedy, serving
 from tests.serving.listening import Ear
+from tests.serving.test_server import until
 from tests.tiny import Make
 
 LONG = 400  # tokens: more than a test waits for
@@ -193,6 +197,57 @@ def test_a_thread_that_fails_says_so_to_every_job(offloaded: Any, monkeypatch: p
         assert worker.failure() == failed.message
         with pytest.raises(RuntimeError, match="has failed"):
             worker.submit(Job("late", a_prompt(5), 20), ear)
+
+
+def test_who_needs_the_experts_of_those_that_run_goes_first(offloaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of 3, 4, .. tokens; the even ones are told to use one half of the experts, the odd ones the other."""
+
+    def foresee(prompt: list[int], reply: Callable[[Any], object]) -> None:
+        expected = np.zeros((1, 2))
+        expected[0, len(prompt) % 2] = 1.0
+        reply(expected)
+
+    monkeypatch.setattr(offloaded.finemoe, "foresee", foresee)
+    began: list[str] = []
+    ear = Ear(lambda name, _: began.append(name) if name not in began else None)
+    with serving(offloaded, max_running=2, schedule="overlap") as worker:
+        worker.submit(Job("4 long", a_prompt(4), LONG), ear)
+        ear.wait_for_tokens("4 long", 1)
+        with worker._changed:  # they come together
+            for length in (3, 5, 6, 8, 7, 10):
+                worker.submit(Job(f"{length}", a_prompt(length), 3), ear)
+            worker._jobs["3"].overtaken = OVERTAKEN - 2
+            assert worker.load().waiting == 6
+        worker.cancel("7")
+        ear.wait("3", "5", "6", "7", "8", "10")
+        worker.cancel("4 long")
+        ear.wait("4 long")
+    assert [name for name in began if name != "7"] == ["4 long", "6", "8", "3", "10", "5"]
+
+
+def test_a_waiting_answer_is_foreseen_by_the_policy_and_can_be_cancelled(tiny: Make) -> None:
+    ear = Ear()
+    with (
+        finemoe.load(tiny(), expert_memory="40%", policy="finemoe", map_store="none") as model,
+        serving(model, max_running=1, schedule="overlap") as worker,
+    ):
+        worker.submit(Job("teaches", a_prompt(5), 3), ear)
+        assert ear.wait("teaches") == [Finished("length")]
+        worker.submit(Job("ends", a_prompt(4), 2), ear)  # the policy hears that the one before is over
+        ear.wait("ends")
+        worker.submit(Job("runs", a_prompt(5), LONG), ear)
+        ear.wait_for_tokens("runs", 1)
+        worker.submit(Job("waits", a_prompt(5), 20), ear)
+        running = worker._jobs["waits"]
+        until(lambda: running.expected is not None)
+        assert running.expected is not None
+        assert len(running.expected) == model.finemoe.stats().layers
+        worker.cancel("waits")
+        assert ear.wait("waits") == [Finished("cancelled")]
+        worker.cancel("runs")
+        ear.wait("runs")
+        worker.submit(Job("after", a_prompt(5), 2), ear)
+        assert ear.wait("after") == [Finished("length")]
 
 
 def test_draining_finishes_what_runs_and_takes_no_more(offloaded: Any) -> None:

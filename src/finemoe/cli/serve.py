@@ -8,6 +8,7 @@ from contextlib import closing
 from finemoe.cli.flags import add_flags, read_flags
 from finemoe.config import LoadConfig
 from finemoe.errors import ConfigError
+from finemoe.policy import policy_class
 from finemoe.process import unmap_idle_code
 from finemoe.serving.config import ServeConfig
 
@@ -27,6 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     from finemoe.serving.logs import to_standard_error
     from finemoe.serving.server import address_of, read_api_key, reserve
 
+    refuse_useless_schedule(config, load_config)
     api_key = read_api_key(config)
     with closing(reserve(config)) as taken:  # before the model is loaded: that may take minutes
         from finemoe.model import load_config as load
@@ -54,6 +56,15 @@ def run(arguments: argparse.Namespace) -> int:
     if ended_by_ctrl_c(server):
         raise KeyboardInterrupt
     return 0
+
+
+def refuse_useless_schedule(config: ServeConfig, load_config: LoadConfig) -> None:
+    """Raises `ConfigError` where answers are to be scheduled by what the policy does not know."""
+    if config.schedule == "overlap" and not policy_class(load_config.policy).foresees:
+        raise ConfigError(
+            f"--schedule: --policy {load_config.policy} does not foresee what a prompt uses; give --policy finemoe, or "
+            "fifo"
+        )
 
 
 def refuse_missing_extra() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +24,7 @@ from finemoe.metrics import PerExpert, Stats
 from finemoe.model.devices import Tiers
 from finemoe.model.observe import Evidence, Observer
 from finemoe.policy import book, census
+from finemoe.policy.book import Scores
 from finemoe.store import DiskStore, peak_rss_bytes
 from finemoe.types import Recorded
 
@@ -205,6 +206,19 @@ class Offload:
                 self._engine.controller.census.counts[:] = 0
             self._read_before = self._engine.transfer.moved_bytes
             self._disk_before = self._disk_bytes()
+
+    def foresee(self, token_ids: Sequence[int], reply: Callable[[Scores | None], object]) -> None:
+        """Says what a request will use, by its prompt: `[L, E]`, the share of its tokens for each expert, or `None`.
+
+        `reply` hears it, it may be later, from the policy's thread; not at all if the model is closed before.
+        """
+        policy = self._engine.controller.policy
+        if self.observer is None:
+            reply(None)
+        elif isinstance(policy, Beside):
+            policy.ask_ahead(self.observer.opening(token_ids), reply)
+        else:
+            reply(policy.foresee(self.observer.opening(token_ids)))
 
     def learn(self, requests: Iterable[Recorded]) -> None:
         """The policy takes in requests that were recorded earlier; returns when it has thought them through."""

@@ -35,6 +35,7 @@ class Policy:
         uses: what it does better with, where there is any: of `gates` and `lookahead`.
         substitutes: what stands in where an input of the published policy is missing, by that input's name.
         pauses: does not prefetch while that does not pay (`book.review`).
+        foresees: says what a request will use from its prompt alone (`foresee`).
         remembers: what it learns is worth keeping: `knowledge` hands it out, `recall` takes it in.
         clairvoyant: knows the future: a bound, for the simulator alone.
         compiles: its constructor takes `jit`.
@@ -55,6 +56,7 @@ class Policy:
     uses: ClassVar[frozenset[str]] = frozenset()
     substitutes: ClassVar[Mapping[str, str]] = MappingProxyType({})
     pauses: bool = False
+    foresees: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
     clairvoyant: ClassVar[bool] = False
     compiles: ClassVar[bool] = False
@@ -82,6 +84,15 @@ class Policy:
     def expected(self, layer: int) -> Scores | None:
         """`[E]`: the chance of each expert of `layer` to be needed next, for all that is known; `None`: no guess."""
         del layer
+        return None
+
+    def foresee(self, embedding: npt.NDArray[np.float32]) -> Scores | None:
+        """`[L, E]`: the share of its tokens that a request will send to each expert; `None`: no guess.
+
+        Args:
+            embedding: `[D]`, the mean of its prompt's embeddings.
+        """
+        del embedding
         return None
 
     @property

@@ -132,6 +132,7 @@ class Finemoe(Policy):
 
     uses = frozenset({"gates", "lookahead"})
     prefetches = True
+    foresees = True
     remembers = True
     compiles = True
     parts = ("prefetch", "own", "neighbours", "successors", "context", "tokens", "lookahead", "prompts", "pause")
@@ -294,6 +295,10 @@ class Finemoe(Policy):
     def expected(self, layer: int) -> Scores | None:
         chances = [running.search.chances[0, layer] for running in self._running.values()]
         return 1.0 - np.prod([1.0 - own for own in chances], axis=0) if chances else None
+
+    def foresee(self, embedding: Floats) -> Scores | None:
+        told = None if "prompts" in self.without else self.openings.expect(embedding)
+        return None if told is None else np.asarray(told[1] * told[0] + (1.0 - told[1]) * self._usual)
 
     def _predict(self, trail: Trail, running: _Running, layer: int) -> None:
         if not self.behind:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from finemoe.config import parse_bytes
 from finemoe.errors import ConfigError
 
 _AT_LEAST_ONE = ("max_batch_tokens", "max_running", "max_prompt_tokens", "max_output_tokens")
+Schedule = Literal["fifo", "overlap"]
 _POSITIVE = ("request_timeout_s", "drain_timeout_s")
 
 
@@ -33,6 +35,13 @@ class ServeConfig:
     max_running: int = field(default=16, metadata={"help": "answers that run at the same time; others wait"})
     max_waiting: int = field(
         default=64, metadata={"help": "answers that may wait to run; beyond, requests are refused (429)"}
+    )
+    schedule: Schedule = field(
+        default="fifo",
+        metadata={
+            "help": "who of those that wait runs next: fifo, who came first; overlap, whose experts are needed anyway, "
+            "as far as the policy foresees it (finemoe); nobody is overtaken more than 4 times"
+        },
     )
     max_prompt_tokens: int | None = field(
         default=None, metadata={"help": "longest prompt (default: what the model's context holds)"}
@@ -74,6 +83,17 @@ class ServeConfig:
         for name in _POSITIVE:
             if not 0 < getattr(self, name) <= 1e6:  # a NaN is refused too
                 raise ConfigError(f"{_flag(name)}: {getattr(self, name)} is not above 0 and at most a million")
+        self._check_batching()
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port: {self.port} is not between 0 and 65535")
+        if not self.host:
+            raise ConfigError("--host: is empty; 127.0.0.1 is this machine alone, 0.0.0.0 every network")
+        if self.served_name == "":
+            raise ConfigError("--served-name: is empty; leave it out for the model's own name")
+
+    def _check_batching(self) -> None:
+        if self.schedule not in get_args(Schedule):
+            raise ConfigError(f"--schedule: {self.schedule!r} is not one of {', '.join(get_args(Schedule))}")
         if self.max_running > self.max_batch_tokens:
             raise ConfigError(
                 f"--max-running: {self.max_running} answers do not fit into one forward pass of "
@@ -81,12 +101,6 @@ class ServeConfig:
             )
         if self.max_waiting < 0:
             raise ConfigError(f"--max-waiting: {self.max_waiting} is negative; 0 lets none wait")
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"--port: {self.port} is not between 0 and 65535")
-        if not self.host:
-            raise ConfigError("--host: is empty; 127.0.0.1 is this machine alone, 0.0.0.0 every network")
-        if self.served_name == "":
-            raise ConfigError("--served-name: is empty; leave it out for the model's own name")
 
 
 def _flag(name: str) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -18,9 +21,11 @@ from finemoe.serving.config import ServeConfig
 from finemoe.serving.job import Finished, Job, Listener, Load, Token
 from finemoe.serving.paged import PagedBatch, Part
 from finemoe.serving.sampling import Sampler
+from finemoe.serving.schedule import OVERTAKEN, Expected, Waiting, choose, overtaken
 from finemoe.serving.single import SingleBatch
 from finemoe.types import DECODE, PREFILL
 
+PATIENCE = 0.1  # of a request's timeout: who has waited for so long is next
 _LOG = logging.getLogger(__name__)
 
 
@@ -35,6 +40,9 @@ class _Running:
     tokens: int = 0  # of its answer, so far
     request: int = -1  # what the policy knows it by
     cancelled: bool = False
+    came_s: float = field(default_factory=time.monotonic)
+    expected: Expected | None = None  # what it will use; the policy's thread may still fill it in
+    overtaken: int = 0
 
 
 class BatchingWorker:
@@ -60,6 +68,7 @@ class BatchingWorker:
         self._config = config or ServeConfig()
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         self._taken: dict[str, _Running] = {}  # jobs that the batch knows; the thread's alone
+        self._waiting: list[_Running] = []  # for a place in the batch, in the order in which they came; the same
         self._proven = False  # a forward pass has gone through
         self._batch: PagedBatch | SingleBatch
         try:
@@ -167,6 +176,7 @@ class BatchingWorker:
             failure = f"the model's thread has failed ({_message(error)})"
             last = Finished("error", failure)
             self._taken.clear()
+            self._waiting.clear()
             with suppress(Exception):  # it may be what has failed
                 self._batch.clear()
         finally:
@@ -187,11 +197,39 @@ class BatchingWorker:
             self._arrived.clear()
         for running in cancelled:
             self._end(running, Finished("cancelled"))
-        for running in arrived:
-            if not running.cancelled:
-                self._taken[running.job.name] = running
-                self._batch.add(running.job.name, running.job.prompt)
+        self._waiting += [running for running in arrived if not running.cancelled]
+        if self._config.schedule == "overlap":
+            for running in arrived:
+                self._model.finemoe.foresee(running.job.prompt, partial(setattr, running, "expected"))
+        self._admit()
         return True
+
+    def _admit(self) -> None:
+        """Hand on those who wait: all, for the batch takes them in turn; or as many as run, by their experts."""
+        if not self._waiting:
+            return
+        chosen: Sequence[int] = range(len(self._waiting))
+        if self._config.schedule == "overlap":
+            places = (self._config.max_running if self.batches else 1) - len(self._taken)
+            chosen = self._chosen_by_experts(max(0, places))
+        for index in chosen:
+            running = self._waiting[index]
+            self._taken[running.job.name] = running
+            self._batch.add(running.job.name, running.job.prompt)
+        self._waiting = [each for index, each in enumerate(self._waiting) if index not in chosen]
+
+    def _chosen_by_experts(self, places: int) -> list[int]:
+        """Of those who wait; whoever has waited for long is overtaken no more."""
+        lately_s = time.monotonic() - PATIENCE * self._config.request_timeout_s
+        waiting = [
+            Waiting(each.expected, OVERTAKEN - each.overtaken if each.came_s > lately_s else 0)
+            for each in self._waiting
+        ]
+        chosen = choose(waiting, [each.expected for each in self._taken.values()], places)
+        for index, each in enumerate(self._waiting):
+            if index not in chosen:
+                each.overtaken += overtaken(index, chosen)
+        return chosen
 
     def _step(self) -> None:
         """One forward pass, if there is anything to compute."""
@@ -274,6 +312,8 @@ class BatchingWorker:
         name = running.job.name
         if self._taken.pop(name, None) is not None:
             self._batch.remove(name)
+        elif running in self._waiting:
+            self._waiting.remove(running)
         with self._changed:
             if self._jobs.pop(name, None) is None:
                 return
