@@ -14,6 +14,7 @@ from finemoe.errors import ExpertReadError, FinemoeError
 from finemoe.metrics import Counters
 from finemoe.policy import Controller
 from finemoe.store import DevicePool, Pool
+from finemoe.tempo import Tempo
 from finemoe.types import ExpertId, Landed, Plan, Routed, Step, Transfer, Withdrawn
 
 Verifier = Callable[[ExpertId, int], None]
@@ -31,7 +32,7 @@ class Engine:
         controller: decides; starts empty, with the pool's number of slots as capacity.
         transfer: moves bytes into slots.
         verify: called with every landed expert and its slot; raises if the slot's bytes are not that expert's.
-        clock: seconds, for the stall time.
+        clock: seconds, for the stall time and the tempo.
         experts: how many there are. Once all of them are resident, or have room and none was missed lately, there is
             nothing to decide, and the policy is not told any more.
     """
@@ -49,6 +50,7 @@ class Engine:
         self.controller = controller
         self.transfer = transfer
         self.counters = Counters()
+        self.tempo = Tempo(controller.policy.layers)
         self._verify = verify
         self._clock = clock
         self._experts = experts
@@ -117,6 +119,8 @@ class Engine:
         """
         if self._broken_off:
             self.clear()
+        stalled_s = self.counters.stall_s
+        self.tempo.gate(event.layer, self._clock())
         try:
             pending: dict[ExpertId, None] = {}
             ready = self._route(event, pending)
@@ -131,6 +135,7 @@ class Engine:
                     self._execute(self.controller.used(expert))
                 ready.extend(self._settle(self.transfer.poll(), pending))
                 self._nudge()
+            self.tempo.end(event.layer, self._clock(), self.counters.stall_s - stalled_s)
         except BaseException:
             self.clear()
             raise
@@ -180,6 +185,7 @@ class Engine:
             self._filling.clear()
             self._filled = 0
             self._missed = -1
+            self.tempo.break_off()
             self._broken_off = False
 
     def check_integrity(self) -> None:

@@ -79,6 +79,8 @@ class ReaderThreads:
         self._under_way = 0  # experts submitted and not reported yet
         self._reading = 0  # threads inside a read
         self._cancelling = False
+        self._busy_s = 0.0  # of stretches in which something was read, that under way left out
+        self._busy_since_s = 0.0
         self._moved_bytes = 0
         self._waited_bytes = 0.0
         self._waiting_since: float | None = None  # when the consumer began to wait
@@ -96,6 +98,12 @@ class ReaderThreads:
     def moved_bytes(self) -> int:
         """Bytes read so far; grows chunk by chunk."""
         return self._moved_bytes
+
+    @property
+    def busy_s(self) -> float:
+        """Time in which something was being read, by however many threads."""
+        with self._lock:
+            return self._busy_s + (time.perf_counter() - self._busy_since_s if self._reading else 0.0)
 
     @property
     def waited_bytes(self) -> float:
@@ -273,6 +281,8 @@ class ReaderThreads:
 
     def _begin(self) -> tuple[_Chunk, float]:
         late, _, chunk = heapq.heappop(self._queue)
+        if not self._reading:
+            self._busy_since_s = time.perf_counter()
         self._reading += 1
         chunk.aside = late
         self._prefetching += late
@@ -299,6 +309,8 @@ class ReaderThreads:
                 while not (self._cancelling or self._closed) and (left_s := comes_s - time.perf_counter()) > 0:
                     self._arrival.wait(left_s)
                 self._reading -= 1
+                if not self._reading:
+                    self._busy_s += time.perf_counter() - self._busy_since_s
                 self._prefetching -= chunk.aside
                 job = chunk.job
                 job.error = job.error or error

@@ -13,6 +13,7 @@ from finemoe.bench import BenchConfig
 from finemoe.bench.answers import Answer, Answered
 from finemoe.bench.figures import ANSWER_NAMES, derive_answers
 from finemoe.bench.learning import teach
+from finemoe.bench.mimic import MIMIC_NAMES
 from finemoe.bench.report import BenchReport, Run, summarise
 from finemoe.bench.run import run_bench
 from finemoe.bench.subject import Order, Phase, Subject, subjects
@@ -75,6 +76,21 @@ def test_an_answer_of_one_token_has_no_time_per_token() -> None:
         figures["tpot_s"] is figures["tpot_p95_s"] is figures["decode_hit_rate"] is figures["bytes_per_token"] is None
     )
     assert "-" in render(report(run(LRU, answered(answer(1.0, tokens=(1,))))))
+
+
+def test_what_the_simulator_needs_is_out_of_the_run() -> None:
+    ticks = {"befores": 9, "afters": 10, "arounds": 1}
+    prompt = Phase((2.0,), None, bytes_read=1000, before_s=9.0, after_s=30.0, around_s=99.0, link_busy_s=9.0, **ticks)
+    decode = Phase((2.0,), None, bytes_read=400, before_s=0.9, after_s=3.0, around_s=0.9, link_busy_s=0.8, **ticks)
+    made = replace(answered(Answer(25, prompt, decode, (1, 2), "hash")), expert_bytes=100.0)
+    expected = {
+        "layer_s": 0.4, "before_gate": 0.25, "outside_s": 0.8, "gap": 2.0, "expert_s": 0.2, "link_ratio": 0.5,
+        "tokens_per_unit": 2,
+    }  # fmt: skip
+    figures = derive_answers(made)
+    assert {name: figures[name] for name in MIMIC_NAMES} == pytest.approx(expected)
+    resident = derive_answers(replace(answered(answer(1.0, 0.1)), pool_bytes=0))
+    assert {resident[name] for name in MIMIC_NAMES} == {None}
 
 
 def test_a_resident_model_has_neither_stall_nor_prefetches() -> None:
@@ -187,8 +203,10 @@ def test_all_policies_and_budgets_answer_alike(folder: Path) -> None:
     first, *_, eager = made.rows
     assert first.figure("prefill_hit_rate") is not None
     assert made.rows[2].figure("prefetched") is not None  # how many is a matter of time
-    assert first.figure("precision") is None
+    assert (first.figure("precision") is None) == (first.figure("prefetched") == 0)
     assert eager.figure("stall_share") is None
+    assert all((first.figure(name) or 0) > 0 for name in ("layer_s", "before_gate", "link_ratio", "tokens_per_unit"))
+    assert eager.figure("layer_s") is eager.figure("gap") is None
     assert "finemoe deepspeed 50%" in render(made)
     assert "held to 64.0 MiB/s" in render(made)
     assert json.loads(json.dumps(made.as_dict()))["rows"][0]["decode_hit_rate"] >= 0

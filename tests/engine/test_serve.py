@@ -152,6 +152,43 @@ def test_stalls_are_the_time_and_bytes_of_waiting() -> None:
     assert engine.counters.stalled_bytes == 2 * SLOT_BYTES
 
 
+def ticking() -> Engine:
+    """With a clock that goes on by 1 whenever it is read."""
+    ticks = iter(range(1000))
+    controller = make_controller("lru", LAYERS, EXPERTS, 4)
+    return Engine(Pool(4, SLOT_BYTES), controller, ManualTransfer(SOURCE), clock=lambda: float(next(ticks)))
+
+
+def test_time_is_told_apart_by_layers_and_gates_and_waiting_is_left_out() -> None:
+    engine = ticking()
+    for _ in range(2):
+        for layer in range(LAYERS):
+            run(engine, layer, [0])  # reads the clock at the gate, twice for a wait, and at the end
+    tempo = engine.tempo
+    assert (tempo.before_s, tempo.befores) == (4.0, 4)
+    assert (tempo.after_s, tempo.afters) == (3 * 2 + 3 * 1, 6)  # misses first, then hits
+    assert (tempo.around_s, tempo.arounds) == (1.0, 1)
+
+
+def test_a_layer_that_asks_expert_by_expert_is_one_layer() -> None:
+    engine = ticking()
+    for experts in ([0], [1]):
+        run(engine, 0, experts)
+    run(engine, 1, [2])
+    assert (engine.tempo.afters, engine.tempo.befores) == (2, 1)
+    assert engine.tempo.after_s == (2 + 2) + 1 + 2  # between its two experts, too
+
+
+def test_what_follows_a_broken_off_layer_does_not_follow_it_in_time() -> None:
+    engine = ticking()
+    run(engine, 0, [0])
+    leave(engine.serve(Routed(1, [1])))
+    run(engine, 2, [2])
+    assert (engine.tempo.befores, engine.tempo.afters) == (1, 2)
+    engine.tempo.reset()
+    assert (engine.tempo.before_s, engine.tempo.after_s, engine.tempo.afters) == (0, 0, 0)
+
+
 def leave(serving: Iterator[tuple[int, int]]) -> None:
     next(serving)
     serving.close()  # type: ignore[attr-defined] # a generator

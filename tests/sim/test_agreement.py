@@ -35,21 +35,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(
     st.integers(0, 5), st.integers(3, LAYERS * EXPERTS), st.sampled_from([0.07, 0.3, 1.0, 4.1]),
     st.sampled_from([0, 1, 5]), st.integers(1, 3), st.sampled_from([0, 3, 70]),
+    st.sampled_from([(0.5, 0.0), (0.5, 2.6), (0.8, 0.4)]),
 )  # fmt: skip
 def test_engine_and_simulator_agree(
-    folder: Path, policy: str, seed: int, capacity: int, link_ratio: float, chunks: int, interleave: int, prompt: int
-) -> None:
+    folder: Path, policy: str, seed: int, capacity: int, link_ratio: float, chunks: int, interleave: int, prompt: int,
+    split: tuple[float, float],
+) -> None:  # fmt: skip
     path = folder / f"walk-{seed}-4-12-{prompt}.safetensors"
     with make_trace(folder, seed, prompt=prompt) if not path.exists() else open_trace(path) as trace:
         schedule, evidence = make_schedule(trace, range(4), interleave), Evidence(trace)
-        machine = Machine(capacity, link_ratio, chunks=chunks)
+        machine = Machine(capacity, link_ratio, chunks=chunks, before_gate=split[0], gap=split[1])
         simulated = Replay(schedule, evidence, made(policy), machine, log=100_000, fast=False)
         outcome = simulated.run()
         link = VirtualLink(link_ratio, link_ratio / chunks if chunks else 0.0)
         driven = EngineReplay.make(schedule, made(policy), capacity, link)
-        times = driven.run(schedule, evidence)
+        times = driven.run(schedule, evidence, before_gate=split[0], gap=split[1])
     counters = driven.engine.counters
     assert driven.actions(EXPERTS) == [tuple(row) for row in outcome.log.tolist()]
     assert (counters.hits, counters.late, counters.misses) == (outcome.hits, outcome.late, outcome.misses)
     assert times == pytest.approx(outcome.iteration_times.tolist(), rel=1e-9)
     assert counters.stall_s == pytest.approx(outcome.stall, rel=1e-9)
+
+
+@pytest.mark.parametrize(("before_gate", "gap"), [(0.5, 0.0), (0.25, 3.0)])
+def test_the_engine_tells_what_the_simulator_must_be_given(tmp_path: Path, before_gate: float, gap: float) -> None:
+    with make_trace(tmp_path, seed=9, prompt=0) as trace:
+        schedule, evidence = make_schedule(trace, range(2)), Evidence(trace)
+        driven = EngineReplay.make(schedule, made("deepspeed"), 9, VirtualLink(1.3, 0.1))
+        driven.run(schedule, evidence, before_gate=before_gate, gap=gap)
+    tempo, passes = driven.engine.tempo, len(schedule)
+    assert driven.engine.counters.stall_s > 0  # and is in none of these
+    assert (tempo.befores, tempo.afters, tempo.arounds) == (passes * (LAYERS - 1), passes * LAYERS, passes - 1)
+    assert tempo.before_s / tempo.befores == pytest.approx(before_gate)
+    assert tempo.after_s / tempo.afters == pytest.approx(1 - before_gate)
+    assert tempo.around_s / tempo.arounds == pytest.approx(gap + before_gate)

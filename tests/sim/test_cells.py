@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -86,6 +87,9 @@ def test_rates_follow_from_counts() -> None:
     assert (row.transfers_per_layer, row.wasted_per_layer, row.precision) == (0.7, 0.1, 0.75)
     assert (row.regretted_per_layer, row.paused) == (0.2, 0.5)
     assert (row.capacity, row.iterations, row.link_busy) == (20, 2, 0.3)
+    assert (row.before_gate, row.gap) == (0.5, 0.0)
+    gaps = summarise(Cell("lru", 0.5, 2.0), Machine(20, 2.0, gap=2.5), replace(outcome, total=25.0), None)
+    assert (gaps.time_per_layer, gaps.link_busy, gaps.gap) == (2.0, 12 / 25, 2.5)
 
 
 @pytest.mark.parametrize("policy", [name for name, kind in EVERY.items() if "predictors" not in kind.needs])
@@ -251,6 +255,13 @@ def test_a_table_has_a_line_for_each_row(trace: str) -> None:
     assert lines[0].split()[-1] == "-"
     assert len({len(line) for line in (head, *lines)}) == 1
     assert len(markdown(made).splitlines()) == 4
+    assert table([replace(made[0], gap=7.5)]).splitlines()[-1] == "gap between iterations, not in time/layer: 7.5"
+
+
+def test_gap_and_gate_of_the_settings_are_in_the_rows(trace: str) -> None:
+    row = run_cell(trace, config(gap=6, before_gate=0.25), Cell("oracle", 0.25, 1.0))
+    assert (row.gap, row.before_gate) == (6, 0.25)
+    assert row.time_per_layer < run_cell(trace, config(), Cell("oracle", 0.25, 1.0)).time_per_layer
 
 
 def test_all_policies_are_those_on_offer_and_the_bounds() -> None:

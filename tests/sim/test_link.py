@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from math import inf
+from typing import Any
 
 import pytest
 
-from finemoe.policy import Policy, make_policy
+from finemoe.policy import Policy, foresee, make_policy
 from finemoe.sim.link import FETCHED, PREFETCHED, WITHDRAWN
 from finemoe.sim.replay import Outcome
 from tests.sim.by_hand import NONE, Needs, Script, Wants, play, schedule
@@ -200,3 +201,41 @@ def test_a_prefetch_must_be_worth_its_victim(margin: float, fetched: bool) -> No
 def test_nothing_is_prefetched_that_is_wanted_by_nobody() -> None:
     outcome = play(schedule([[NONE, NONE]], 2), Script(2, 2, NOTHING), 4, 0.25)
     assert outcome.log.tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("gap", "counts", "second"),
+    [(0.0, (0, 1, 1), 0.5 + 2 + 0.5), (1.5, (0, 1, 1), 0.5 + 0.5 + 0.5), (2.0, (1, 0, 1), 1)],
+)
+def test_links_go_on_in_the_gap_between_iterations(gap: float, counts: tuple[int, int, int], second: float) -> None:
+    # the miss lands at 3.5 and computes until 4; the prefetch comes from 3.5 to 6.5, the second gate at 4.5 and the gap
+    wants = {0: {(0, 1): 1.0}}
+    outcome = play(schedule([[[0]], [[1]]], 2), Script(1, 2, wants), 2, 3.0, gap=gap)
+    assert counted(outcome) == counts
+    assert outcome.iteration_times.tolist() == [4, second]
+    assert outcome.total == 4 + second + 2 * gap  # after the last one too
+
+
+@pytest.mark.parametrize("policy", ["lru", "belady"])
+def test_a_gap_changes_nothing_on_demand(policy: str) -> None:
+    plan = schedule([[[0, 1]], [[1, 2]], [[0, 2]]], 3)
+    future: dict[str, Any] = {"future": foresee(1, 3, plan.ptr, plan.needs)} if policy == "belady" else {}
+    without, with_gap = (play(plan, make_policy(policy, 1, 3, **future), 2, 3.0, gap=gap) for gap in (0.0, 5.0))
+    assert with_gap.iteration_times.tolist() == without.iteration_times.tolist()
+    assert (counted(with_gap), with_gap.stall) == (counted(without), without.stall)
+    assert with_gap.total == without.total + 3 * 5
+
+
+def test_the_bound_for_everything_prefetches_in_the_gap() -> None:
+    plan = schedule([[[0]], [[1]]], 2)
+    totals = []
+    for gap in (0.0, 3.0):
+        oracle = make_policy("oracle", 1, 2, future=foresee(1, 2, plan.ptr, plan.needs))
+        totals.append(play(plan, oracle, 1, 3.0, gap=gap).iteration_times.tolist())
+    assert totals == [[3 + 0.5, 0.5 + 2.5 + 0.5], [3 + 0.5, 1]]
+
+
+def test_what_is_before_the_gate_is_not_overlapped_by_a_miss() -> None:
+    # the second token: expert 0 computes 0.4 of its own 0.8, expert 1 lands 3 after the gate
+    outcome = play(schedule([[[0]], [[0, 1]]], 2), lru(1, 2), 2, 3.0, before_gate=0.2)
+    assert outcome.iteration_times.tolist() == pytest.approx([4, 0.2 + 3 + 0.4])

@@ -28,7 +28,7 @@ ON_DEMAND = [name for name, kind in (FACTORIES | BOUNDS).items() if issubclass(k
 MACHINES = [
     Machine(8, 1.0),
     Machine(5, 0.3, chunks=0, ready_first=False),
-    Machine(9, 2.7, devices=2, chunks=3, tokens_per_unit=2),
+    Machine(9, 2.7, devices=2, chunks=3, tokens_per_unit=2, before_gate=0.3, gap=1.3),
 ]
 every_policy = pytest.mark.parametrize("policy", EVERY)
 
@@ -101,13 +101,14 @@ def test_counts_add_up(trace: Trace, policy: str, machine: Machine) -> None:
     accesses = len(make_schedule(trace, range(2, 6)).needs)
     assert outcome.hits + outcome.late + outcome.misses == accesses
     assert outcome.prefetched_used + outcome.wasted <= outcome.prefetched
-    assert outcome.total == pytest.approx(outcome.iteration_times.sum())
+    gaps = machine.gap * outcome.iterations
+    assert outcome.total == pytest.approx(outcome.iteration_times.sum() + gaps)
     assert 0 <= outcome.stall < outcome.total
     assert outcome.moved <= machine.link_ratio * (outcome.misses + outcome.prefetched) + 1e-9
     if machine.ready_first:  # compute that waits for nothing, and stall, are all the time there is
         tokens = make_schedule(trace, range(2, 6)).tokens
         compute = LAYERS * np.maximum(1, tokens / machine.tokens_per_unit).sum()
-        assert outcome.total == pytest.approx(compute + outcome.stall)
+        assert outcome.total == pytest.approx(compute + outcome.stall + gaps)
     if policy in ON_DEMAND:
         assert (outcome.late, outcome.prefetched, outcome.wasted) == (0, 0, 0)
         assert outcome.moved == pytest.approx(machine.link_ratio * outcome.misses)

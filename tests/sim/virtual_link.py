@@ -153,13 +153,21 @@ class EngineReplay:
     def make_with(cls, pool: Pool, controller: LoggedController, link: VirtualLink) -> EngineReplay:
         return cls(Engine(pool, controller, link, clock=lambda: link.now), link)
 
-    def run(self, schedule: Schedule, evidence: Evidence, tokens_per_unit: int = 64) -> list[float]:
+    def run(
+        self,
+        schedule: Schedule,
+        evidence: Evidence,
+        tokens_per_unit: int = 64,
+        before_gate: float = 0.5,
+        gap: float = 0.0,
+    ) -> list[float]:
         times = []
         for iteration in range(len(schedule)):
-            begin, half = self.link.now, 0.5 * max(1.0, float(schedule.tokens[iteration]) / tokens_per_unit)
+            begin, scale = self.link.now, max(1.0, float(schedule.tokens[iteration]) / tokens_per_unit)
+            before, after = before_gate * scale, scale - before_gate * scale
             gates, lookahead = evidence.gates(schedule, iteration), evidence.lookahead(schedule, iteration)
             self.engine.begin(evidence.steps(schedule, iteration))
-            self.link.advance(self.link.now + half)
+            self.link.advance(self.link.now + before)
             for layer in range(schedule.layers):
                 event = iteration * schedule.layers + layer
                 needs = schedule.needs[schedule.ptr[event] : schedule.ptr[event + 1]] - layer * schedule.experts
@@ -169,13 +177,14 @@ class EngineReplay:
                     None if gates is None else gates[:, layer],
                     None if lookahead is None else lookahead[:, layer],
                 )
-                for _ in self.timed(self.engine.serve(routed), half / max(1, len(needs))):
+                for _ in self.timed(self.engine.serve(routed), after / max(1, len(needs))):
                     pass
                 if layer < schedule.layers - 1:
-                    self.link.advance(self.link.now + half)
+                    self.link.advance(self.link.now + before)
+            times.append(self.link.now - begin)
+            self.link.advance(self.link.now + gap)
             self.engine.end()
             self.engine.check_integrity()
-            times.append(self.link.now - begin)
         return times
 
     def timed(self, serving: Iterator[tuple[int, int]], share: float) -> Iterator[tuple[int, int]]:

@@ -15,6 +15,7 @@ import finemoe
 from finemoe.checkpoint import read_headers
 from finemoe.checkpoint.fingerprint import fingerprint
 from finemoe.config import GenerateConfig
+from finemoe.errors import UnsupportedModelError
 from finemoe.session import Session
 from finemoe.trace import RequestTrace
 from finemoe.trace.record import Recorder
@@ -106,6 +107,22 @@ def test_sampling_depends_on_the_seed_alone(folder: Path) -> None:
         return [request.token_ids.tolist() for request in recorded(folder, config=config)]
 
     assert tokens(1) == tokens(1) != tokens(2)
+
+
+def test_what_others_run_is_recorded_alike(folder: Path, alone: list[RequestTrace]) -> None:
+    with finemoe.load(folder, expert_memory="50%", dtype="float32") as model:
+        session = Session(model)
+        recorder = Recorder(session, GREEDY, lookahead=2)
+        ids = session.prompt_ids(PROMPTS[1])
+
+        def answer() -> int:
+            options = {"max_new_tokens": GREEDY.max_new_tokens, "pad_token_id": session.pad_token_id()}
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **options)
+            return int(output.shape[1] - ids.shape[1])
+
+        assert equal(recorder.overhear(answer, ids.shape[1]), alone[1])
+        with pytest.raises(UnsupportedModelError, match="one token a pass"):
+            recorder.overhear(lambda: answer() + 1, ids.shape[1])
 
 
 @pytest.fixture(scope="module")

@@ -78,6 +78,23 @@ def test_every_byte_lands_in_its_place(
     assert slots == source.experts
 
 
+def test_a_link_is_busy_while_something_is_read() -> None:
+    gate = Gate()
+    source = MemorySource(experts(2), before=gate)
+    with reading(source) as transfer:
+        assert transfer.busy_s == 0
+        submit(transfer, slots_for(source))
+        assert gate.entered.wait(30)
+        before_s = transfer.busy_s
+        time.sleep(0.01)
+        assert transfer.busy_s >= before_s + 0.01
+        gate.open.set()
+        collect(transfer, 2)
+        busy_s = transfer.busy_s
+        time.sleep(0.01)
+        assert transfer.busy_s == busy_s
+
+
 def test_many_threads_over_many_rounds_lose_nothing() -> None:
     source = MemorySource(experts(20, 500), 3)
     with reading(source, threads=16, chunk_bytes=7) as transfer:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finemoe.bench.answers import Answer
 from finemoe.bench.requests import Request
-from finemoe.bench.subject import COUNTED, Phase
+from finemoe.bench.subject import Phase, counted
 
 
 def answer_all(model: Any, requests: Sequence[Request], new_tokens: int, piece: int | None = None) -> list[Answer]:
@@ -78,7 +78,4 @@ class _Count:
         return Phase(tuple(seconds), disk_bytes=None, **grown)
 
     def _now(self) -> dict[str, Any]:
-        if self._offload is None:
-            return {}
-        stats = self._offload.stats()
-        return {name: getattr(stats, name) for name in COUNTED}
+        return {} if self._offload is None else counted(self._offload)

@@ -41,6 +41,7 @@ class Answered:
     torch_threads: int
     explained: tuple[Explained, ...] | None = None  # with --explain
     perplexity: float | None = None
+    expert_bytes: float = 0.0  # of one, as it is stored; 0 where none is offloaded
 
     @property
     def tokens(self) -> tuple[tuple[int, ...], ...]:

@@ -26,7 +26,7 @@ from finemoe.bench.config import BATCHED
 from finemoe.bench.learning import teach
 from finemoe.bench.link import evict, probe
 from finemoe.bench.perplexity import perplexity
-from finemoe.bench.subject import COUNTED, Measured, Order, Phase
+from finemoe.bench.subject import Measured, Order, Phase, counted
 from finemoe.checkpoint import locate, read_headers
 from finemoe.config import LoadConfig, format_bytes
 from finemoe.errors import BudgetError, FinemoeError
@@ -97,6 +97,7 @@ def measure_answers(order: Order) -> Answered:
         prefetched=stats.prefetched if stats else 0,
         prefetched_used=stats.prefetched_used if stats else 0,
         wasted=stats.wasted if stats else 0,
+        expert_bytes=stats.expert_bytes / stats.experts if stats else 0.0,
         dense_bytes=_memory_bytes([*model.parameters(), *model.buffers()]),
         pool_bytes=stats.expert_memory_bytes if stats else 0,
         peak_rss_bytes=own_peak_rss_bytes(),
@@ -243,10 +244,8 @@ class _Meter:
         disk_bytes = None if after is None or self._disk_bytes is None else after - self._disk_bytes
         if self._offload is None:
             return Phase(tuple(self.seconds), disk_bytes)
-        stats = self._offload.stats()
-        counted = {name: getattr(stats, name) for name in COUNTED}
         link_bytes_s = self._prober.bandwidth_bytes_s if self._prober else None
-        return Phase(tuple(self.seconds), disk_bytes, link_bytes_s=link_bytes_s, **counted)
+        return Phase(tuple(self.seconds), disk_bytes, link_bytes_s=link_bytes_s, **counted(self._offload))
 
 
 def _disk_bytes() -> int | None:

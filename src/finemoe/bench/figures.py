@@ -8,6 +8,7 @@ from statistics import mean, median
 import numpy as np
 
 from finemoe.bench.answers import Answered
+from finemoe.bench.mimic import MIMIC_NAMES, mimic
 from finemoe.bench.subject import COUNTED, Measured, Phase
 
 NAMES: tuple[str, ...] = (
@@ -20,7 +21,7 @@ ANSWER_NAMES: tuple[str, ...] = (
     "prefill_hit_rate", "prefill_late_rate", "prefill_miss_rate", "prefill_stall_share",
     "decode_hit_rate", "decode_late_rate", "decode_miss_rate", "decode_stall_share", "stall_share",
     "bytes_read", "bytes_per_token", "prefetched", "precision", "wasted",
-    "dense_bytes", "pool_bytes", "peak_rss_bytes", "perplexity",
+    "dense_bytes", "pool_bytes", "peak_rss_bytes", "perplexity", *MIMIC_NAMES,
 )  # fmt: skip
 LEAST_STALL_S = 0.01  # below, a share of the stall is noise
 
@@ -68,7 +69,8 @@ def derive_answers(answered: Answered) -> dict[str, float | None]:
     - `prefill_`, `decode_`: of the first tokens, and of all that follow;
     - `stall_share`: of the time of either, or of both;
     - `bytes_per_token`: read while decoding; `bytes_read`: in all;
-    - `prefetched`, `wasted`: experts; `precision`: prefetched and needed, of all prefetched.
+    - `prefetched`, `wasted`: experts; `precision`: prefetched and needed, of all prefetched;
+    - what a simulation of the same accesses is to be given: see `mimic`.
     """
     answers = answered.answers
     ttft_s = [answer.prompt.total_s for answer in answers]
@@ -101,7 +103,8 @@ def derive_answers(answered: Answered) -> dict[str, float | None]:
         figures[f"{name}_late_rate"] = ratio(phase.late, phase.accesses)
         figures[f"{name}_miss_rate"] = ratio(phase.accesses - phase.hits - phase.late, phase.accesses)
         figures[f"{name}_stall_share"] = ratio(phase.stall_s, phase.total_s) if engine else None
-    return figures
+    tokens = sum(answer.prompt_tokens for answer in answers) / len(answers)
+    return figures | mimic(prefill, decode, tokens, answered.expert_bytes)
 
 
 def together(phases: Sequence[Phase]) -> Phase:

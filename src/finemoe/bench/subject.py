@@ -9,9 +9,11 @@ from typing import Any, Literal
 from finemoe.bench.config import DISK_OFFLOAD, BenchConfig
 from finemoe.config import STORED
 from finemoe.explain import Explained
+from finemoe.tempo import TOTALS
 
 Kind = Literal["finemoe", "resident", "disk-offload"]
-COUNTED = ("accesses", "hits", "late", "bytes_read", "stall_s", "stalled_bytes")  # of the engine's, for each phase
+_COUNTED = ("accesses", "hits", "late", "bytes_read", "stall_s", "stalled_bytes")
+COUNTED = (*_COUNTED, *TOTALS, "link_busy_s")  # of the engine's, for each phase
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,13 @@ class Phase:
     bytes_read: int = 0
     stall_s: float = 0.0
     stalled_bytes: int = 0
+    before_s: float = 0.0  # these: see Tempo
+    befores: int = 0
+    after_s: float = 0.0
+    afters: int = 0
+    around_s: float = 0.0
+    arounds: int = 0
+    link_busy_s: float = 0.0  # something was being read
     link_bytes_s: float | None = None  # raw bandwidth, measured between the steps; None where it was not
 
     @property
@@ -126,6 +135,13 @@ class Measured:
         tokens, logits = tuple(raw.pop("tokens")), tuple(raw.pop("logits"))
         explained = explained_from(raw.pop("explained"))
         return cls(prompt=prompt, decode=decode, tokens=tokens, logits=logits, explained=explained, **raw)
+
+
+def counted(offload: Any) -> dict[str, Any]:
+    """What `model.finemoe` has counted, by the names of `COUNTED`."""
+    stats, tempo = offload.stats(), offload.tempo
+    totals = {name: getattr(tempo, name) for name in TOTALS}
+    return {name: getattr(stats, name) for name in _COUNTED} | totals | {"link_busy_s": offload.link_busy_s}
 
 
 def explained_from(raw: list[dict[str, Any]] | None) -> tuple[Explained, ...] | None:

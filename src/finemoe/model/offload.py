@@ -26,6 +26,8 @@ from finemoe.model.observe import Evidence, Observer
 from finemoe.policy import book, census
 from finemoe.policy.book import Scores
 from finemoe.store import DiskStore, peak_rss_bytes
+from finemoe.tempo import Tempo
+from finemoe.transfer import ReaderThreads
 from finemoe.types import Recorded
 
 
@@ -61,6 +63,7 @@ class Offload:
         self._tiers = tiers
         self._closed = False
         self._read_before = 0
+        self._busy_before_s = 0.0
         self._disk_before = 0
 
     def stats(self) -> Stats:
@@ -111,6 +114,20 @@ class Offload:
             disk_bytes=self._disk_bytes() - self._disk_before,
             host_computed=counters.elsewhere,
         )
+
+    @property
+    def tempo(self) -> Tempo:
+        """Where the model's time went since loading, or since `reset_stats`."""
+        return self._engine.tempo
+
+    @property
+    def link_busy_s(self) -> float:
+        """For how long, since then, something was being read into the pool; 0 on devices."""
+        return self._busy_s() - self._busy_before_s
+
+    def _busy_s(self) -> float:
+        transfer = self._engine.transfer
+        return transfer.busy_s if isinstance(transfer, ReaderThreads) else 0.0
 
     def stand_in(self, evidence: Evidence, name: str) -> None:
         """The model's routing is forced: policies hear `evidence`, and statistics name the trace that it comes from.
@@ -196,6 +213,8 @@ class Offload:
             if self._tiers is not None:
                 self._tiers.settle()
             self._engine.counters.reset()
+            self._engine.tempo.reset()
+            self._busy_before_s = self._busy_s()
             self._engine.controller.book.tally[:] = 0
             policy = self._engine.controller.policy
             if isinstance(policy, Beside):

@@ -42,14 +42,15 @@ class Cell:
 class Row:
     """A cell's result. An access is one distinct expert needed by one layer of one iteration.
 
-    Times are per layer and in units of one layer's compute for one token, half of it before the gate and half after;
-    `link_ratio` is the time to move one expert in the same unit. Rates are of all accesses; `precision` is prefetched
-    and used / prefetched, `None` without a prefetch. `wasted` counts what was prefetched and evicted, or given up,
-    unused; `regretted`, misses of experts that had made room for a prefetch. `paused` is the share of iterations in
-    which a policy did not prefetch because that did not pay. `link_busy` is the share of the time that a link moves
-    something, the mean over devices. `emulated` names what was made up from the truth, and how. Percentiles are of
-    whole iterations, per layer. `time_per_layer_low` and `_high` are a 95% interval of `time_per_layer`, bootstrapped
-    over requests; `None` where requests are interleaved.
+    Times are per layer and in units of one layer's compute for one token, `before_gate` of it before the gate and the
+    rest after; `link_ratio` is the time to move one expert in the same unit. `gap` is the time between an iteration's
+    last layer and the next one's first, which no other time includes. Rates are of all accesses; `precision` is
+    prefetched and used / prefetched, `None` without a prefetch. `wasted` counts what was prefetched and evicted, or
+    given up, unused; `regretted`, misses of experts that had made room for a prefetch. `paused` is the share of
+    iterations in which a policy did not prefetch because that did not pay. `link_busy` is the share of the time that a
+    link moves something, the mean over devices, gaps included. `emulated` names what was made up from the truth, and
+    how. Percentiles are of whole iterations, per layer. `time_per_layer_low` and `_high` are a 95% interval of
+    `time_per_layer`, bootstrapped over requests; `None` where requests are interleaved.
     """
 
     policy: str
@@ -71,6 +72,8 @@ class Row:
     paused: float
     precision: float | None
     link_busy: float
+    before_gate: float = 0.5
+    gap: float = 0.0
     emulated: str | None = None
     time_per_layer_low: float | None = None
     time_per_layer_high: float | None = None
@@ -168,6 +171,7 @@ def run_cell(trace: str, config: SimulateConfig, cell: Cell, progress: Callable[
     machine = Machine(
         capacity=_slots(cell, header, config), link_ratio=cell.link_ratio, devices=config.devices, chunks=config.chunks,
         ready_first=not config.no_ready_first, tokens_per_unit=config.tokens_per_unit,
+        before_gate=config.before_gate, gap=config.gap,
     )  # fmt: skip
     outcome = Replay(schedule, subject.evidence, policy, machine, jit).run(progress)
     emulates = config.gate_recall is not None and "lookahead" in policy.needs | policy.uses
@@ -197,14 +201,15 @@ def summarise(cell: Cell, machine: Machine, outcome: Outcome, emulated: str | No
         policy=cell.policy, expert_memory=cell.expert_memory, link_ratio=cell.link_ratio, capacity=machine.capacity,
         iterations=outcome.iterations, hit_rate=outcome.hits / accesses, late_rate=outcome.late / accesses,
         miss_rate=outcome.misses / accesses, stall_per_layer=outcome.stall / layers,
-        time_per_layer=outcome.total / layers, time_per_layer_p50=float(p50), time_per_layer_p95=float(p95),
-        time_per_layer_p99=float(p99),
+        time_per_layer=(outcome.total - machine.gap * outcome.iterations) / layers,
+        time_per_layer_p50=float(p50), time_per_layer_p95=float(p95), time_per_layer_p99=float(p99),
         transfers_per_layer=(outcome.misses + outcome.prefetched) / layers,
         wasted_per_layer=outcome.wasted / layers,
         regretted_per_layer=outcome.regretted / layers,
         paused=outcome.paused / max(1, outcome.iterations),
         precision=outcome.prefetched_used / outcome.prefetched if outcome.prefetched else None,
         link_busy=outcome.moved / (outcome.total * machine.devices) if outcome.total else 0.0,
+        before_gate=machine.before_gate, gap=machine.gap,
         emulated=emulated,
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from finemoe.sim.presets import HARDWARE, SHAPES
 
 T = TypeVar("T")
 _LEAST = {"requests": 1, "interleave": 1, "devices": 1, "tokens_per_unit": 1, "workers": 1, "seed": 0, "chunks": 0}
+_SHARES = ("gate_recall", "before_gate")
 _MOST_DEVICES = 256  # the book numbers them in a byte
 
 
@@ -51,6 +52,16 @@ class SimulateConfig:
     tokens_per_unit: int = field(
         default=64, metadata={"help": "a layer computes so many tokens in the time of one; more take longer"}
     )
+    before_gate: float = field(
+        default=0.5, metadata={"help": "share of a layer's compute before its gate speaks; the rest is its experts'"}
+    )
+    gap: float = field(
+        default=0.0,
+        metadata={
+            "help": "time between the last layer of an iteration and the first of the next (head, sampling, "
+            "embedding), in units of one layer's compute; links go on in it"
+        },
+    )
     gate_recall: float | None = field(
         default=None,
         metadata={"help": "emulate gate lookahead from the truth, this share of it right; marked in the output"},
@@ -62,14 +73,21 @@ class SimulateConfig:
         _ = self.policies, self.shares, self.link_ratios
         if not 0 <= self.store_split < 1:
             raise ConfigError(f"--store-split: {self.store_split} is not a share from 0 to below 1")
-        if self.gate_recall is not None and not 0 <= self.gate_recall <= 1:
-            raise ConfigError(f"--gate-recall: {self.gate_recall} is not a share from 0 to 1")
+        if not 0 <= self.gap < float("inf"):
+            raise ConfigError(f"--gap: {self.gap} is not a number of at least 0")
+        for name in _SHARES:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"--{name.replace('_', '-')}: {value} is not a share from 0 to 1")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')}: {value} is not at least {least}")
         if self.devices > _MOST_DEVICES:
             raise ConfigError(f"--devices: {self.devices} is more than {_MOST_DEVICES}")
+        self._check_hardware()
+
+    def _check_hardware(self) -> None:
         if (self.hardware is None) != (self.shape is None):
             raise ConfigError("--hardware and --shape go together: their sizes and rates give the link ratio")
         if self.hardware is not None and self.link_ratio is not None:

@@ -167,7 +167,7 @@ def serve(world: World, needs: Ints, compute: float, ahead: float) -> None:
 
 @kernel
 def pass_time(world: World, duration: float) -> None:
-    """Computes what needs no expert: a layer up to its gate."""
+    """Computes what needs no expert: a layer up to its gate, or what is outside of layers."""
     book, wire, worth, want, rules, clock, _, _ = world
     clock[NOW] += duration
     advance_all(book, wire, worth, want, rules, clock[NOW])
@@ -176,7 +176,7 @@ def pass_time(world: World, duration: float) -> None:
 @kernel
 def replay_ranked(  # noqa: PLR0917 - called in one place, with all that compiled code can't look up for itself
     world: World, ranking: Ranking, kind: int, decay: float, ptr: Ints, needs: Ints, next_use: Ints, scales: Scores,
-    times: Scores, span: Ints,
+    times: Scores, before_gate: float, gap: float, span: Ints,
 ) -> None:  # fmt: skip
     """Replays iterations under an on-demand policy, without leaving compiled code.
 
@@ -184,15 +184,18 @@ def replay_ranked(  # noqa: PLR0917 - called in one place, with all that compile
         ptr: `[S * L + 1]`; event `i * L + l` needs `needs[ptr[..]:ptr[.. + 1]]`, flat indices.
         next_use: aligned with `needs` where the ranking looks ahead, else empty.
         scales: `[S]`, compute of a layer in units of one token's.
-        times: `[S]`, filled with how long each iteration took.
+        times: `[S]`, filled with how long each iteration took, up to the end of its last layer.
+        before_gate: share of a layer's compute before its gate.
+        gap: time from there to the next iteration.
         span: first iteration, the one after the last.
     """
     layers, experts = ranking.worth.shape
     nothing = np.empty(0, np.int64)
     for step in range(span[0], span[1]):
         begin = world.clock[NOW]
-        half = 0.5 * scales[step]
-        pass_time(world, half)
+        before = before_gate * scales[step]
+        after = scales[step] - before
+        pass_time(world, before)
         for layer in range(layers):
             first, last = ptr[step * layers + layer], ptr[step * layers + layer + 1]
             needed = needs[first:last]
@@ -204,5 +207,7 @@ def replay_ranked(  # noqa: PLR0917 - called in one place, with all that compile
                 needed - layer * experts,
                 next_use[first:last] if len(next_use) else nothing,
             )
-            serve(world, needed, half, half if layer < layers - 1 else 0.0)
+            serve(world, needed, after, before if layer < layers - 1 else 0.0)
         times[step] = world.clock[NOW] - begin
+        if gap > 0:
+            pass_time(world, gap)

@@ -44,6 +44,8 @@ class Machine:
         chunks: an expert moves in so many pieces; a prefetch is pre-empted between two. 0: at any time.
         ready_first: experts compute as they arrive; otherwise all together once the last is there.
         tokens_per_unit: a layer computes so many tokens in the time of one; more take proportionally longer.
+        before_gate: share of a layer's compute before its gate.
+        gap: time from the last layer of an iteration to the first of the next, in which links go on.
     """
 
     capacity: int
@@ -52,6 +54,8 @@ class Machine:
     chunks: int = 16
     ready_first: bool = True
     tokens_per_unit: int = 64
+    before_gate: float = 0.5
+    gap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,9 @@ class Outcome:
     regretted: int  # misses of experts that had made room for a prefetch
     paused: int  # iterations without prefetches, as these did not pay
     moved: float  # link time used
-    total: float
+    total: float  # gaps included
     stall: float
-    iteration_times: Scores  # [S]
+    iteration_times: Scores  # [S], without gaps
     log: Ints  # actions in order, where asked for
 
 
@@ -146,13 +150,15 @@ class Replay:
         bounds = schedule.ptr.tolist()
         offsets = [layer * schedule.experts for layer in range(layers)]
         for iteration in range(len(schedule)):
-            begin, half = float(world.clock[NOW]), 0.5 * float(self.scales[iteration])
+            begin, scale = float(world.clock[NOW]), float(self.scales[iteration])
+            before = self.machine.before_gate * scale
+            after = scale - before
             gates = self.evidence.gates(schedule, iteration) if "gates" in seen else None
             lookahead = self.evidence.lookahead(schedule, iteration) if "lookahead" in seen else None
             if policy.pauses:
                 review_(world.book)
             policy.begin(self.evidence.steps(schedule, iteration))
-            pass_time_(world, half)
+            pass_time_(world, before)
             for layer in range(layers):
                 event = iteration * layers + layer
                 needed = schedule.needs[bounds[event] : bounds[event + 1]]
@@ -164,9 +170,11 @@ class Replay:
                         None if lookahead is None else lookahead[:, layer],
                     )
                 )
-                serve_(world, needed, half, half if layer < layers - 1 else 0.0)
-            policy.end()
+                serve_(world, needed, after, before if layer < layers - 1 else 0.0)
             self.iteration_times[iteration] = world.clock[NOW] - begin
+            if self.machine.gap > 0:
+                pass_time_(world, self.machine.gap)  # the head comes before a model's end
+            policy.end()
             if (iteration + 1) % _STRIDE == 0:
                 progress(_STRIDE)
         progress(len(schedule) % _STRIDE)
@@ -177,6 +185,6 @@ class Replay:
             last = min(len(schedule), first + 8 * _STRIDE)
             replay(
                 self.world, policy.ranking, policy.kind, policy.decay, schedule.ptr, schedule.needs, policy.next_use,
-                self.scales, self.iteration_times, np.array([first, last]),
+                self.scales, self.iteration_times, self.machine.before_gate, self.machine.gap, np.array([first, last]),
             )  # fmt: skip
             progress(last - first)

@@ -13,14 +13,16 @@ _HEAD = (
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line a row, in columns; emulated inputs are marked below."""
+    """One line a row, in columns; gaps and emulated inputs are named below."""
     cells = [_HEAD, *map(_line, rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(_HEAD))]
     lines = [
         "  ".join(word.ljust(width) if column == 0 else word.rjust(width) for column, (word, width) in enumerate(pairs))
         for pairs in (zip(line, widths, strict=True) for line in cells)
     ]
+    gaps = sorted({row.gap for row in rows if row.gap})
     emulated = sorted({row.emulated for row in rows if row.emulated})
+    lines += [f"gap between iterations, not in time/layer: {gap:g}" for gap in gaps]
     lines += [f"* emulated, not recorded: {text}" for text in emulated]
     return "\n".join(lines)
 

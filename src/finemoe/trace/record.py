@@ -83,12 +83,29 @@ class Recorder:
                 stopping_criteria=StoppingCriteriaList([_EveryToken(on_token)]),
                 **sampling_options(self._config),
             )
-        passes, new = self._tap.take(), output[:, longest:].cpu()
-        shapes = [tuple(each.token_ids.shape) for each in passes]
-        if shapes != [(len(prompts), longest)] + [(len(prompts), 1)] * (new.shape[1] - 1):
-            raise UnsupportedModelError(f"{self.header.model} does not generate one token a pass; it can't be recorded")
+        new = output[:, longest:].cpu()
+        passes = self._take(len(prompts), longest, new.shape[1])
         steps = [self._steps(row.tolist()) for row in new]
         return [self._request(passes[: steps[b]], b, longest - lengths[b], batch) for b in range(len(prompts))]
+
+    def overhear(self, answer: Callable[[], int], prompt_tokens: int) -> RequestTrace:
+        """The routing of one request that others run: a pass for its prompt, then one for each token but the last.
+
+        Args:
+            answer: runs it, and returns how many tokens it answered.
+            prompt_tokens: of the prompt.
+        """
+        with self._tap.listening():
+            tokens = answer()
+        return self._request(self._take(1, prompt_tokens, tokens), 0, 0, 0)
+
+    def _take(self, requests: int, longest: int, tokens: int) -> list[Pass]:
+        """The passes of a batch, `longest` tokens of a prompt and then one at a time."""
+        passes = self._tap.take()
+        shapes = [tuple(each.token_ids.shape) for each in passes]
+        if shapes != [(requests, longest)] + [(requests, 1)] * (tokens - 1):
+            raise UnsupportedModelError(f"{self.header.model} does not generate one token a pass; it can't be recorded")
+        return passes
 
     def _probe(self, settings: dict[str, Any]) -> TraceHeader:
         """What there is to record, found out by a short forward pass."""

@@ -1,0 +1,48 @@
+"""What the simulator is to be given to mimic a row: times of the running engine, and their ratios."""
+
+from __future__ import annotations
+
+from finemoe.bench.subject import Phase
+
+MIMIC_NAMES: tuple[str, ...] = (
+    "layer_s", "expert_s", "outside_s", "link_ratio", "before_gate", "gap", "tokens_per_unit",
+)  # fmt: skip
+
+
+def mimic(prefill: Phase, decode: Phase, prompt_tokens: float, expert_bytes: float) -> dict[str, float | None]:
+    """Figures by name; `None` where a model was not offloaded, has a single MoE layer, or answered nothing.
+
+    - `layer_s`: one layer's compute for one token while decoding, as slow as readers and policy beside it make it, but
+      without waiting for experts; `before_gate`: the share of it before the gate speaks;
+    - `expert_s`: for how long the link is busy to move one expert, while decoding;
+    - `outside_s`: from the last MoE layer of a token to the first of the next: head, sampling, embedding;
+    - `link_ratio`, `gap`: `expert_s` and `outside_s` in units of `layer_s`;
+    - `tokens_per_unit`: how many tokens of a prompt a layer computes in the time of one.
+
+    Args:
+        prefill, decode: of all requests together.
+        prompt_tokens: of a prompt, the mean.
+        expert_bytes: of one expert.
+    """
+    found: dict[str, float | None] = dict.fromkeys(MIMIC_NAMES)
+    layer_s = _layer_s(decode)
+    if layer_s is None:
+        return found
+    before_s = decode.before_s / decode.befores
+    found |= {"layer_s": layer_s, "before_gate": before_s / layer_s}
+    if decode.arounds:  # up to the first gate, so with that layer's part before it
+        outside_s = max(0.0, decode.around_s / decode.arounds - before_s)
+        found |= {"outside_s": outside_s, "gap": outside_s / layer_s}
+    if decode.bytes_read:
+        expert_s = decode.link_busy_s * expert_bytes / decode.bytes_read
+        found |= {"expert_s": expert_s, "link_ratio": expert_s / layer_s}
+    if (prompt_layer_s := _layer_s(prefill)) is not None:
+        found["tokens_per_unit"] = max(1, round(prompt_tokens * layer_s / prompt_layer_s))
+    return found
+
+
+def _layer_s(phase: Phase) -> float | None:
+    """Compute of one layer, the mean over layers and passes."""
+    if not phase.befores or not phase.afters:
+        return None
+    return phase.before_s / phase.befores + phase.after_s / phase.afters
