@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -34,6 +36,13 @@ class _Running:
     tokens: int = 0  # of its answer, so far
     request: int = -1  # what the policy knows it by
     cancelled: bool = False
+
+
+class _Chore(NamedTuple):
+    """What is to be done while no job is at hand."""
+
+    call: Callable[[], object]
+    done: threading.Event
 
 
 class BatchingWorker:
@@ -74,6 +83,7 @@ class BatchingWorker:
         self._draining = False
         self._closing = False
         self._failure: str | None = None
+        self._chores: list[_Chore] = []
         self._thread = threading.Thread(target=self._run, name="finemoe-model", daemon=True)
         self._thread.start()
 
@@ -84,6 +94,30 @@ class BatchingWorker:
     @property
     def capacity_tokens(self) -> int:
         return self._batch.capacity_tokens
+
+    def at_rest(self, call: Callable[[], object], timeout_s: float) -> bool:
+        """Have the model's thread do something while it has no job; returns when it is done.
+
+        Args:
+            call: must be quick, as jobs wait for it. What it raises goes into the log.
+            timeout_s: to wait for such a moment.
+
+        Returns:
+            Whether it was done: not if there was no such moment in time, or the worker was closed.
+        """
+        chore = _Chore(call, threading.Event())
+        with self._changed:
+            self._chores.append(chore)
+            self._changed.notify_all()
+        deadline_s = time.monotonic() + timeout_s
+        while self._thread.is_alive() and (left_s := deadline_s - time.monotonic()) > 0:
+            if chore.done.wait(min(left_s, 1.0)):
+                return True
+        with self._changed:
+            if chore in self._chores:
+                self._chores.remove(chore)
+                return False
+        return chore.done.wait(timeout_s)  # it has just been begun
 
     def submit(self, job: Job, listener: Listener) -> None:
         """Take a job. `Finished` is the last thing its listener hears, and is heard exactly once.
@@ -178,11 +212,20 @@ class BatchingWorker:
     def _take(self) -> bool:
         """Wait for something to do, and let jobs join and leave. Returns whether to go on."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._jobs)
+            self._changed.wait_for(lambda: self._closing or self._jobs or self._chores)
             if self._closing:
                 return False
+            chores = [] if self._jobs else self._chores.copy()
+            if chores:
+                self._chores.clear()
             arrived, cancelled = list(self._arrived), [each for each in self._jobs.values() if each.cancelled]
             self._arrived.clear()
+        for chore in chores:
+            try:
+                chore.call()
+            except Exception:  # noqa: BLE001 - someone else's code
+                _LOG.exception("what was to be done at rest has failed")
+            chore.done.set()
         for running in cancelled:
             self._end(running, Finished("cancelled"))
         for running in arrived:
