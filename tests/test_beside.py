@@ -174,7 +174,7 @@ def test_what_it_knows_is_told_and_replaced_between_two_events(name: str) -> Non
         pass
     with beside(informed(name, played, SHAPE)) as run, beside(informed(name, played, SHAPE)) as other:
         for _ in play(run, played):
-            pass
+            run.settle()
         told = run.knowledge()
         assert run.experience == direct.experience
         assert told.keys() == direct.knowledge().keys()

@@ -29,9 +29,9 @@ def configs(folder: Path, shared: Path, policy: str = "finemoe") -> tuple[LoadCo
     return load, ServeConfig(cache_bytes="16MiB", max_batch_tokens=64, shared_maps=str(shared), share_every_s=3600.0)
 
 
-def answer(service: Service) -> None:
+def answer(service: Service, seed: int = 0) -> None:
     ear = Ear()
-    service.worker.submit(Job("job", a_prompt(5), 8), ear)
+    service.worker.submit(Job("job", a_prompt(5, seed), 8), ear)
     ear.wait("job")
 
 
@@ -46,7 +46,7 @@ def test_a_second_server_starts_from_what_the_first_has_learned(folder: Path, tm
         assert second.model.finemoe.experience == len(known)
         learned = second.model.finemoe.learned()
         assert learned is not None and "openings" in learned.arrays
-        answer(second)
+        answer(second, seed=1)
     names = [thread.name for thread in threading.enumerate()]
     assert "finemoe-sharing" not in names and "finemoe-model" not in names
     pulled = FolderMaps(str(tmp_path), learned.model, "finemoe").pull()
