@@ -185,3 +185,22 @@ def test_the_thread_ends() -> None:
     with beside(Slow()):
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("name", [name for name in THINKING if FACTORIES[name].remembers])
+def test_what_it_knows_is_told_and_replaced_between_two_events(name: str) -> None:
+    played = workload(6, SHAPE, iterations=4)
+    direct = informed(name, played, SHAPE)
+    for _ in play(direct, played):
+        pass
+    with beside(informed(name, played, SHAPE)) as run, beside(informed(name, played, SHAPE)) as other:
+        for _ in play(run, played):
+            run.settle()
+        told = run.knowledge()
+        assert run.experience == direct.experience
+        assert told.keys() == direct.knowledge().keys()
+        assert all(np.array_equal(array, direct.knowledge()[key]) for key, array in told.items())
+        other.recall(told)
+        assert other.experience == run.experience
+        assert all(np.array_equal(array, other.knowledge()[key]) for key, array in told.items())
+    assert run.knowledge() == {}

@@ -24,7 +24,7 @@ ORDER = (
     "errors", "types", "process", "folders", "config", "explain", "metrics", "device", "checkpoint", "store",
     "dequantise", "quantise", "policy", "compiled", "rehearsal", "predictors", "maps", "pace", "tempo", "transfer",
     "link", "beside", "engine", "experts", "stalls", "grouped", "aside", "whole", "waves", "reference", "model",
-    "session", "forecast", "trace", "replay", "sim", "serving", "bench", "cli",
+    "session", "forecast", "trace", "replay", "sim", "serving", "ray", "bench", "cli",
 )  # fmt: skip
 ALONE = {"errors", "types"}  # the vocabulary rests on nothing
 REFERENCE_KNOWS = {"errors", "types", "config", "folders"}

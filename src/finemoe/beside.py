@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from finemoe.policy import Policy
+from finemoe.policy.base import Knowledge
 from finemoe.policy.book import Scores
 from finemoe.types import Recorded, Routed, Step
 
+R = TypeVar("R")
 _ITERATIONS_BEHIND = 4  # with more than these waiting, an iteration goes unobserved: the policy can't keep up
 
 
@@ -43,8 +45,7 @@ class Beside(Policy):
         self.searches = 0  # events that scores were asked of
         self.late = 0  # of these, dropped
         self._events: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
-        # there are events: None; or a question
-        self._calls: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._calls: SimpleQueue[Callable[[], object] | None] = SimpleQueue()  # there are events: None; or a question
         self._skipping = False  # this iteration goes unobserved
         self._fault: BaseException | None = None
         self._closed = False
@@ -77,11 +78,35 @@ class Beside(Policy):
 
     def settle(self) -> None:
         """Returns when everything is thought through. Raises what a thought has raised."""
+        self._ask(lambda: None)
+
+    @property
+    def experience(self) -> int:
+        return self.inner.experience
+
+    def knowledge(self) -> Knowledge:
+        """What it knows once the events so far are thought through; empty after `close`. From any thread."""
+        return self._ask(self.inner.knowledge) or {}
+
+    def recall(self, knowledge: Mapping[str, npt.NDArray[Any]]) -> None:
+        self._ask(lambda: self.inner.recall(knowledge))
+
+    def _ask(self, question: Callable[[], R]) -> R | None:
+        """The answer, found on the policy's thread between two events; `None` if that has ended."""
+        answers: list[R] = []
         done = threading.Event()
-        self._calls.put(done.set)
+
+        def ask() -> None:
+            try:
+                answers.append(question())
+            finally:
+                done.set()
+
+        self._calls.put(ask)
         while self._thread.is_alive() and not done.wait(0.1):
             pass
         self._raise()
+        return answers[0] if answers else None
 
     def finish(self) -> Policy | None:
         """Ends the thread once everything is thought through. Returns the policy, or `None` if a thought has failed."""

@@ -85,3 +85,14 @@ def test_a_prompt_is_known_by_those_like_it_before_any_gate_has_run(without: fro
         assert first[:2] == pytest.approx(first[2:], abs=0.2)
     else:
         assert first[:2].min() > first[2:].max() + 0.3
+
+
+def test_what_is_recalled_stands_in_place_of_what_was_there() -> None:
+    one, other = Openings(*SIZE), Openings(*SIZE)
+    one.add(np.ones(3, np.float32), np.full(SIZE, 0.5))
+    other.add(np.zeros(3, np.float32), np.full(SIZE, 0.25))
+    other.recall(one.knowledge())
+    assert other.size == 1
+    assert all(np.array_equal(array, other.knowledge()[name]) for name, array in one.knowledge().items())
+    other.recall({})
+    assert other.knowledge() == {}

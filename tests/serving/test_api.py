@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from finemoe.serving.job import Job
 from tests.serving.fake_worker import END
@@ -434,6 +435,14 @@ def test_a_model_that_is_dead_is_told_to_probes_and_clients() -> None:
             assert error["code"] == "model_failed"
             assert error["message"].startswith("the model's thread has failed; ")
         assert server.client.get("/metrics").status_code == 200
+
+
+def test_a_key_is_asked_for_below_another_root_too() -> None:
+    with fake(api_key="s3cret") as server, TestClient(server.app, root_path="/moe") as mounted:
+        for path in ("/moe/v1/models", "/moe/metrics", "/v1/models"):
+            assert mounted.get(path).status_code == 401
+        assert mounted.get("/moe/v1/models", headers={"Authorization": "Bearer s3cret"}).status_code == 200
+        assert mounted.get("/moe/health").status_code == 200
 
 
 def test_every_response_has_a_request_id() -> None:

@@ -370,3 +370,19 @@ def test_300_jobs_with_cancels_at_any_time_leave_nothing_behind(offloaded: Any) 
         assert not any(allocator.block_table for allocator in batch._allocators)
     assert threading.active_count() == threads
     assert not offloaded.finemoe._engine.pool._pins
+
+
+def test_at_rest_waits_for_a_moment_without_a_job(offloaded: Any) -> None:
+    done: list[str] = []
+    with serving(offloaded) as worker:
+        assert worker.at_rest(lambda: done.append(threading.current_thread().name), 10.0)
+        assert done == ["finemoe-model"]
+        ear = Ear()
+        worker.submit(Job("job", a_prompt(5), LONG), ear)
+        assert not worker.at_rest(lambda: done.append("too late"), 0.05)
+        worker.cancel("job")
+        assert ear.wait("job") == [Finished("cancelled")]
+        assert worker.at_rest(lambda: 1 // 0, 10.0), "what it raises is not the worker's"
+        assert worker.failure() is None
+    assert not worker.at_rest(lambda: done.append("closed"), 10.0)
+    assert len(done) == 1

@@ -31,28 +31,15 @@ def run(arguments: argparse.Namespace) -> int:
     refuse_useless_schedule(config, load_config)
     api_key = read_api_key(config)
     with closing(reserve(config)) as taken:  # before the model is loaded: that may take minutes
-        from finemoe.model import load_config as load
-        from finemoe.serving.app import make_app
-        from finemoe.serving.house import House
-        from finemoe.serving.live import Source
-        from finemoe.serving.page import routes
-        from finemoe.serving.progress import Progress
-        from finemoe.serving.served import served
         from finemoe.serving.server import Server, ended_by_ctrl_c
-        from finemoe.serving.worker import BatchingWorker
-        from finemoe.session import load_tokenizer
+        from finemoe.serving.service import open_service
 
         to_standard_error()
-        with load(load_config) as model:
-            tokenizer = load_tokenizer(model.finemoe.checkpoint.folder)
-            with closing(BatchingWorker(model, config)) as worker:
-                progress = Progress()
-                house = House(served(model, tokenizer, worker, config, worker.capacity_tokens), progress)
-                page = routes(Source(model.finemoe, progress, worker.load, house.served.name))
-                server = Server(make_app(house, api_key=api_key, routers=[page]), house)
-                unmap_idle_code()
-                arguments.interrupts.check()
-                server.run(taken, lambda: print(f"{house.served.name} at {address_of(taken)}", flush=True))
+        with open_service(load_config, config, api_key) as service:
+            server, name = Server(service.app, service.house), service.house.served.name
+            unmap_idle_code()
+            arguments.interrupts.check()
+            server.run(taken, lambda: print(f"{name} at {address_of(taken)}", flush=True))
     if ended_by_ctrl_c(server):
         raise KeyboardInterrupt
     return 0

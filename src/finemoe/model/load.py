@@ -124,8 +124,8 @@ def load_config(config: LoadConfig) -> Any:
     loading = Loading(config, checkpoint, model_config, headers, devices)
     loading.options = policy_options(config, checkpoint, headers)
     if kind.remembers:
-        model_name = fingerprint(checkpoint.folder, headers)
-        loading.keeper = open_keeper(config.map_store, config.policy, model_name, checkpoint.name)
+        loading.fingerprint = fingerprint(checkpoint.folder, headers)
+        loading.keeper = open_keeper(config.map_store, config.policy, loading.fingerprint, checkpoint.name)
     try:
         with transformers_errors(checkpoint.folder), diverted(loading.convert_and_load):
             model, info = model_class(model_config).from_pretrained(

@@ -68,6 +68,7 @@ class Loading:
         self._headers = headers
         self.options: dict[str, Any] = {}  # of the policy
         self.keeper: Keeper | None = None  # of its maps
+        self.fingerprint: str | None = None  # of the model, where the policy learns
         self._experts: list[tuple[ExpertsModule, nn.Module]] = []
         self._catalog: Catalog | None = None
         self._opened: list[DiskStore] = []
@@ -174,7 +175,9 @@ class Loading:
         if observer is not None:
             observer.attach()
         parts = self._checkpoint, self._catalog, self._store, engine, handles, lock, self._config
-        offload = Offload(*parts, keeper=self.keeper, observer=observer, tiers=self._tiers)
+        offload = Offload(
+            *parts, keeper=self.keeper, observer=observer, tiers=self._tiers, fingerprint=self.fingerprint
+        )
         offload.reset_stats()
         kind = type(model)
         members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}

@@ -15,11 +15,12 @@ from finemoe.beside import Beside
 from finemoe.checkpoint import Catalog, Checkpoint
 from finemoe.config import LoadConfig
 from finemoe.engine import Engine
-from finemoe.errors import ConfigError, FinemoeError
+from finemoe.errors import ConfigError, DamagedMapsError, FinemoeError, MapsError
 from finemoe.experts import ExpertLayer
 from finemoe.explain import Explained
 from finemoe.link import Link
-from finemoe.maps import Keeper
+from finemoe.maps import Keeper, Maps
+from finemoe.maps.check import fault
 from finemoe.metrics import PerExpert, Stats
 from finemoe.model.devices import Tiers
 from finemoe.model.observe import Evidence, Observer
@@ -47,11 +48,13 @@ class Offload:
         keeper: Keeper | None = None,
         observer: Observer | None = None,
         tiers: Tiers | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         self.observer = observer  # None where the policy listens to nothing
         self.checkpoint = checkpoint
         self.catalog = catalog
         self.policy = config.policy
+        self.fingerprint = fingerprint  # of the model; None where the policy learns nothing
         self.lossy = config.lossy
         self.link_bandwidth_bytes_s = config.link_bandwidth_bytes_s
         self._store = store
@@ -246,6 +249,54 @@ class Offload:
             policy.learn(recorded)
         if isinstance(policy, Beside):
             policy.settle()
+
+    @property
+    def experience(self) -> int:
+        """How many iterations the policy ever took in; what it knows has changed where this has."""
+        return self._engine.controller.policy.experience
+
+    def refuse_others(self, maps: Maps) -> None:
+        """Raises `MapsError` if these are not of this model and policy, or are damaged."""
+        policy = self._engine.controller.policy
+        kind = self.policy.partition("/")[0]
+        if (maps.model, maps.policy) != (self.fingerprint, kind):
+            raise MapsError(f"maps of {maps.name} ({maps.model}) under --policy {maps.policy} are not this model's")
+        wrong = fault(maps.arrays, policy.layers, policy.experts)
+        if wrong is not None:
+            raise DamagedMapsError(f"maps of {maps.name} are damaged ({wrong})")
+
+    def learned(self) -> Maps | None:
+        """What the policy knows by now; `None` if that is nothing. Safe to call from any thread."""
+        policy = self._engine.controller.policy
+        arrays = policy.knowledge() if self.fingerprint is not None else {}
+        if not arrays or self.fingerprint is None:
+            return None
+        kind = self.policy.partition("/")[0]  # settings do not change what maps are
+        return Maps(kind, self.fingerprint, self.checkpoint.name, policy.layers, policy.experts, arrays)
+
+    def end_requests(self) -> None:
+        """No request runs: what the policy keeps until then enters what it knows. From the model's thread."""
+        with self._engine.lock:
+            self._engine.controller.policy.begin(())
+
+    def take_in(self, maps: Maps, experience: int) -> bool:
+        """The policy goes on from these, in place of what it learned; from the model's thread, while no request runs.
+
+        Args:
+            maps: that `refuse_others` lets pass.
+            experience: of the policy when `maps` were made from what it knew.
+
+        Returns:
+            Whether it does: not if it has learned more since, which would be lost.
+        """
+        policy = self._engine.controller.policy
+        if isinstance(policy, Beside):
+            policy.settle()
+        with self._engine.lock:
+            if policy.experience != experience:
+                return False
+            policy.recall(maps.arrays)
+        return True
 
     def evict_all(self) -> None:
         """Empty the pool, as after loading. For measurements of a cold start."""

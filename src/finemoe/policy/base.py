@@ -105,7 +105,7 @@ class Policy:
         return {}
 
     def recall(self, knowledge: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Take in what another one knew, in place of what was learned so far, before the first iteration.
+        """Take in what another one knew, in place of what was learned so far, when no request runs.
 
         From then on it scores as the other one, but for requests that the other one was in the middle of. The arrays
         are trusted: what comes from a file was checked there.

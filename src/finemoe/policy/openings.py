@@ -55,7 +55,8 @@ class Openings:
         return {"openings": self.keys[rows], "opened": self.usage[rows]}
 
     def recall(self, knowledge: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Takes in what another one knew, if that is anything."""
+        """Takes in what another one knew, if that is anything, in place of its own."""
+        self.number, self.keys = 0, None
         for embedding, usage in zip(knowledge.get("openings", ()), knowledge.get("opened", ()), strict=True):
             self.add(embedding, usage)
 

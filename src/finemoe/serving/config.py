@@ -8,9 +8,9 @@ from typing import Literal, get_args
 from finemoe.config import parse_bytes
 from finemoe.errors import ConfigError
 
-_AT_LEAST_ONE = ("max_batch_tokens", "max_running", "max_prompt_tokens", "max_output_tokens")
+_AT_LEAST_ONE = ("max_batch_tokens", "max_running", "max_prompt_tokens", "max_output_tokens", "max_shared_maps")
 Schedule = Literal["fifo", "overlap"]
-_POSITIVE = ("request_timeout_s", "drain_timeout_s")
+_POSITIVE = ("request_timeout_s", "drain_timeout_s", "share_every_s")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,14 @@ class ServeConfig:
     drain_timeout_s: float = field(
         default=25.0, metadata={"help": "seconds that running requests have to finish after SIGTERM or Ctrl-C"}
     )
+    shared_maps: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder, or URL that fsspec reads, through which several servers share what their policies learn"
+        },
+    )
+    share_every_s: float = field(default=30.0, metadata={"help": "seconds between two exchanges of shared maps"})
+    max_shared_maps: int = field(default=100_000, metadata={"help": "maps that are shared at most, the newest"})
     log_prompts: bool = field(default=False, metadata={"help": "write prompts and answers into the log"})
 
     @property

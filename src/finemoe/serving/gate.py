@@ -56,7 +56,7 @@ class Gate:
             passage.end()
 
     def _refuse_stranger(self, scope: Scope) -> None:
-        if self._api_key is None or not scope["path"].startswith(_GUARDED):
+        if self._api_key is None or not _path(scope).startswith(_GUARDED):
             return
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         key = given.strip().encode("utf-8", "surrogateescape")
@@ -67,6 +67,13 @@ class Gate:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+
+
+def _path(scope: Scope) -> str:
+    """The request's path below where the application is mounted, as its router sees it."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 class _Passage:
@@ -98,7 +105,7 @@ class _Passage:
 
     def end(self) -> None:
         """Write the log's line."""
-        path, status = self._scope["path"], self.status or 0
+        path, status = _path(self._scope), self.status or 0
         generates = self._scope["method"] == "POST" and path in _GENERATE
         if generates and status >= 400 and "outcome" not in self._fields:
             self._house.metrics.refused(status)

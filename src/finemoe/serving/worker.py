@@ -6,11 +6,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -43,6 +43,13 @@ class _Running:
     came_s: float = field(default_factory=time.monotonic)
     expected: Expected | None = None  # what it will use; the policy's thread may still fill it in
     overtaken: int = 0
+
+
+class _Chore(NamedTuple):
+    """What is to be done while no job is at hand."""
+
+    call: Callable[[], object]
+    done: threading.Event
 
 
 class BatchingWorker:
@@ -85,6 +92,7 @@ class BatchingWorker:
         self._draining = False
         self._closing = False
         self._failure: str | None = None
+        self._chores: list[_Chore] = []
         self._thread = threading.Thread(target=self._run, name="finemoe-model", daemon=True)
         self._thread.start()
 
@@ -95,6 +103,30 @@ class BatchingWorker:
     @property
     def capacity_tokens(self) -> int:
         return self._batch.capacity_tokens
+
+    def at_rest(self, call: Callable[[], object], timeout_s: float) -> bool:
+        """Have the model's thread do something while it has no job; returns when it is done.
+
+        Args:
+            call: must be quick, as jobs wait for it. What it raises goes into the log.
+            timeout_s: to wait for such a moment.
+
+        Returns:
+            Whether it was done: not if there was no such moment in time, or the worker was closed.
+        """
+        chore = _Chore(call, threading.Event())
+        with self._changed:
+            self._chores.append(chore)
+            self._changed.notify_all()
+        deadline_s = time.monotonic() + timeout_s
+        while self._thread.is_alive() and (left_s := deadline_s - time.monotonic()) > 0:
+            if chore.done.wait(min(left_s, 1.0)):
+                return True
+        with self._changed:
+            if chore in self._chores:
+                self._chores.remove(chore)
+                return False
+        return chore.done.wait(timeout_s)  # it has just been begun
 
     def submit(self, job: Job, listener: Listener) -> None:
         """Take a job. `Finished` is the last thing its listener hears, and is heard exactly once.
@@ -190,11 +222,20 @@ class BatchingWorker:
     def _take(self) -> bool:
         """Wait for something to do, and let jobs join and leave. Returns whether to go on."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._jobs)
+            self._changed.wait_for(lambda: self._closing or self._jobs or self._chores)
             if self._closing:
                 return False
+            chores = [] if self._jobs else self._chores.copy()
+            if chores:
+                self._chores.clear()
             arrived, cancelled = list(self._arrived), [each for each in self._jobs.values() if each.cancelled]
             self._arrived.clear()
+        for chore in chores:
+            try:
+                chore.call()
+            except Exception:  # noqa: BLE001 - someone else's code
+                _LOG.exception("what was to be done at rest has failed")
+            chore.done.set()
         for running in cancelled:
             self._end(running, Finished("cancelled"))
         self._waiting += [running for running in arrived if not running.cancelled]
