@@ -12,13 +12,13 @@ from finemoe.cli import _quieten, main
 from finemoe.errors import FinemoeWarning
 from finemoe.maps import read_maps
 from tests.chat_model import make_chat_model
-from tests.cli.test_commands import Capture, _leave_this_process_as_it_is, answered, refused
+from tests.cli.test_commands import Capture, answered, refused
 from tests.maps.make import make_file
 from tests.sim.traces import LAYERS
 from tests.sim.traces import make_trace as recorded_trace
 from tests.trace.make import make_header, make_trace
 
-__all__ = ["_leave_this_process_as_it_is"]  # a fixture, used by being here
+pytestmark = pytest.mark.usefixtures("own_process")
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ import pytest
 from finemoe.cli import INTERRUPTED, main
 from finemoe.policy import BOUNDS, FACTORIES
 from finemoe.sim.config import SimulateConfig
-from tests.cli.test_commands import Capture, _leave_this_process_as_it_is, answered, refused
+from tests.cli.test_commands import Capture, answered, refused
 from tests.sim.by_hand import request, write_trace
 from tests.sim.traces import EXPERTS, LAYERS, make_trace
 
-__all__ = ["_leave_this_process_as_it_is"]  # a fixture, used by being here
+pytestmark = pytest.mark.usefixtures("own_process")
 
 CONTRACT = {
     "policy", "expert_memory", "link_ratio", "hit_rate", "late_rate", "miss_rate", "stall_per_layer", "time_per_layer",

@@ -15,11 +15,11 @@ from finemoe.cli import INTERRUPTED, main
 from finemoe.trace import open_trace
 from finemoe.trace.record import Recorder
 from tests.chat_model import make_chat_model
-from tests.cli.test_commands import Capture, _leave_this_process_as_it_is, answered, refused
+from tests.cli.test_commands import Capture, answered, refused
 from tests.trace.make import make_header, make_trace
 from tests.trace.test_importing import arrays, simllm, write_lines
 
-__all__ = ["_leave_this_process_as_it_is"]  # a fixture, used by being here
+pytestmark = pytest.mark.usefixtures("own_process")
 
 
 @pytest.fixture(scope="module")
