@@ -29,9 +29,9 @@ def environment(folder: Path) -> dict[str, str]:
     return os.environ | own | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = make_chat_model(tmp_path_factory.mktemp("ray") / "my-model")
+def test_a_cluster_of_two_replicas(tmp_path: Path) -> None:
+    """One test, as a cluster takes a while to start, and no two run side by side."""
+    folder = make_chat_model(tmp_path / "my-model")
     finished = subprocess.run(
         [sys.executable, "-m", "tests.ray.scenario", str(folder)],
         cwd=folder.parent,
@@ -43,16 +43,24 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )
     assert finished.returncode == 0, finished.stderr[-5000:]
     document: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
-    return document
+    for check in (
+        requests_are_spread_over_both_replicas,
+        a_killed_replica_is_replaced_and_only_what_ran_on_it_fails,
+        a_new_replica_starts_warm,
+        a_client_that_goes_away_ends_its_answer,
+        a_replica_without_its_model_s_thread_is_not_healthy,
+        a_replica_that_is_taken_away_finishes_its_answer,
+    ):
+        check(document)
 
 
-def test_requests_are_spread_over_both_replicas(seen: dict[str, Any]) -> None:
+def requests_are_spread_over_both_replicas(seen: dict[str, Any]) -> None:
     assert all(each["status"] == 200 and each["whole"] for each in seen["spread"])
     assert {each["replica"] for each in seen["spread"]} == set(seen["before"])
     assert len(seen["before"]) == 2
 
 
-def test_a_killed_replica_is_replaced_and_only_what_ran_on_it_fails(seen: dict[str, Any]) -> None:
+def a_killed_replica_is_replaced_and_only_what_ran_on_it_fails(seen: dict[str, Any]) -> None:
     broken = {each["replica"] for each in seen["streams"] if not each["whole"]}
     assert len(broken) == 1
     assert {each["replica"] for each in seen["streams"] if each["whole"]} == set(seen["before"]) - broken
@@ -60,20 +68,20 @@ def test_a_killed_replica_is_replaced_and_only_what_ran_on_it_fails(seen: dict[s
     assert seen["third"] not in seen["before"]
 
 
-def test_a_new_replica_starts_warm(seen: dict[str, Any]) -> None:
+def a_new_replica_starts_warm(seen: dict[str, Any]) -> None:
     assert len(seen["first"]) == len(seen["cold"])
     assert seen["third_hit_rate"] > seen["cold_hit_rate"] + 0.05
 
 
-def test_a_client_that_goes_away_ends_its_answer(seen: dict[str, Any]) -> None:
+def a_client_that_goes_away_ends_its_answer(seen: dict[str, Any]) -> None:
     assert seen["still_running"] == 0
 
 
-def test_a_replica_without_its_model_s_thread_is_not_healthy(seen: dict[str, Any]) -> None:
+def a_replica_without_its_model_s_thread_is_not_healthy(seen: dict[str, Any]) -> None:
     assert seen["health"] == ["healthy", "the model's thread has failed"]
 
 
-def test_a_replica_that_is_taken_away_finishes_its_answer(seen: dict[str, Any]) -> None:
+def a_replica_that_is_taken_away_finishes_its_answer(seen: dict[str, Any]) -> None:
     assert seen["drained"]["whole"]
 
 
