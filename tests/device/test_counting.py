@@ -15,11 +15,12 @@ from finemoe.store import Arrival
 from finemoe.whole import Touched
 
 
-def elsewhere(work: Callable[[], None]) -> None:
-    """Another thread does it now, or as soon as it may."""
+def elsewhere(work: Callable[[], None]) -> threading.Thread:
+    """A thread that does it now, or as soon as it may."""
     thread = threading.Thread(target=work)
     thread.start()
     thread.join(0.1)
+    return thread
 
 
 class Moment:
@@ -28,11 +29,12 @@ class Moment:
     def __init__(self, time_s: float, meanwhile: Callable[[], None] | None = None) -> None:
         self.time_s = time_s
         self.meanwhile = meanwhile
+        self.other: threading.Thread | None = None
 
     def done(self) -> bool:
         work, self.meanwhile = self.meanwhile, None
         if work is not None:
-            elsewhere(work)
+            self.other = elsewhere(work)
         return True
 
     def wait(self) -> None: ...
@@ -47,6 +49,8 @@ def test_a_stall_is_counted_once() -> None:
     stalls.note(free, Arrival(Moment(0.0), Moment(3.0), 300))
     stalls.note(Moment(3.0), Arrival(Moment(3.0), Moment(4.0), 50))
     stalls.settle()
+    assert free.other is not None
+    free.other.join()
     stalls.settle(wait=True)
     assert (stalls.counters.stall_s, stalls.counters.stalled_bytes) == (3.0, 250)
 
@@ -56,7 +60,7 @@ def test_a_hit_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     zeros = torch.zeros
 
     def meanwhile(*arguments: Any, **options: Any) -> torch.Tensor:
-        elsewhere(touched.settle)
+        elsewhere(touched.settle).join()
         return zeros(*arguments, **options)
 
     with monkeypatch.context() as patched:
