@@ -102,7 +102,7 @@ def rates(hits: int, late: int, accesses: int) -> dict[str, Any]:
 def record(given: argparse.Namespace, trace: Path) -> None:
     """The routing of the very passes that bench will run.
 
-    `finemoe record` answers by `generate`, whose masks make other roundings, and so other answers now and then.
+    `finemoe record` answers by `generate`, and was seen to say something else now and then.
     """
     config = bench_config(given, given.policies[0], given.budgets[0])
     checkpoint = locate(config.model or reference_model(), config.revision)

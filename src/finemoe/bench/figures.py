@@ -103,8 +103,8 @@ def derive_answers(answered: Answered) -> dict[str, float | None]:
         figures[f"{name}_late_rate"] = ratio(phase.late, phase.accesses)
         figures[f"{name}_miss_rate"] = ratio(phase.accesses - phase.hits - phase.late, phase.accesses)
         figures[f"{name}_stall_share"] = ratio(phase.stall_s, phase.total_s) if engine else None
-    tokens = sum(answer.prompt_tokens for answer in answers) / len(answers)
-    return figures | mimic(prefill, decode, tokens, answered.expert_bytes)
+    prompts = [(answer.prompt_tokens, answer.prompt) for answer in answers]
+    return figures | mimic(prompts, decode, answered.expert_bytes)
 
 
 def together(phases: Sequence[Phase]) -> Phase:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import median
+
 from finemoe.bench.subject import Phase
 
 MIMIC_NAMES: tuple[str, ...] = (
@@ -9,7 +12,7 @@ MIMIC_NAMES: tuple[str, ...] = (
 )  # fmt: skip
 
 
-def mimic(prefill: Phase, decode: Phase, prompt_tokens: float, expert_bytes: float) -> dict[str, float | None]:
+def mimic(prompts: Sequence[tuple[int, Phase]], decode: Phase, expert_bytes: float) -> dict[str, float | None]:
     """Figures by name; `None` where a model was not offloaded, has a single MoE layer, or answered nothing.
 
     - `layer_s`: one layer's compute for one token while decoding, as slow as readers and policy beside it make it, but
@@ -17,11 +20,12 @@ def mimic(prefill: Phase, decode: Phase, prompt_tokens: float, expert_bytes: flo
     - `expert_s`: for how long the link is busy to move one expert, while decoding;
     - `outside_s`: from the last MoE layer of a token to the first of the next: head, sampling, embedding;
     - `link_ratio`, `gap`: `expert_s` and `outside_s` in units of `layer_s`;
-    - `tokens_per_unit`: how many tokens of a prompt a layer computes in the time of one.
+    - `tokens_per_unit`: how many tokens of a prompt a layer computes in the time of one; the median over prompts, as a
+      process takes its time over the first.
 
     Args:
-        prefill, decode: of all requests together.
-        prompt_tokens: of a prompt, the mean.
+        prompts: the tokens and the prefill of each.
+        decode: of all requests together.
         expert_bytes: of one expert.
     """
     found: dict[str, float | None] = dict.fromkeys(MIMIC_NAMES)
@@ -36,8 +40,9 @@ def mimic(prefill: Phase, decode: Phase, prompt_tokens: float, expert_bytes: flo
     if decode.bytes_read:
         expert_s = decode.link_busy_s * expert_bytes / decode.bytes_read
         found |= {"expert_s": expert_s, "link_ratio": expert_s / layer_s}
-    if (prompt_layer_s := _layer_s(prefill)) is not None:
-        found["tokens_per_unit"] = max(1, round(prompt_tokens * layer_s / prompt_layer_s))
+    timed = [(tokens, _layer_s(prefill)) for tokens, prefill in prompts]
+    if at_once := [tokens * layer_s / own_s for tokens, own_s in timed if own_s]:
+        found["tokens_per_unit"] = max(1, round(median(at_once)))
     return found
 
 
