@@ -25,7 +25,7 @@ def whole(chat_folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def shared(chat_folder: Path) -> Iterator[Any]:
-    with finemoe.load(chat_folder, expert_memory="40%") as model:
+    with finemoe.load(chat_folder, expert_memory="40%", policy="lfru") as model:  # on demand: nothing moves by itself
         yield model
 
 

@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import pytest
 
 BUILD = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 from finemoe.reference import ReferenceModelError, ensure
+from finemoe.store import peak_rss_bytes
 try:
     folder = ensure(Path(sys.argv[1]), progress=False)
 except ReferenceModelError as error:
     sys.exit(f"cannot be had: {error}")
-print(json.dumps([str(folder), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+print(json.dumps([str(folder), peak_rss_bytes()]))
 """
 
 
