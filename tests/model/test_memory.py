@@ -19,7 +19,7 @@ MEASURE = """
     import transformers.models.mixtral.modeling_mixtral
     torch.set_num_threads(1)
     before = peak_rss_bytes()
-    model = finemoe.load(sys.argv[1], expert_memory=sys.argv[2])
+    model = finemoe.load(sys.argv[1], expert_memory=sys.argv[2], policy="lru")  # others import a compiler
     loaded = peak_rss_bytes()
     model.generate(torch.arange(3, 60)[None], max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     stats = model.finemoe.stats()

@@ -173,7 +173,7 @@ class Loading:
         seen = controller.policy.needs | controller.policy.uses
         observer = Observer(model, engine, layers, lookahead=int("lookahead" in seen)) if seen else None
         if observer is not None:
-            observer.attach()
+            observer.attach(model)
         parts = self._checkpoint, self._catalog, self._store, engine, handles, lock, self._config
         offload = Offload(
             *parts, keeper=self.keeper, observer=observer, tiers=self._tiers, fingerprint=self.fingerprint

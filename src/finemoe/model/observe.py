@@ -57,7 +57,7 @@ class Observer:
     """
 
     def __init__(self, model: Any, engine: Engine, layers: dict[str, ExpertLayer], lookahead: int = 0) -> None:
-        self._model = model
+        self._embed = model.get_input_embeddings()  # and not the model: this outlives it
         self._engine = engine
         self._handles = list(layers.values())
         self._routers = find_routers(model, list(layers))
@@ -80,11 +80,11 @@ class Observer:
         self._evidence = evidence
         self.lookahead = min(self.lookahead, evidence.lookahead)
 
-    def attach(self) -> None:
-        """Start listening."""
-        self._model.register_forward_pre_hook(self._on_pass, with_kwargs=True)
-        self._model.register_forward_hook(self._on_end)
-        self._model.get_input_embeddings().register_forward_hook(self._on_embedding)
+    def attach(self, model: Any) -> None:
+        """Start listening to the model."""
+        model.register_forward_pre_hook(self._on_pass, with_kwargs=True)
+        model.register_forward_hook(self._on_end)
+        self._embed.register_forward_hook(self._on_embedding)
         for layer, (handle, router) in enumerate(zip(self._handles, self._routers, strict=True)):
             handle.listen = self._listener(layer)
             if router is not None:
@@ -96,9 +96,9 @@ class Observer:
 
     def opening(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """`[D]`: the mean of a prompt's embeddings, as policies see it, without a pass."""
-        ids = torch.tensor([list(token_ids)], device=self._model.device)
+        ids = torch.tensor([list(token_ids)], device=next(self._embed.parameters()).device)
         with torch.no_grad():
-            embedded = self._model.get_input_embeddings().forward(ids)  # past our own hook: no iteration begins
+            embedded = self._embed.forward(ids)  # past our own hook: no iteration begins
         mean: npt.NDArray[np.float32] = embedded[0].float().mean(0).cpu().numpy()
         return mean
 
