@@ -7,12 +7,16 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
-import httpx
 import openai
 from arrivals import Ask
 from openai import AsyncOpenAI
 
 Answered = dict[str, Any]
+
+
+def of_http(error: Exception) -> bool:
+    """Whether it is the HTTP library's: openai lets those of a stream through. Which library that is, is its choice."""
+    return type(error).__module__.partition(".")[0] in {"httpx", "httpx2"}
 
 
 class Asker:
@@ -60,7 +64,9 @@ class Asker:
             timeout = getattr(error, "code", None) == "request_timeout"
             told = isinstance(error, openai.APIStatusError) or error.code is not None
             row |= {"status": "timeout" if timeout else "error" if told else "lost", "message": str(error)[:200]}
-        except httpx.HTTPError as error:  # a stream that breaks off is not openai's to tell
+        except Exception as error:
+            if not of_http(error):
+                raise
             row |= {"status": "lost", "message": f"{type(error).__name__}: {error}"[:200]}
         row["total_s"] = time.perf_counter() - due_s
         if times_s:

@@ -28,10 +28,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import openai
 import psutil
+from asking import of_http
 from openai import AsyncOpenAI
 from serve_process import align, end_as_by_ctrl_c, number, serve_process, tell, write_whole
 
@@ -99,7 +99,9 @@ class Clients:
             outcome = "timeout" if error.code == "request_timeout" else str(error.status_code)
         except openai.APIError as error:
             outcome = "timeout" if error.code == "request_timeout" else "lost"
-        except httpx.HTTPError:
+        except Exception as error:
+            if not of_http(error):
+                raise
             outcome = "lost"
         self.outcomes[f"{kind}: {outcome}"] += 1
         if outcome == "429":
