@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from finemoe.errors import ConfigError, DamagedMapsError, FinemoeWarning, MapsError
-from finemoe.folders import user_maps
+from finemoe.folders import locked, user_maps
 from finemoe.maps.file import read_maps, write_maps
-from finemoe.maps.maps import Maps
+from finemoe.maps.maps import ROW_ARRAYS, Maps
+from finemoe.maps.news import counted_once
+from finemoe.maps.shared import SHARED_MAPS, bounded
 from finemoe.policy import policy_class
 from finemoe.policy.base import Policy
 
@@ -37,7 +40,9 @@ class Keeper:
         self._experience = 0
         self._gave_up = False
         self._maps: Maps | None = None
-        if not path.exists():
+        self._totals: Maps | None = None  # of these, without the maps themselves: what others count already
+        self._seen = _stamp(path)
+        if self._seen is None:
             return
         try:
             maps = read_maps(path)
@@ -68,23 +73,43 @@ class Keeper:
         if maps is not None:
             if (maps.layers, maps.experts) == (policy.layers, policy.experts):
                 policy.recall(maps.arrays)
+                totals = {name: array for name, array in maps.arrays.items() if name not in ROW_ARRAYS}
+                self._totals = replace(maps, arrays=totals)
             else:
                 self._put_aside(f"{self.path}: the expert maps are damaged (of another shape than the model)")
         self._experience = policy.experience
 
     def keep(self, policy: Policy) -> None:
-        """Writes what the policy knows, if it has learned anything since. Failing to is a warning."""
+        """Writes what the policy knows, if it has learned anything since. Failing to is a warning.
+
+        What another process has written in the meantime stays: the newest of both.
+        """
         if self._gave_up or policy.experience == self._experience:
             return
         policy.begin(())  # the requests are over
         maps = Maps(self._policy, self._model, self._name, policy.layers, policy.experts, policy.knowledge())
         try:
-            write_maps(maps, self.path)
+            with locked(self.path.parent):
+                write_maps(self._with_others(maps), self.path)
+        except MapsError as error:
+            _warn(f"{error}; what was learned is lost")
         except OSError as error:
             _warn(
                 f"{self.path}: the expert maps can't be written ({error.strerror or error}); what was learned is lost"
             )
         self._experience = policy.experience
+
+    def _with_others(self, maps: Maps) -> Maps:
+        """These, and what the file holds by now, if that is not what was read."""
+        if _stamp(self.path) in {None, self._seen}:
+            return maps
+        try:
+            theirs = read_maps(self.path)
+        except DamagedMapsError:
+            return maps
+        if (theirs.policy, theirs.model) != (maps.policy, maps.model):
+            raise MapsError(f"{self.path} has become a file of other maps, of {theirs.name} under {theirs.policy}")
+        return maps if maps.difference(theirs) else bounded([theirs, counted_once(maps, self._totals)], SHARED_MAPS)
 
     def _put_aside(self, reason: str) -> None:
         aside = self.path.with_name(f"{self.path.name}.damaged")
@@ -125,6 +150,15 @@ def refuse_useless(choice: str | None, policy: str) -> None:
     """Raises `ConfigError` if a file is named for a policy that learns nothing."""
     if choice not in {None, NOWHERE} and not policy_class(policy).remembers:
         raise ConfigError(f"--map-store: --policy {policy} learns no maps that could be kept; leave it out")
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Tells one content of a file from the next; `None` where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _warn(message: str) -> None:
