@@ -134,7 +134,7 @@ def test_sigterm_lets_a_stream_finish(model: Path) -> None:
         rest = list(stream)
         assert rest[-1].choices[0].finish_reason in {"stop", "length"}
         assert server.popen.wait(60) == 0
-    lines = [json.loads(line) for line in server.errors if line.startswith("{")]
+    lines = [json.loads(line) for line in server.errors]  # no progress bar, no library's notice
     assert [line["event"] for line in lines] == ["draining", "request", "drained"]
     assert lines[1]["outcome"] == "finished"
 
