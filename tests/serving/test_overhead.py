@@ -56,3 +56,24 @@ def test_ratios_are_of_the_same_prompt_in_the_same_round(scripts: Scripts) -> No
     )
     assert found == [pytest.approx(1.5)] * 6
     assert scripts("overhead").interval(found) == pytest.approx((1.5, 1.5))
+
+
+def test_what_a_policy_costs_is_measured_on_the_same_prompts(scripts: Scripts, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("What is water?\nWho knows?\n")
+    given = argparse.Namespace(
+        model=str(make_chat_model(tmp_path / "model")),
+        prompts=str(tmp_path / "prompts.txt"),
+        prompts_limit=2,
+        policies="finemoe,lru",
+        prompt_tokens=8,
+        new_tokens=6,
+        repeats=2,
+        limit_s=600.0,
+        json=str(tmp_path / "out.json"),
+    )
+    report = scripts("policy_cost").measure(given)
+    for policy in ("finemoe", "lru"):
+        own = [row for row in report["rows"] if row["way"] == policy]
+        assert [(row["round"], row["prompt"]) for row in own] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        assert report["missed"][policy] == 0
+    assert "finemoe  4" in " ".join(scripts("policy_cost").render(report).replace("|", " ").split("\n"))
