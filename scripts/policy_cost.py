@@ -67,11 +67,13 @@ def render(report: dict[str, Any]) -> str:
     lines = [("", "answers", "TTFT p50 ms", "TPOT p50 ms", f"x {base}")]
     for name in (*names, base):
         own = [row for row in rows if row["way"] == name]
-        ttft_s, tpot_s = (median(row[figure] for row in own) for figure in ("ttft_s", "tpot_s"))
-        found = ratios(rows, name, base)
-        low, high = interval(found)
-        x = "1" if name == base else f"{median(found):.3f} ({low:.3f} to {high:.3f})"
-        lines.append((name, str(len(own)), number(ttft_s, ".1f", 1000), number(tpot_s, ".2f", 1000), x))
+        ttft_s = median(row["ttft_s"] for row in own)
+        tpot_s = [row["tpot_s"] for row in own if "tpot_s" in row]  # of a single token there is none
+        found = ratios(rows, name, base) if name != base else []
+        low, high = interval(found) if found else (0.0, 0.0)
+        x = f"{median(found):.3f} ({low:.3f} to {high:.3f})" if found else "-"
+        tpot = number(median(tpot_s) if tpot_s else None, ".2f", 1000)
+        lines.append((name, str(len(own)), number(ttft_s, ".1f", 1000), tpot, x))
     return "\n".join([
         f"model {given['model']}, all experts in memory",
         "",
