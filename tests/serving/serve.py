@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,8 @@ from tests.chat_model import make_tokenizer
 from tests.serving.fake_worker import END, FakeWorker, Script
 
 NAME = "tiny"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 TEXT = "The café 😀 is open."
 TOKENIZER = make_tokenizer()
 TOKENIZER.chat_template = (
@@ -55,6 +58,24 @@ def count_up(job: Job) -> Iterator[int]:
         at += 1
 
 
+def events(response: Any) -> list[Any]:
+    """The objects of a stream that ended as it should."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line.startswith("data: ")]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def refusal(response: Any, status: int = 400) -> Any:
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert list(body) == ["error"]
+    assert list(body["error"]) == ["message", "type", "param", "code"]
+    assert body["error"]["message"]
+    assert "\n" not in body["error"]["message"]
+    return body["error"]
+
+
 @dataclass
 class Fake:
     """A server's parts."""
@@ -68,7 +89,7 @@ class Fake:
         return self.client.post(path, json={"model": NAME} | body)
 
     def chat(self, **body: Any) -> Any:
-        return self.post("/v1/chat/completions", **{"messages": [{"role": "user", "content": "Hi"}]} | body)
+        return self.post(CHAT, **{"messages": [{"role": "user", "content": "Hi"}]} | body)
 
     def metric(self, name: str) -> float:
         text = self.client.get("/metrics").text
