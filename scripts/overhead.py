@@ -20,54 +20,20 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-import torch
 from asking import ask_alone
+from in_turn import Timed, add_arguments, by_generate, cells, heading, parse, prompts_of, ratios, timed
 from serve_here import Parts, running, server_parts
 from serve_process import align, end_as_by_ctrl_c, number, tell, write_whole
-from transformers import AutoTokenizer
-from transformers.generation.streamers import BaseStreamer
 
 import finemoe
 from finemoe.serving.config import ServeConfig
 from finemoe.serving.job import Finished, Job, Token
-from finemoe.trace.prompts import read_prompts
 
 WAYS = ("generate", "worker", "http")
 GOAL = 1.03  # of http against generate
-Timed = dict[str, Any]
-
-
-class _Times(BaseStreamer):
-    """When each token came; the prompt is told first."""
-
-    def __init__(self) -> None:
-        self.times_s: list[float] = []
-
-    def put(self, _value: torch.Tensor) -> None:
-        self.times_s.append(time.perf_counter())
-
-    def end(self) -> None: ...
-
-
-def timed(start_s: float, times_s: list[float]) -> Timed:
-    """Of a single token there is no TPOT."""
-    row: Timed = {"ttft_s": times_s[0] - start_s, "tokens": len(times_s)}
-    return row | ({"tpot_s": (times_s[-1] - times_s[0]) / (len(times_s) - 1)} if len(times_s) > 1 else {})
-
-
-def by_generate(model: Any, prompt: list[int], new_tokens: int) -> Timed:
-    ids, times = torch.tensor([prompt]), _Times()
-    start_s = time.perf_counter()
-    model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, temperature=None, top_p=None, top_k=None,
-        max_new_tokens=new_tokens, pad_token_id=0, streamer=times,
-    )  # fmt: skip
-    return timed(start_s, times.times_s[1:])
 
 
 def by_worker(parts: Parts, prompt: list[int], new_tokens: int) -> Timed:
@@ -90,9 +56,7 @@ class Overhead:
     """One run of the program."""
 
     def __init__(self, given: argparse.Namespace, client: ProcessPoolExecutor) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(given.model)
-        texts = read_prompts(Path(given.prompts), limit=given.prompts_limit).texts
-        self.prompts = [tokenizer(text)["input_ids"][: given.prompt_tokens] for text in texts]
+        self.prompts = prompts_of(given)
         self.given = given
         self.client = client
         self.begin_s = time.perf_counter()
@@ -142,35 +106,11 @@ class Overhead:
         write_whole(self.report, self.given.json)
 
 
-def ratios(rows: list[Timed], way: str, base: str) -> list[float]:
-    """TPOT of a way over another's, of the same prompt in the same round."""
-    of = {(row["way"], row["round"], row["prompt"]): row["tpot_s"] for row in rows if "tpot_s" in row}
-    return [s / of[base, *place] for (name, *place), s in of.items() if name == way and (base, *place) in of]
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """95% of the median, by bootstrap."""
-    draws = np.random.default_rng(0).choice(values, (2000, len(values)))
-    low, high = np.percentile(np.median(draws, axis=1), (2.5, 97.5))
-    return float(low), float(high)
-
-
 def render(report: dict[str, Any]) -> str:
     """A line for each way."""
     rows, given = report["rows"], report["settings"]
-    lines = [("", "answers", "TTFT p50 ms", "TPOT p50 ms", "x generate", "x worker")]
-    for way in WAYS:
-        own = [row for row in rows if row["way"] == way]
-        if not own:
-            continue
-        cells = []
-        for base in WAYS[:2]:
-            found = ratios(rows, way, base) if base != way else []
-            low, high = interval(found) if found else (0.0, 0.0)
-            cells.append(f"{median(found):.3f} ({low:.3f} to {high:.3f})" if found else "-")
-        tpot_s = [row["tpot_s"] for row in own if "tpot_s" in row]
-        ttft = number(median(row["ttft_s"] for row in own), ".1f", 1000)
-        lines.append((way, str(len(own)), ttft, number(median(tpot_s) if tpot_s else None, ".2f", 1000), *cells))
+    told = {row["way"] for row in rows}
+    lines = [heading(*WAYS[:2]), *(cells(rows, way, *WAYS[:2]) for way in WAYS if way in told)]
     of_http = ratios(rows, "http", "generate")
     goal = f"; it is {'met' if median(of_http) <= GOAL else 'MISSED'}" if of_http else ""
     return "\n".join([
@@ -185,22 +125,11 @@ def render(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", required=True, help="a file as for finemoe record")
-    parser.add_argument("--prompts-limit", type=int, default=8)
-    parser.add_argument("--model", help="folder (default: the reference model)")
+    add_arguments(parser, prompts=8, tokens=64, new_tokens=64, repeats=5, limit_s=1200.0)
     parser.add_argument("--expert-memory", default="all")
     parser.add_argument("--policy", default="lru")
     parser.add_argument("--cache-bytes", default="256MiB")
-    parser.add_argument("--prompt-tokens", type=int, default=64, help="prompts are cut to so many")
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds")
-    parser.add_argument("--limit-s", type=float, default=1200.0, help="begin no round after so many seconds")
-    parser.add_argument("--json", metavar="OUT", help="write all answers' times here, as they come")
-    given = parser.parse_args()
-    if given.model is None:
-        from finemoe.model import reference_model
-
-        given.model = str(reference_model())
+    given = parse(parser)
     os.environ["FINEMOE_MAPS"] = "none"
     end_as_by_ctrl_c()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as client:

@@ -15,21 +15,23 @@ from tests.chat_model import make_chat_model
 Scripts = Callable[[str], Any]
 
 
+def asked(folder: Path) -> dict[str, Any]:
+    """Two prompts, twice, of a tiny model."""
+    (folder / "prompts.txt").write_text("What is water?\nWho knows?\n")
+    return {
+        "model": str(make_chat_model(folder / "model")),
+        "prompts": str(folder / "prompts.txt"),
+        "prompts_limit": 2,
+        "prompt_tokens": 8,
+        "new_tokens": 6,
+        "repeats": 2,
+        "limit_s": 600.0,
+        "json": str(folder / "out.json"),
+    }
+
+
 def test_the_same_prompts_go_all_three_ways(scripts: Scripts, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("What is water?\nWho knows?\n")
-    given = argparse.Namespace(
-        model=str(make_chat_model(tmp_path / "model")),
-        prompts=str(tmp_path / "prompts.txt"),
-        prompts_limit=2,
-        expert_memory="all",
-        policy="lru",
-        cache_bytes="16MiB",
-        prompt_tokens=8,
-        new_tokens=6,
-        repeats=2,
-        limit_s=600.0,
-        json=str(tmp_path / "out.json"),
-    )
+    given = argparse.Namespace(**asked(tmp_path), expert_memory="all", policy="lru", cache_bytes="16MiB")
     with ThreadPoolExecutor(1) as client:  # not a process: that takes seconds
         overhead = scripts("overhead").Overhead(given, client)
         overhead.run()
@@ -51,26 +53,15 @@ def test_ratios_are_of_the_same_prompt_in_the_same_round(scripts: Scripts) -> No
         for turn in range(3)
         for prompt in range(2)
     ]
-    found = scripts("overhead").ratios(
+    found = scripts("in_turn").ratios(
         [*rows, {"way": "http", "round": 9, "prompt": 0, "tpot_s": 1.0}], "http", "generate"
     )
     assert found == [pytest.approx(1.5)] * 6
-    assert scripts("overhead").interval(found) == pytest.approx((1.5, 1.5))
+    assert scripts("in_turn").interval(found) == pytest.approx((1.5, 1.5))
 
 
 def test_what_a_policy_costs_is_measured_on_the_same_prompts(scripts: Scripts, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("What is water?\nWho knows?\n")
-    given = argparse.Namespace(
-        model=str(make_chat_model(tmp_path / "model")),
-        prompts=str(tmp_path / "prompts.txt"),
-        prompts_limit=2,
-        policies="finemoe,lru",
-        prompt_tokens=8,
-        new_tokens=6,
-        repeats=2,
-        limit_s=600.0,
-        json=str(tmp_path / "out.json"),
-    )
+    given = argparse.Namespace(**asked(tmp_path), policies="finemoe,lru")
     report = scripts("policy_cost").measure(given)
     for policy in ("finemoe", "lru"):
         own = [row for row in report["rows"] if row["way"] == policy]
