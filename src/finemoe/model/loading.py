@@ -178,6 +178,8 @@ class Loading:
         offload = Offload(
             *parts, keeper=self.keeper, observer=observer, tiers=self._tiers, fingerprint=self.fingerprint
         )
+        if isinstance(self._pool, Pool):
+            self._pool.await_memory()
         offload.reset_stats()
         kind = type(model)
         members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}

@@ -18,6 +18,7 @@ import torch
 from finemoe.config import format_bytes
 from finemoe.errors import BudgetError, InvariantError
 from finemoe.store.memory import available_bytes
+from finemoe.store.prefault import Prefault
 from finemoe.types import ExpertId
 
 
@@ -157,7 +158,7 @@ class Slots:
 
 
 class Pool(Slots):
-    """Slots for experts in this machine's memory.
+    """Slots for experts in this machine's memory. It begins at once to bring that in, in the background.
 
     Args:
         slots: `C`.
@@ -182,7 +183,9 @@ class Pool(Slots):
         except (OSError, MemoryError, OverflowError) as error:
             raise too_much from error
         # by way of numpy, which holds on to the mapping; torch.frombuffer would let it be unmapped under its views
-        self._bytes = torch.from_numpy(np.frombuffer(self._memory, dtype=np.uint8))
+        array = np.frombuffer(self._memory, dtype=np.uint8)
+        self._bytes = torch.from_numpy(array)
+        self._prefault = Prefault(array)
         super().__init__((slots,), slot_bytes)
 
     @property
@@ -198,8 +201,13 @@ class Pool(Slots):
         """The slot's bytes, for a transfer to write into."""
         return memoryview(self._memory)[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
 
+    def await_memory(self) -> None:
+        """Until all of the memory is there, so that no request has to wait for it."""
+        self._prefault.wait()
+
     def close(self) -> None:
         """Give the memory back as soon as no view of it is left."""
+        self._prefault.stop()
         self.clear()
         self._free = [[] for _ in self._free]
         self._bytes = torch.empty(0, dtype=torch.uint8)
