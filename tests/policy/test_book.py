@@ -104,3 +104,15 @@ def test_nothing_is_chosen_while_paused(compile_it: bool) -> None:
         step(book)
     assert choose(book, want, want, 0.1, 0) == 0
     assert book.tally[PAUSED] == PAUSE_ITERATIONS
+
+
+def test_experts_that_a_layer_has_not_are_never_asked_for() -> None:
+    policy = Policy(2, EXPERTS)
+    policy.want[:] = 1.0
+    controller = Controller(2, EXPERTS, 6, policy, sizes=(1, 3))
+    got = []
+    while (fetch := controller.prefetch()) is not None:
+        got.append(fetch.expert)
+        controller.landed(fetch.expert)
+    assert sorted(got) == [ExpertId(0, 0), ExpertId(1, 0), ExpertId(1, 1), ExpertId(1, 2)]
+    controller.check_integrity()

@@ -15,7 +15,7 @@ from finemoe.policy.finemoe import Finemoe
 from finemoe.policy.neighbours import Constants, Search, _nearest_loop, nearest
 from finemoe.policy.outlook import Lookahead, appraise
 from finemoe.policy.trail import LEVELS, NOBODY, append, imprint, make_trail
-from finemoe.types import DECODE, Recorded, Routed, Step
+from finemoe.types import DECODE, PREFILL, Recorded, Routed, Step
 from tests.policy.compile import compiled
 from tests.policy.workload import Iteration, Shape, recorded, workload
 
@@ -51,7 +51,7 @@ class Plain:
     rows: dict[int, Row] = field(default_factory=dict)
     running: dict[int, Running] = field(default_factory=dict)
     number: int = 0
-    usual: Matrix = field(default_factory=lambda: np.zeros(SIZE))
+    usual: Matrix = field(default_factory=lambda: np.full(SIZE, 1 / SHAPE.experts))
     iterations: Matrix = field(default_factory=lambda: np.zeros(SHAPE.layers))
 
     def add(self, row: Row) -> None:
@@ -179,15 +179,15 @@ def play(policy: Finemoe, played: list[Iteration]) -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 3), st.booleans(), st.sampled_from([1, 3, 32]),
-    st.sampled_from([0, 1, 5]),
+    st.sampled_from([0, 1, 5]), st.sampled_from([0, 2]),
 )  # fmt: skip
-def test_the_policy_is_its_formulas(
-    seed: int, capacity: int, batch: int, truncated: bool, neighbours: int, horizon: int
+def test_the_policy_is_its_formulas(  # noqa: PLR0917 - drawn
+    seed: int, capacity: int, batch: int, truncated: bool, neighbours: int, horizon: int, known: int
 ) -> None:
     constants = Constants(neighbours=neighbours, horizon=horizon)
     fast = Finemoe(SHAPE.layers, SHAPE.experts, capacity, SHAPE.active, constants=constants)
     plain = Plain(capacity, constants)
-    for i in range(2):
+    for i in range(known):
         fast.learn(recorded(seed + i, SHAPE, length=8))
         plain.learn(recorded(seed + i, SHAPE, length=8))
     for iteration in workload(seed + 2, SHAPE, iterations=9, batch=batch, truncated=truncated):
@@ -317,6 +317,17 @@ def test_experts_that_nobody_ever_used_are_not_wanted() -> None:
         policy.end()
     assert (policy.want[:, : SHAPE.experts] > 0).any()
     assert not policy.want[:, SHAPE.experts].any()
+
+
+def test_a_first_prompt_is_read_ahead_of() -> None:
+    """Nothing is known yet: the layers to come are wanted in their order, before what has run."""
+    policy = Finemoe(*SIZE)
+    policy.begin([Step(0, PREFILL, np.arange(50, dtype=np.int32))])
+    assert (np.diff(policy.want.mean(axis=1)) < 0).all()
+    gates = np.full((1, SHAPE.experts), 1 / SHAPE.experts, np.float32)
+    policy.routed(Routed(0, tuple(range(SHAPE.experts)), gates))
+    assert policy.want[1].min() > policy.want[0].max() + policy.margin
+    assert (np.diff(policy.want[1:].mean(axis=1)) < 0).all()
 
 
 def test_the_default_store_holds_what_its_memory_allows() -> None:

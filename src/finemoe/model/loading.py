@@ -141,7 +141,8 @@ class Loading:
         offloaded: Any = model
         assert self._catalog is not None and self._store is not None and self._pool is not None
         # requires_grad stays as transformers set it: torch's matmul picks its kernel, and so its rounding, by it
-        shape = len(self._catalog.layouts), max(layout.experts for layout in self._catalog.layouts)
+        sizes = [layout.experts for layout in self._catalog.layouts]
+        shape = len(sizes), max(sizes)
         self._transfer = self._connect(self._store)
         verify = self._verifier() if self._config.verify else None
         # experts are tried under another controller: what the policy learns is what the model does
@@ -164,7 +165,7 @@ class Loading:
             self.keeper.bring(policy)
         if policy.compiles:  # it takes long enough to wait for
             policy = self._beside = Beside(policy, self._transfer.nudge)
-        controller = Controller(*shape, self._pool.slots, policy, spread, explain=self._config.explain)
+        controller = Controller(*shape, self._pool.slots, policy, spread, sizes=sizes, explain=self._config.explain)
         engine = Engine(self._pool, controller, self._transfer, verify, experts=self._catalog.experts)
         if self._tiers is not None:
             self._tiers.follow(engine)

@@ -16,6 +16,7 @@ from finemoe.policy.kernel import compiled_as, kernel
 Scores = npt.NDArray[np.float64]
 
 ABSENT, LOADING, RESIDENT = 0, 1, 2
+NOWHERE = 255  # Book.device of what there is not: experts that a layer has less than the largest
 FREE, NONE = -1, -2  # instead of a victim's index: a free slot was there; there is nothing to be had
 EVICTED, PREFETCHED, PREFETCHED_USED, WASTED, REGRETTED, PAUSED = range(6)  # of Book.tally
 TRIED, GAINED, LOST, PAUSE = range(4)  # of Book.account
@@ -30,7 +31,7 @@ class Book(NamedTuple):
     pinned: npt.NDArray[np.bool_]  # needed by the layer under way, and not used yet
     fresh: npt.NDArray[np.bool_]  # came, or is coming, by prefetch, and was not needed yet
     displaced: npt.NDArray[np.bool_]  # absent, because its slot went to a prefetch
-    device: npt.NDArray[np.uint8]  # where it lives: round-robin
+    device: npt.NDArray[np.uint8]  # where it lives: round-robin, or `NOWHERE`
     room: npt.NDArray[np.int64]  # [devices], free slots
     tally: npt.NDArray[np.int64]  # [6], see above
     account: npt.NDArray[np.int64]  # [4]: what prefetches brought and cost, see `review`

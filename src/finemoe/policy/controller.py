@@ -21,6 +21,7 @@ from finemoe.policy.book import (
     ABSENT,
     LOADING,
     NONE,
+    NOWHERE,
     RESIDENT,
     WASTED,
     begin_prefetch,
@@ -46,17 +47,28 @@ class Controller:
         capacity: `C`, the number of slots; in-flight experts own one too.
         policy: keeps the scores.
         devices: the slots are spread over so many; experts live on them round-robin.
+        sizes: `[L]`, how many experts each layer has, where some have fewer; these are never asked for.
         explain: keep a `ledger`.
     """
 
     def __init__(
-        self, layers: int, experts: int, capacity: int, policy: Policy, devices: int = 1, *, explain: bool = False
+        self,
+        layers: int,
+        experts: int,
+        capacity: int,
+        policy: Policy,
+        devices: int = 1,
+        *,
+        sizes: Sequence[int] | None = None,
+        explain: bool = False,
     ) -> None:
         if capacity < devices:
             raise InvariantError(f"a pool needs at least one slot a device, got {capacity} for {devices}")
         self.capacity = capacity
         self.policy = policy
         self.book = make_book(layers, experts, capacity, devices)
+        for layer, size in enumerate(sizes or ()):
+            self.book.device[layer * experts + size : (layer + 1) * experts] = NOWHERE
         self.ledger = Ledger(layers, experts) if explain else None
         self.census: Census | None = None
         self._experts = experts

@@ -107,7 +107,7 @@ class Finemoe(Policy):
       tokens; prompts are no rows. During one, every expert in use is expected in each layer to come: `1 - (1 - f)^T`.
     - A request's frequencies start as those of requests with prompts like its own (`Openings`; without embeddings, as
       the usual ones), which count for one token more. So the first layers of a prompt are known before any gate has
-      run. What nobody ever used is worth nothing: layers may have fewer experts than the largest.
+      run. As long as nothing is known of a layer, its experts are all alike: a first prompt needs most of them.
     - Several running requests: each has its own search; `1 - prod(1 - p)` over them. Of what they needed, each used
       its K likeliest; without gates that can't be told, and only frequencies are left.
     - `switch` compares whole transfers. To compare with what is left of the one under way, as the study did, changes
@@ -168,8 +168,8 @@ class Finemoe(Policy):
         self.trail: Trail | None = None  # made when K is known
         self.lookahead = Lookahead(experts)
         self.openings = Openings(layers, experts)
-        self._usual: Scores = np.zeros((layers, experts))  # how often an iteration uses each expert
-        self._iterations = np.zeros(layers)  # of which that is the mean
+        self._usual: Scores = np.full((layers, experts), 1.0 / experts)  # how often an iteration uses each expert
+        self._iterations = np.zeros(layers)  # of which that is the mean; of none, a guess
         self._running: dict[int, _Running] = {}
         self._steps: tuple[Step, ...] = ()
         self._begin_search, self._extend_search, self._conclude = jit(begin_search), jit(extend_search), jit(conclude)
