@@ -5,8 +5,8 @@
 
 The prompts are recorded first (OUT.trace). Then, row by row, `finemoe bench` answers them, and the simulator replays
 what was recorded with what that very row has measured: its link ratio, the share of a layer before the gate, the gap
-between tokens, the tokens of a prompt that a layer computes in the time of one. OUT is written after every row. Rows
-that it has already are not measured again, only simulated.
+between tokens, how late a policy's say comes, the tokens of a prompt that a layer computes in the time of one. OUT is
+written after every row. Rows that it has already are not measured again, only simulated.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from finemoe.trace.record import Recorder
 
 EVERY = "lru,lfru,deepspeed,mixtral-offloading,moe-infinity,promoe,expert-map,finemoe"
 FIGURES = (
-    "layer_s", "expert_s", "outside_s", "link_ratio", "before_gate", "gap", "tokens_per_unit", "ttft_s", "tpot_s",
-    "decode_hit_rate", "stall_share",
+    "layer_s", "expert_s", "outside_s", "link_ratio", "before_gate", "gap", "lag", "tokens_per_unit", "ttft_s",
+    "tpot_s", "decode_hit_rate", "stall_share",
 )  # fmt: skip
 
 
@@ -172,6 +172,7 @@ def machine_of(engine: dict[str, Any], budget: str, simulator: Simulator) -> Mac
         tokens_per_unit=engine["tokens_per_unit"],
         before_gate=engine["before_gate"],
         gap=engine["gap"] or 0.0,
+        lag=engine["lag"] or 0.0,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from tests.policy.test_contract import informed
 from tests.policy.workload import Iteration, Shape, workload
 
 SHAPE = Shape(3, 6)
-THINKING = [name for name, kind in FACTORIES.items() if kind.compiles]
+THINKING = [name for name, kind in FACTORIES.items() if kind.deliberates]
 
 
 @contextmanager
@@ -103,8 +104,10 @@ def test_nobody_waits_and_late_thoughts_are_not_published() -> None:
         for layer in range(2):
             run.routed(Routed(layer, [0]))
         assert not slow.seen and not published  # and here we are
+        time.sleep(0.05)
         slow.go.release(3)
         run.settle()
+        assert run.search_s >= 0.05  # of what was published, since it was told
         assert [what for what, _ in slow.seen] == ["begin 0", "layer 0", "layer 1"]
         assert slow.seen[-1] == ("layer 1", False)
         assert published[-1] == run.worth[0, 0] == 3

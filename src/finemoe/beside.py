@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -38,13 +39,14 @@ class Beside(Policy):
         self.inner = policy
         self.published = published
         self.margin, self.switch = policy.margin, policy.switch
-        kind = ("prefetches", "needs", "uses", "substitutes", "clairvoyant", "compiles", "pauses")
+        kind = ("prefetches", "needs", "uses", "substitutes", "clairvoyant", "compiles", "deliberates", "pauses")
         self.__dict__.update({name: getattr(policy, name) for name in kind})
         if policy.want is policy.worth:
             self.want = self.worth
         self.searches = 0  # events that scores were asked of
         self.late = 0  # of these, dropped
-        self._events: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self.search_s = 0.0  # from the others to their scores
+        self._events: deque[tuple[float, Callable[..., Any], tuple[Any, ...]]] = deque()  # with their times
         self._calls: SimpleQueue[Callable[[], object] | None] = SimpleQueue()  # there are events: None; or a question
         self._skipping = False  # this iteration goes unobserved
         self._fault: BaseException | None = None
@@ -123,7 +125,7 @@ class Beside(Policy):
 
     def _tell(self, what: Callable[..., Any], *arguments: Any) -> None:
         self._raise()
-        self._events.append((what, arguments))
+        self._events.append((time.perf_counter(), what, arguments))
         self._calls.put(None)
 
     def _raise(self) -> None:
@@ -144,7 +146,7 @@ class Beside(Policy):
                 self._fault = fault
                 return
 
-    def _think(self, what: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    def _think(self, told_s: float, what: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self.inner.behind = bool(self._events)
         what(*arguments)
         self.searches += 1
@@ -152,6 +154,7 @@ class Beside(Policy):
             self.late += 1
         else:
             self._copy()
+            self.search_s += time.perf_counter() - told_s
             self.published()
 
     def _copy(self) -> None:

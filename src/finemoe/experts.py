@@ -69,6 +69,7 @@ class ExpertLayer:
         self.accumulator: Accumulator | None = None  # None: the twin
         self.listen: Listen | None = None  # set where the policy wants to know what the gate said
         self._said: tuple[Floats | None, Floats | None] = None, None
+        self._active = 0  # K, of the call under way
         self._lock = lock
         self._dtypes = dtypes
         self._dequantiser = dequantiser or Dequantiser()
@@ -89,6 +90,7 @@ class ExpertLayer:
             return self._run(module, hidden, index, weights)
 
     def _run(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        self._active = index.shape[1]
         self._hear(hidden, index, weights)
         if self.accumulator is None:
             return run_twin(self, module, hidden, index, weights)
@@ -110,7 +112,11 @@ class ExpertLayer:
     def serve(self, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
         """`Engine.serve` for this layer."""
         assert self.engine is not None
-        return self.engine.serve(Routed(self.layer, experts, *self._said))
+        return self.engine.serve(self.event(experts))
+
+    def event(self, experts: Sequence[int]) -> Routed:
+        """That it needs these."""
+        return Routed(self.layer, experts, *self._said, self._active)
 
     def parameters(self, expert: int, slot: int) -> dict[str, Tensor]:
         """One expert's parameters by name, out of its slot; without a copy wherever the checkpoint's layout allows.

@@ -43,13 +43,15 @@ class Routed(NamedTuple):
     `experts` is ascending and distinct, the union over the running requests. Set from the executed indices, which are
     the truth. `gates` `[B, E]` has the gate's distribution for each running request, the mean over its tokens; a trace
     that recorded only the selected experts has zeros elsewhere. `lookahead` `[B, n, E]` has what the gates of the next
-    n layers say of this layer's hidden states. Both are `None` where nobody listens or nothing is known.
+    n layers say of this layer's hidden states. Both are `None` where nobody listens or nothing is known. `active` is K,
+    how many experts each token uses at most; 0 where that is not known.
     """
 
     layer: int
     experts: Sequence[int]
     gates: npt.NDArray[np.float32] | None = None
     lookahead: npt.NDArray[np.float32] | None = None
+    active: int = 0
 
 
 class Recorded(NamedTuple):

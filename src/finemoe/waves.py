@@ -22,7 +22,6 @@ from finemoe.experts import Accumulator, ExpertLayer, Views, apply_expert, group
 from finemoe.grouped import apply_experts, plan_groups, rows_of_experts, stack_slots, windows
 from finemoe.stalls import Stalls
 from finemoe.store import Arrival, DevicePool
-from finemoe.types import Routed
 from finemoe.whole import Touched, run_whole
 
 Wave = list[tuple[int, int]]  # expert, slot
@@ -137,7 +136,7 @@ class DeviceExpertLayer(ExpertLayer):
         Experts that `aside` takes on are in none.
         """
         assert self.engine is not None
-        event, elsewhere = Routed(self.layer, experts, *self._said), None if aside is None else aside.choose
+        event, elsewhere = self.event(experts), None if aside is None else aside.choose
         free = [device.mark_compute() for device in self.pool.devices]  # from here on they have nothing to do
         with closing(self.engine.serve_waves(event, elsewhere)) as serving:  # type: ignore[type-var]
             for ready in serving:

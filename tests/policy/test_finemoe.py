@@ -181,7 +181,7 @@ def play(policy: Finemoe, played: list[Iteration]) -> None:
     st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 3), st.booleans(), st.sampled_from([1, 3, 32]),
     st.sampled_from([0, 1, 5]), st.sampled_from([0, 2]),
 )  # fmt: skip
-def test_the_policy_is_its_formulas(  # noqa: PLR0917 - drawn
+def test_the_policy_is_its_formulas(
     seed: int, capacity: int, batch: int, truncated: bool, neighbours: int, horizon: int, known: int
 ) -> None:
     constants = Constants(neighbours=neighbours, horizon=horizon)

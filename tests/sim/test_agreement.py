@@ -15,7 +15,7 @@ from finemoe.sim.schedule import make_schedule
 from finemoe.trace import open_trace
 from tests.policy.workload import Shape, untrained
 from tests.sim.traces import EXPERTS, LAYERS, make_trace
-from tests.sim.virtual_link import EngineReplay, VirtualLink
+from tests.sim.virtual_link import EngineReplay, Lagging, VirtualLink
 
 
 def made(policy: str) -> Policy:
@@ -35,20 +35,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(
     st.integers(0, 5), st.integers(3, LAYERS * EXPERTS), st.sampled_from([0.07, 0.3, 1.0, 4.1]),
     st.sampled_from([0, 1, 5]), st.integers(1, 3), st.sampled_from([0, 3, 70]),
-    st.sampled_from([(0.5, 0.0), (0.5, 2.6), (0.8, 0.4)]),
+    st.sampled_from([(0.5, 0.0), (0.5, 2.6), (0.8, 0.4)]), st.sampled_from([0.0, 0.15, 0.9, 1.7]),
 )  # fmt: skip
 def test_engine_and_simulator_agree(
     folder: Path, policy: str, seed: int, capacity: int, link_ratio: float, chunks: int, interleave: int, prompt: int,
-    split: tuple[float, float],
+    split: tuple[float, float], lag: float,
 ) -> None:  # fmt: skip
     path = folder / f"walk-{seed}-4-12-{prompt}.safetensors"
     with make_trace(folder, seed, prompt=prompt) if not path.exists() else open_trace(path) as trace:
         schedule, evidence = make_schedule(trace, range(4), interleave), Evidence(trace)
-        machine = Machine(capacity, link_ratio, chunks=chunks, before_gate=split[0], gap=split[1])
+        machine = Machine(capacity, link_ratio, chunks=chunks, before_gate=split[0], gap=split[1], lag=lag)
         simulated = Replay(schedule, evidence, made(policy), machine, log=100_000, fast=False)
         outcome = simulated.run()
         link = VirtualLink(link_ratio, link_ratio / chunks if chunks else 0.0)
-        driven = EngineReplay.make(schedule, made(policy), capacity, link)
+        driving = made(policy)
+        if lag and driving.deliberates:
+            driving = Lagging(driving, link, lag)
+        driven = EngineReplay.make(schedule, driving, capacity, link)
         times = driven.run(schedule, evidence, before_gate=split[0], gap=split[1])
     counters = driven.engine.counters
     assert driven.actions(EXPERTS) == [tuple(row) for row in outcome.log.tolist()]

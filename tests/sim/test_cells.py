@@ -259,8 +259,9 @@ def test_a_table_has_a_line_for_each_row(trace: str) -> None:
 
 
 def test_gap_and_gate_of_the_settings_are_in_the_rows(trace: str) -> None:
-    row = run_cell(trace, config(gap=6, before_gate=0.25), Cell("oracle", 0.25, 1.0))
-    assert (row.gap, row.before_gate) == (6, 0.25)
+    row = run_cell(trace, config(gap=6, before_gate=0.25, lag=0.5), Cell("oracle", 0.25, 1.0))
+    assert (row.gap, row.before_gate, row.lag) == (6, 0.25, 0.5)
+    assert "so much after a gate: 0.5" in table([row])
     assert row.time_per_layer < run_cell(trace, config(), Cell("oracle", 0.25, 1.0)).time_per_layer
 
 

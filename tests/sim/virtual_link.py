@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from finemoe.engine import Engine
@@ -11,7 +11,7 @@ from finemoe.sim.evidence import Evidence
 from finemoe.sim.link import FETCHED, PREFETCHED, WITHDRAWN
 from finemoe.sim.schedule import Schedule
 from finemoe.store import Pool
-from finemoe.types import ExpertId, Fetch, Landed, Plan, Routed, Withdrawn
+from finemoe.types import ExpertId, Fetch, Landed, Plan, Routed, Step, Withdrawn
 
 
 @dataclass
@@ -30,6 +30,7 @@ class VirtualLink:
     left: dict[ExpertId, float] = field(default_factory=dict)
     landed: list[Landed] = field(default_factory=list)
     log: list[tuple[int, ExpertId]] = field(default_factory=list)
+    alarm: tuple[float, Callable[[], None]] | None = None  # when, and what happens then
     moved_bytes: int = 0
     waited_bytes: float = 0.0
 
@@ -77,6 +78,13 @@ class VirtualLink:
         self.cancel()
 
     def advance(self, until: float) -> None:
+        if self.alarm is not None and self.alarm[0] <= until:
+            (due, ring), self.alarm = self.alarm, None
+            self._advance(due)
+            ring()
+        self._advance(until)
+
+    def _advance(self, until: float) -> None:
         self._preempt()
         while True:
             start = max(self.now, self.busy)
@@ -114,6 +122,31 @@ class VirtualLink:
         else:
             self.left[self.prefetch] -= rest
             self.busy = self.now + rest
+
+
+class Lagging(Policy):
+    """Stands for another policy, and says what it said `lag` later, by the link's clock; unless it has said more."""
+
+    def __init__(self, policy: Policy, link: VirtualLink, lag: float) -> None:
+        super().__init__(policy.layers, policy.experts)
+        self.inner, self._link, self._lag = policy, link, lag
+        self.margin, self.switch = policy.margin, policy.switch
+        self.prefetches, self.pauses = policy.prefetches, policy.pauses  # type: ignore[misc] # of its kind
+        self._say()
+
+    def begin(self, steps: Sequence[Step]) -> None:
+        self.inner.begin(steps)
+        self._link.alarm = self._link.now + self._lag, self._say
+
+    def routed(self, event: Routed) -> None:
+        self.inner.routed(event)
+        self._link.alarm = self._link.now + self._lag, self._say
+
+    def end(self) -> None:
+        self.inner.end()
+
+    def _say(self) -> None:
+        self.worth[:], self.want[:] = self.inner.worth, self.inner.want
 
 
 class LoggedController(Controller):
@@ -176,6 +209,7 @@ class EngineReplay:
                     needs.tolist(),
                     None if gates is None else gates[:, layer],
                     None if lookahead is None else lookahead[:, layer],
+                    evidence.active,
                 )
                 for _ in self.timed(self.engine.serve(routed), after / max(1, len(needs))):
                     pass

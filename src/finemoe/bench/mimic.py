@@ -8,7 +8,7 @@ from statistics import median
 from finemoe.bench.subject import Phase
 
 MIMIC_NAMES: tuple[str, ...] = (
-    "layer_s", "expert_s", "outside_s", "link_ratio", "before_gate", "gap", "tokens_per_unit",
+    "layer_s", "expert_s", "outside_s", "link_ratio", "before_gate", "gap", "lag", "tokens_per_unit",
 )  # fmt: skip
 
 
@@ -20,6 +20,7 @@ def mimic(prompts: Sequence[tuple[int, Phase]], decode: Phase, expert_bytes: flo
     - `expert_s`: for how long the link is busy to move one expert, while decoding;
     - `outside_s`: from the last MoE layer of a token to the first of the next: head, sampling, embedding;
     - `link_ratio`, `gap`: `expert_s` and `outside_s` in units of `layer_s`;
+    - `lag`: in the same units, the mean time from an event until what a policy beside the model made of it counted;
     - `tokens_per_unit`: how many tokens of a prompt a layer computes in the time of one; the median over prompts, as a
       process takes its time over the first.
 
@@ -40,6 +41,8 @@ def mimic(prompts: Sequence[tuple[int, Phase]], decode: Phase, expert_bytes: flo
     if decode.bytes_read:
         expert_s = decode.link_busy_s * expert_bytes / decode.bytes_read
         found |= {"expert_s": expert_s, "link_ratio": expert_s / layer_s}
+    if searched := decode.searches - decode.searches_late:
+        found["lag"] = decode.search_s / searched / layer_s
     timed = [(tokens, _layer_s(prefill)) for tokens, prefill in prompts]
     if at_once := [tokens * layer_s / own_s for tokens, own_s in timed if own_s]:
         found["tokens_per_unit"] = max(1, round(median(at_once)))

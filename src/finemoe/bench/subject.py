@@ -12,7 +12,9 @@ from finemoe.explain import Explained
 from finemoe.tempo import TOTALS
 
 Kind = Literal["finemoe", "resident", "disk-offload"]
-_COUNTED = ("accesses", "hits", "late", "bytes_read", "stall_s", "stalled_bytes")
+_COUNTED = (
+    "accesses", "hits", "late", "bytes_read", "stall_s", "stalled_bytes", "searches", "searches_late", "search_s",
+)  # fmt: skip
 COUNTED = (*_COUNTED, *TOTALS, "link_busy_s")  # of the engine's, for each phase
 
 
@@ -96,6 +98,9 @@ class Phase:
     afters: int = 0
     around_s: float = 0.0
     arounds: int = 0
+    searches: int = 0  # these: see Stats
+    searches_late: int = 0
+    search_s: float = 0.0
     link_busy_s: float = 0.0  # something was being read
     link_bytes_s: float | None = None  # raw bandwidth, measured between the steps; None where it was not
 

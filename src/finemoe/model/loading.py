@@ -163,7 +163,7 @@ class Loading:
         policy = make_policy(self._config.policy, *shape, **self.options)
         if self.keeper is not None:
             self.keeper.bring(policy)
-        if policy.compiles:  # it takes long enough to wait for
+        if policy.deliberates:
             policy = self._beside = Beside(policy, self._transfer.nudge)
         controller = Controller(*shape, self._pool.slots, policy, spread, sizes=sizes, explain=self._config.explain)
         engine = Engine(self._pool, controller, self._transfer, verify, experts=self._catalog.experts)

@@ -105,6 +105,7 @@ class Offload:
             paused=int(tally[book.PAUSED]),
             searches=policy.searches if isinstance(policy, Beside) else 0,
             searches_late=policy.late if isinstance(policy, Beside) else 0,
+            search_s=policy.search_s if isinstance(policy, Beside) else 0.0,
             bytes_read=self._engine.transfer.moved_bytes - self._read_before,
             stall_s=counters.stall_s,
             stalled_bytes=counters.stalled_bytes,
@@ -222,6 +223,7 @@ class Offload:
             policy = self._engine.controller.policy
             if isinstance(policy, Beside):
                 policy.searches = policy.late = 0
+                policy.search_s = 0.0
             if self._engine.controller.ledger is not None:
                 self._engine.controller.ledger.counts[:] = 0
             if self._engine.controller.census is not None:

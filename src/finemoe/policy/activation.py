@@ -111,6 +111,7 @@ class Activation(Policy):
     uses = frozenset({"gates"})
     prefetches = True
     compiles = True
+    deliberates = True
     margin = 0.0
 
     def __init__(
@@ -148,7 +149,7 @@ class Activation(Policy):
         self._current[:] = 1.0 - np.prod(1.0 - counts / np.where(totals > 0, totals, 1.0), axis=0)
 
     def routed(self, event: Routed) -> None:
-        self.active.see(len(event.experts))
+        self.active.hear(event)
         collection = self.collection
         self._observe(collection.columns, collection.size, event.layer, self._activity(event), self._running)
         self._prioritise(

@@ -1,4 +1,4 @@
-"""K, the number of experts active per token, where nobody tells it; and the likeliest K of a distribution."""
+"""K, the number of experts active per token, as far as events tell; and the likeliest K of a distribution."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import numpy.typing as npt
 
 from finemoe.policy.book import Scores
 from finemoe.policy.kernel import kernel
+from finemoe.types import Routed
 
 Distribution = npt.NDArray[np.floating]
 
 
 class Active:
-    """K: as given, or the fewest experts that any event needed so far.
+    """K: as given, or the fewest experts that any event said that a token uses, or needed, so far.
 
     An event is the union over tokens and requests, so it never needs fewer than K; one token alone needs exactly K.
 
@@ -24,8 +25,12 @@ class Active:
         self.count = given or 0  # 0: nothing seen yet
         self._given = given is not None
 
+    def hear(self, event: Routed) -> None:
+        """An event tells what a token uses, or what all of its tokens need."""
+        self.see(event.active or len(event.experts))
+
     def see(self, needed: int) -> None:
-        """An event needed so many experts."""
+        """A token uses no more than so many experts."""
         if not self._given and needed and (needed < self.count or not self.count):
             self.count = needed
 

@@ -39,6 +39,7 @@ class Policy:
         remembers: what it learns is worth keeping: `knowledge` hands it out, `recall` takes it in.
         clairvoyant: knows the future: a bound, for the simulator alone.
         compiles: its constructor takes `jit`.
+        deliberates: thinks longer about an event than the model should wait for it: the engine gives it a thread.
         parts: what its constructor can leave out (`without`), for ablations.
         settings: whole numbers that its constructor takes, and its name may give.
         behind: set by who tells it of events while newer ones wait: it must observe, and need not predict.
@@ -60,6 +61,7 @@ class Policy:
     remembers: ClassVar[bool] = False
     clairvoyant: ClassVar[bool] = False
     compiles: ClassVar[bool] = False
+    deliberates: ClassVar[bool] = False
     parts: ClassVar[tuple[str, ...]] = ()
     settings: ClassVar[tuple[str, ...]] = ()
 

@@ -151,6 +151,7 @@ class ExpertMaps(Policy):
     prefetches = True
     remembers = True
     compiles = True
+    deliberates = True
     settings = ("distance", "capacity")
     needs = frozenset({"gates"})
     substitutes = MappingProxyType({"embeddings": "the same input token id"})
@@ -221,7 +222,7 @@ class ExpertMaps(Policy):
 
     def routed(self, event: Routed) -> None:
         layer, gates = event.layer, event.gates
-        self.active.see(len(event.experts))
+        self.active.hear(event)
         self.scores.frequency[layer, np.asarray(event.experts, np.int64)] += 1.0
         if layer == self._known and gates is not None and len(gates) == len(self._steps):
             self._known += 1

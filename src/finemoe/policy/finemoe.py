@@ -135,6 +135,7 @@ class Finemoe(Policy):
     foresees = True
     remembers = True
     compiles = True
+    deliberates = True
     parts = ("prefetch", "own", "neighbours", "successors", "context", "tokens", "lookahead", "prompts", "pause")
     settings = ("capacity",)
     margin = 0.1
@@ -258,7 +259,7 @@ class Finemoe(Policy):
 
     def routed(self, event: Routed) -> None:
         layer, running = event.layer, list(self._running.values())
-        self.active.see(len(event.experts))
+        self.active.hear(event)
         gates = event.gates if event.gates is not None and len(event.gates) == len(running) else None
         needed = np.zeros(self.experts, np.bool_)
         needed[np.asarray(event.experts, np.int64)] = True

@@ -39,7 +39,7 @@ class Speculative(Ahead):
 
     def routed(self, event: Routed) -> None:
         self.used(event.layer, event.experts)
-        self.active.see(len(event.experts))
+        self.active.hear(event)
         ahead, after = event.lookahead, event.layer + 1
         if ahead is None or not ahead.shape[0] or not ahead.shape[1] or after == self.layers:
             return

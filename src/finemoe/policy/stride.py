@@ -183,7 +183,7 @@ class Stride(Ahead):
     def routed(self, event: Routed) -> None:
         layer, gates = event.layer, event.gates
         self.used(layer, event.experts)
-        self.active.see(len(event.experts))
+        self.active.hear(event)
         if self.predictors is None or gates is None or not len(gates) or len(gates) != len(self._requests):
             return
         target = (layer + self.stride) % self.layers

@@ -44,7 +44,8 @@ class Row:
 
     Times are per layer and in units of one layer's compute for one token, `before_gate` of it before the gate and the
     rest after; `link_ratio` is the time to move one expert in the same unit. `gap` is the time between an iteration's
-    last layer and the next one's first, which no other time includes. Rates are of all accesses; `precision` is
+    last layer and the next one's first, which no other time includes; `lag` is that from a gate until a policy that
+    searches has its say. Rates are of all accesses; `precision` is
     prefetched and used / prefetched, `None` without a prefetch. `wasted` counts what was prefetched and evicted, or
     given up, unused; `regretted`, misses of experts that had made room for a prefetch. `paused` is the share of
     iterations in which a policy did not prefetch because that did not pay. `link_busy` is the share of the time that a
@@ -74,6 +75,7 @@ class Row:
     link_busy: float
     before_gate: float = 0.5
     gap: float = 0.0
+    lag: float = 0.0
     emulated: str | None = None
     time_per_layer_low: float | None = None
     time_per_layer_high: float | None = None
@@ -171,7 +173,7 @@ def run_cell(trace: str, config: SimulateConfig, cell: Cell, progress: Callable[
     machine = Machine(
         capacity=_slots(cell, header, config), link_ratio=cell.link_ratio, devices=config.devices, chunks=config.chunks,
         ready_first=not config.no_ready_first, tokens_per_unit=config.tokens_per_unit,
-        before_gate=config.before_gate, gap=config.gap,
+        before_gate=config.before_gate, gap=config.gap, lag=config.lag,
     )  # fmt: skip
     outcome = Replay(schedule, subject.evidence, policy, machine, jit).run(progress)
     emulates = config.gate_recall is not None and "lookahead" in policy.needs | policy.uses
@@ -209,7 +211,7 @@ def summarise(cell: Cell, machine: Machine, outcome: Outcome, emulated: str | No
         paused=outcome.paused / max(1, outcome.iterations),
         precision=outcome.prefetched_used / outcome.prefetched if outcome.prefetched else None,
         link_busy=outcome.moved / (outcome.total * machine.devices) if outcome.total else 0.0,
-        before_gate=machine.before_gate, gap=machine.gap,
+        before_gate=machine.before_gate, gap=machine.gap, lag=machine.lag,
         emulated=emulated,
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from finemoe.sim.presets import HARDWARE, SHAPES
 T = TypeVar("T")
 _LEAST = {"requests": 1, "interleave": 1, "devices": 1, "tokens_per_unit": 1, "workers": 1, "seed": 0, "chunks": 0}
 _SHARES = ("gate_recall", "before_gate")
-_MOST_DEVICES = 256  # the book numbers them in a byte
+_MOST_DEVICES = 255  # the book numbers them in a byte, and one number is nowhere
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,13 @@ class SimulateConfig:
             "embedding), in units of one layer's compute; links go on in it"
         },
     )
+    lag: float = field(
+        default=0.0,
+        metadata={
+            "help": "time from a gate until what a policy that searches makes of it counts, in units of one layer's "
+            "compute; a thought that the next gate overtakes is dropped"
+        },
+    )
     gate_recall: float | None = field(
         default=None,
         metadata={"help": "emulate gate lookahead from the truth, this share of it right; marked in the output"},
@@ -73,8 +80,9 @@ class SimulateConfig:
         _ = self.policies, self.shares, self.link_ratios
         if not 0 <= self.store_split < 1:
             raise ConfigError(f"--store-split: {self.store_split} is not a share from 0 to below 1")
-        if not 0 <= self.gap < float("inf"):
-            raise ConfigError(f"--gap: {self.gap} is not a number of at least 0")
+        for name in ("gap", "lag"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"--{name}: {getattr(self, name)} is not a number of at least 0")
         for name in _SHARES:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:

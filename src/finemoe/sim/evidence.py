@@ -42,6 +42,11 @@ class Evidence:
             recorded.add("lookahead")
         return frozenset(recorded & {"gates", "probs", "embeddings", "lookahead"})
 
+    @property
+    def active(self) -> int:
+        """`K`."""
+        return self.trace.header.active
+
     def gates(self, schedule: Schedule, iteration: int) -> Floats | None:
         """`[B, L, E]`: the distributions of an iteration's steps; `None` if neither they nor weights were recorded."""
         begin, end = schedule.steps[iteration], schedule.steps[iteration + 1]

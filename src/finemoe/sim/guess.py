@@ -81,6 +81,7 @@ def guess(trace: Trace, policy: Policy, request: int, store: Sequence[int], jit:
                     needs.tolist(),
                     None if gates is None else gates[:, layer],
                     None if lookahead is None else lookahead[:, layer],
+                    evidence.active,
                 )
             )
         policy.end()

@@ -29,7 +29,7 @@ from finemoe.sim.link import (
     Ints,
     Wire,
     World,
-    advance_all,
+    elapse,
     enqueue,
     fetch,
     next_landing,
@@ -134,7 +134,9 @@ def serve(world: World, needs: Ints, compute: float, ahead: float) -> None:
     Raises:
         RuntimeError: an expert would run that is not there, or a law of `check_laws` is broken.
     """
-    book, wire, worth, want, rules, clock, _, waiting = world
+    book, wire, worth, rules, clock, waiting = (
+        world.book, world.wire, world.worth, world.rules, world.clock, world.waiting,
+    )  # fmt: skip
     now = clock[NOW]
     stuck = route(world, needs)
     undone, taken = len(needs), 0
@@ -149,7 +151,7 @@ def serve(world: World, needs: Ints, compute: float, ahead: float) -> None:
             taken += 1
             undone -= 1
             now += compute / len(needs)
-            advance_all(book, wire, worth, want, rules, now)
+            elapse(world, now)
             book.pinned[expert] = False
             if stuck > 0:
                 stuck = fill(book, wire, worth, rules, needs, waiting)
@@ -158,9 +160,9 @@ def serve(world: World, needs: Ints, compute: float, ahead: float) -> None:
                 raise RuntimeError("a needed expert will never come")
             clock[STALL] += landing - now
             now = landing
-            advance_all(book, wire, worth, want, rules, now)
+            elapse(world, now)
     now += ahead
-    advance_all(book, wire, worth, want, rules, now)
+    elapse(world, now)
     clock[NOW] = now
     check_laws(world)
 
@@ -168,9 +170,8 @@ def serve(world: World, needs: Ints, compute: float, ahead: float) -> None:
 @kernel
 def pass_time(world: World, duration: float) -> None:
     """Computes what needs no expert: a layer up to its gate, or what is outside of layers."""
-    book, wire, worth, want, rules, clock, _, _ = world
-    clock[NOW] += duration
-    advance_all(book, wire, worth, want, rules, clock[NOW])
+    world.clock[NOW] += duration
+    elapse(world, world.clock[NOW])
 
 
 @kernel

@@ -27,7 +27,7 @@ from finemoe.policy.kernel import kernel
 Ints = npt.NDArray[np.int64]
 
 MARGIN, SWITCH, TRANSFER, CHUNK, READY_FIRST, CAPACITY = range(6)  # of the rules
-NOW, STALL = range(2)  # of the clock
+NOW, STALL, DUE = range(3)  # of the clock; from DUE on, what the policy said last counts
 HITS, LATE, MISSES, ACCESSES = range(4)  # of the counts
 MOVED, LANDED, DROPPED = range(3)  # of Wire.sums
 FETCHED, PREFETCHED, WITHDRAWN = range(3)  # of what the log tells
@@ -68,10 +68,12 @@ class World(NamedTuple):
 
     book: Book
     wire: Wire
-    worth: Scores  # [X], the policy's
-    want: Scores  # [X], the policy's; empty if it never prefetches
+    worth: Scores  # [X], the policy's, as far as they count
+    want: Scores  # [X], the same; empty if it never prefetches
+    said_worth: Scores  # [X], the policy's
+    said_want: Scores  # [X] or empty, the policy's
     rules: Scores  # [6]
-    clock: Scores  # [2]
+    clock: Scores  # [3]
     counts: Ints  # [4]
     waiting: npt.NDArray[np.bool_]  # [E], scratch: which needs of a layer wait for a slot
 
@@ -193,6 +195,18 @@ def advance_all(book: Book, wire: Wire, worth: Scores, want: Scores, rules: Scor
             wire.time[device] = until
         else:
             advance(book, wire, worth, want, rules, device, until)
+
+
+@kernel
+def elapse(world: World, until: float) -> None:
+    """Simulates every link up to a time. On the way, what the policy said comes to count when it is due."""
+    book, wire, worth, want, rules, clock = world.book, world.wire, world.worth, world.want, world.rules, world.clock
+    if clock[DUE] <= until:
+        advance_all(book, wire, worth, want, rules, clock[DUE])
+        worth[:] = world.said_worth
+        want[:] = world.said_want
+        clock[DUE] = np.inf
+    advance_all(book, wire, worth, want, rules, until)
 
 
 @kernel

@@ -25,7 +25,7 @@ from finemoe.policy.cache import OnDemand
 from finemoe.policy.kernel import Jit, interpreted
 from finemoe.sim.evidence import Evidence
 from finemoe.sim.layer import pass_time, replay_ranked, serve
-from finemoe.sim.link import HITS, LATE, MISSES, MOVED, NOW, STALL, Ints, World, make_wire
+from finemoe.sim.link import DUE, HITS, LATE, MISSES, MOVED, NOW, STALL, Ints, World, make_wire
 from finemoe.sim.schedule import Schedule
 from finemoe.types import Routed
 
@@ -46,6 +46,8 @@ class Machine:
         tokens_per_unit: a layer computes so many tokens in the time of one; more take proportionally longer.
         before_gate: share of a layer's compute before its gate.
         gap: time from the last layer of an iteration to the first of the next, in which links go on.
+        lag: time from an event until what a policy that deliberates makes of it counts. If the next event comes
+            sooner, it never does.
     """
 
     capacity: int
@@ -56,6 +58,7 @@ class Machine:
     tokens_per_unit: int = 64
     before_gate: float = 0.5
     gap: float = 0.0
+    lag: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,13 +113,17 @@ class Replay:
         self.schedule, self.evidence, self.policy, self.machine = schedule, evidence, policy, machine
         chunk = machine.link_ratio / machine.chunks if machine.chunks else 0.0
         rules = [policy.margin, policy.switch, machine.link_ratio, chunk, float(machine.ready_first), machine.capacity]
+        self._lag = machine.lag if policy.deliberates else 0.0
+        worth, want = policy.worth.reshape(-1), policy.want.reshape(-1) if policy.prefetches else np.empty(0)
         self.world = World(
             book=make_book(schedule.layers, schedule.experts, machine.capacity, machine.devices),
             wire=make_wire(size, machine.devices, log),
-            worth=policy.worth.reshape(-1),
-            want=policy.want.reshape(-1) if policy.prefetches else np.empty(0),
+            worth=worth.copy() if self._lag else worth,
+            want=want.copy() if self._lag else want,
+            said_worth=worth,
+            said_want=want,
             rules=np.array(rules),
-            clock=np.zeros(2),
+            clock=np.array([0.0, 0.0, np.inf]),
             counts=np.zeros(4, np.int64),
             waiting=np.zeros(schedule.experts, np.bool_),
         )
@@ -146,7 +153,7 @@ class Replay:
         schedule, policy, world = self.schedule, self.policy, self.world
         seen = policy.needs | policy.uses
         pass_time_, serve_, review_ = self._jit(pass_time), self._jit(serve), self._jit(review)
-        layers = schedule.layers
+        layers, active = schedule.layers, self.evidence.active
         bounds = schedule.ptr.tolist()
         offsets = [layer * schedule.experts for layer in range(layers)]
         for iteration in range(len(schedule)):
@@ -158,6 +165,7 @@ class Replay:
             if policy.pauses:
                 review_(world.book)
             policy.begin(self.evidence.steps(schedule, iteration))
+            self._said()
             pass_time_(world, before)
             for layer in range(layers):
                 event = iteration * layers + layer
@@ -168,8 +176,10 @@ class Replay:
                         needed - offsets[layer],  # type: ignore[arg-type] # an array is a sequence of ints
                         None if gates is None else gates[:, layer],
                         None if lookahead is None else lookahead[:, layer],
+                        active,
                     )
                 )
+                self._said()
                 serve_(world, needed, after, before if layer < layers - 1 else 0.0)
             self.iteration_times[iteration] = world.clock[NOW] - begin
             if self.machine.gap > 0:
@@ -178,6 +188,11 @@ class Replay:
             if (iteration + 1) % _STRIDE == 0:
                 progress(_STRIDE)
         progress(len(schedule) % _STRIDE)
+
+    def _said(self) -> None:
+        """The policy's scores are of an event that has just come."""
+        if self._lag:
+            self.world.clock[DUE] = self.world.clock[NOW] + self._lag
 
     def _run_ranked(self, policy: OnDemand, progress: Progress) -> None:
         schedule, replay = self.schedule, self._jit(replay_ranked)

@@ -21,8 +21,10 @@ def table(rows: Sequence[Row]) -> str:
         for pairs in (zip(line, widths, strict=True) for line in cells)
     ]
     gaps = sorted({row.gap for row in rows if row.gap})
+    lags = sorted({row.lag for row in rows if row.lag})
     emulated = sorted({row.emulated for row in rows if row.emulated})
     lines += [f"gap between iterations, not in time/layer: {gap:g}" for gap in gaps]
+    lines += [f"policies that search have their say so much after a gate: {lag:g}" for lag in lags]
     lines += [f"* emulated, not recorded: {text}" for text in emulated]
     return "\n".join(lines)
 
