@@ -1,4 +1,4 @@
-"""Has a policy's kernels compiled before the first answer, not during it.
+"""Has the kernels of a policy and its cache compiled before the first answer, not during it.
 
 Compiling takes seconds, once on a machine, while what the policy should have said comes late.
 """
@@ -11,15 +11,15 @@ import numpy as np
 from tqdm import tqdm
 
 from finemoe.compiled import ready
-from finemoe.policy import make_policy, policy_class
-from finemoe.types import DECODE, PREFILL, Routed, Step
+from finemoe.policy import Controller, make_policy, policy_class
+from finemoe.types import DECODE, PREFILL, ExpertId, Routed, Step
 
-_LAYERS, _EXPERTS, _WIDTH = 2, 4, 8
+_LAYERS, _EXPERTS, _WIDTH, _SLOTS = 2, 4, 8, 3
 _TOKENS = 3  # decoded by each request; what the second does is searched for among what the first did
 
 
 def rehearse(policy: str, **options: Any) -> None:
-    """Runs two short requests through a tiny policy of that name, with events of the same types as the engine's.
+    """Runs two short requests through a tiny cache under that policy, with events of the same types as the engine's.
 
     Nothing is done for one that compiles nothing, or is made for models of one shape.
 
@@ -29,15 +29,29 @@ def rehearse(policy: str, **options: Any) -> None:
     """
     if not policy_class(policy).compiles or "predictors" in options:
         return
-    tiny = make_policy(policy, _LAYERS, _EXPERTS, **options)
+    cache = Controller(_LAYERS, _EXPERTS, _SLOTS, make_policy(policy, _LAYERS, _EXPERTS, **options), jit=options["jit"])
     embedding = np.ones(_WIDTH, np.float32)
     gates = np.array([[0.4, 0.3, 0.2, 0.1]], np.float32)
     iterations = [(request, iteration) for request in range(2) for iteration in range(1 + _TOKENS)]
     quiet = True if ready() else None  # None: unless this is a terminal
     for request, iteration in tqdm(iterations, "compiling the policy, once on this machine", disable=quiet):
         phase, tokens = (PREFILL, 2) if iteration == 0 else (DECODE, 1)
-        tiny.begin([Step(request, phase, np.ones(tokens, np.int32), embedding)])
+        cache.begin([Step(request, phase, np.ones(tokens, np.int32), embedding)])
         for layer in range(_LAYERS):
-            tiny.routed(Routed(layer, (0, 1), gates, gates[None] if layer + 1 < _LAYERS else None))
-        tiny.end()
-    tiny.begin(())
+            needed = (iteration + layer) % _EXPERTS  # so that something is always missing
+            event = Routed(layer, (needed,), gates, gates[None] if layer + 1 < _LAYERS else None, 1)
+            _serve(cache, event)
+        cache.end()
+    cache.begin(())
+
+
+def _serve(cache: Controller, event: Routed) -> None:
+    """A layer, and a prefetch that is given up."""
+    for fetch in cache.routed(event).fetches:
+        cache.landed(fetch.expert)
+    cache.used(ExpertId(event.layer, event.experts[0]))
+    fetch = cache.prefetch() or cache.bring(ExpertId(event.layer, (event.experts[0] + 1) % _EXPERTS))
+    expert = ExpertId(event.layer, event.experts[0]) if fetch is None else fetch.expert
+    cache.still_wanted(expert)
+    if fetch is not None:
+        cache.failed(expert)

@@ -33,6 +33,7 @@ from finemoe.model.observe import Observer
 from finemoe.model.offload import Offload, OffloadedModel
 from finemoe.model.quantised import refuse_on_devices, refuse_unasked, refuse_uncast, restored_bytes
 from finemoe.policy import Controller, make_controller, make_policy
+from finemoe.policy.kernel import interpreted
 from finemoe.quantise import planned_copy
 from finemoe.rehearsal import rehearse
 from finemoe.store import DevicePool, DiskStore, Pool, available_bytes
@@ -165,7 +166,10 @@ class Loading:
             self.keeper.bring(policy)
         if policy.deliberates:
             policy = self._beside = Beside(policy, self._transfer.nudge)
-        controller = Controller(*shape, self._pool.slots, policy, spread, sizes=sizes, explain=self._config.explain)
+        controller = Controller(
+            *shape, self._pool.slots, policy, spread, sizes=sizes, explain=self._config.explain,
+            jit=self.options.get("jit", interpreted),
+        )  # fmt: skip
         engine = Engine(self._pool, controller, self._transfer, verify, experts=self._catalog.experts)
         if self._tiers is not None:
             self._tiers.follow(engine)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,7 @@ from finemoe.policy.book import (
     take_slot,
 )
 from finemoe.policy.census import Census
+from finemoe.policy.kernel import Jit, interpreted
 from finemoe.policy.ledger import Ledger
 from finemoe.types import ExpertId, Fetch, Plan, Routed, Step
 
@@ -49,6 +51,7 @@ class Controller:
         devices: the slots are spread over so many; experts live on them round-robin.
         sizes: `[L]`, how many experts each layer has, where some have fewer; these are never asked for.
         explain: keep a `ledger`.
+        jit: compiles the bookkeeping.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Controller:
         *,
         sizes: Sequence[int] | None = None,
         explain: bool = False,
+        jit: Jit[Any] = interpreted,
     ) -> None:
         if capacity < devices:
             raise InvariantError(f"a pool needs at least one slot a device, got {capacity} for {devices}")
@@ -73,6 +77,10 @@ class Controller:
         self.census: Census | None = None
         self._experts = experts
         self._worth, self._want = policy.worth.reshape(-1), policy.want.reshape(-1)
+        self._review, self._need, self._take_slot, self._give_up = map(jit, (review, need, take_slot, give_up))
+        self._choose, self._begin_prefetch, self._still_wanted = map(
+            jit, (choose_prefetch, begin_prefetch, still_wanted)
+        )
         self._waiting: deque[int] = deque()  # needed, not resident, no slot to be had yet
 
     def watch(self) -> None:
@@ -82,7 +90,7 @@ class Controller:
     def begin(self, steps: Sequence[Step]) -> None:
         """An iteration begins."""
         if self.policy.pauses:
-            review(self.book)
+            self._review(self.book)
         self.policy.begin(steps)
         if self.ledger is not None:
             self.ledger.begin()
@@ -107,7 +115,7 @@ class Controller:
                 self.ledger.access(index, int(self.book.status[index]), fresh=bool(self.book.fresh[index]))
             if self.census is not None:
                 self.census.access(index, int(self.book.status[index]))
-            if expert not in elsewhere and need(self.book, index) == ABSENT:
+            if expert not in elsewhere and self._need(self.book, index) == ABSENT:
                 self._waiting.append(index)
         return self._fill()
 
@@ -125,7 +133,7 @@ class Controller:
         """A planned fetch came to nothing: its slot is free again. The expert is not retried by itself."""
         self._leave_flight(expert)
         index, wasted = self._index(expert), self.book.tally[WASTED]
-        give_up(self.book, index)
+        self._give_up(self.book, index)
         self._note_waste(index, wasted)
 
     def retry(self) -> Plan:
@@ -143,11 +151,11 @@ class Controller:
 
     def prefetch(self, device: int = 0) -> Fetch | None:
         """The link of `device` is idle: what to bring in, if anything is worth its victim's slot."""
-        index = choose_prefetch(self.book, self._worth, self._want, self.policy.margin, device)
+        index = self._choose(self.book, self._worth, self._want, self.policy.margin, device)
         if index == NONE:
             return None
         wasted = self.book.tally[WASTED]
-        victim = begin_prefetch(self.book, self._worth, index)
+        victim = self._begin_prefetch(self.book, self._worth, index)
         self._note_waste(victim, wasted)
         if self.ledger is not None:
             self.ledger.prefetched(index)
@@ -160,7 +168,7 @@ class Controller:
         index = self._index(expert)
         if self.book.status[index] != ABSENT or self.book.room[self.book.device[index]] <= 0:
             return None
-        begin_prefetch(self.book, self._worth, index)
+        self._begin_prefetch(self.book, self._worth, index)
         if self.ledger is not None:
             self.ledger.prefetched(index)
         if self.census is not None:
@@ -173,7 +181,7 @@ class Controller:
         if self.book.pinned[index]:
             return True
         margin, switch, device = self.policy.margin, self.policy.switch, int(self.book.device[index])
-        return bool(still_wanted(self.book, self._worth, self._want, margin, switch, device, index))
+        return bool(self._still_wanted(self.book, self._worth, self._want, margin, switch, device, index))
 
     @property
     def short_of_slots(self) -> bool:
@@ -221,7 +229,7 @@ class Controller:
         while self._waiting:
             index = self._waiting.popleft()
             wasted = self.book.tally[WASTED]
-            victim = take_slot(self.book, self._worth, int(self.book.device[index]))
+            victim = self._take_slot(self.book, self._worth, int(self.book.device[index]))
             if victim == NONE:
                 stuck.append(index)
                 continue
