@@ -9,16 +9,11 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from finemoe.serving.app import make_app
 from finemoe.serving.config import ServeConfig
 from finemoe.serving.house import House
-from finemoe.serving.live import Source
-from finemoe.serving.page import routes
-from finemoe.serving.progress import Progress
-from finemoe.serving.served import served
 from finemoe.serving.server import Server, address_of, reserve
+from finemoe.serving.service import service_of
 from finemoe.serving.worker import BatchingWorker
-from finemoe.session import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -38,11 +33,8 @@ class Parts:
 @contextmanager
 def server_parts(model: Any, config: ServeConfig) -> Iterator[Parts]:
     """As the command makes them, the live page included; the worker is closed in the end."""
-    with closing(reserve(config)) as taken, closing(BatchingWorker(model, config)) as worker:
-        progress, tokenizer = Progress(), load_tokenizer(model.finemoe.checkpoint.folder)
-        house = House(served(model, tokenizer, worker, config, worker.capacity_tokens), progress)
-        page = routes(Source(model.finemoe, progress, worker.load, house.served.name))
-        yield Parts(house, worker, Server(make_app(house, routers=[page]), house), taken)
+    with closing(reserve(config)) as taken, service_of(model, config) as service:
+        yield Parts(service.house, service.worker, Server(service.app, service.house), taken)
 
 
 @contextmanager

@@ -8,9 +8,12 @@ import torch
 import finemoe
 from finemoe.beside import Beside
 from finemoe.compiled import compiler
-from finemoe.policy import POLICIES, policy_class
+from finemoe.policy import POLICIES, make_policy, policy_class
 from finemoe.rehearsal import rehearse
+from tests.policy.workload import Shape, untrained, workload
 from tests.tiny import Make
+
+SHAPE = Shape(5, 6)
 
 
 def signatures(policy: Any) -> dict[str, int]:
@@ -36,5 +39,15 @@ def test_every_policy_can_be_rehearsed(policy: str) -> None:
     rehearse(policy, **({"jit": lambda kernel: kernel} if policy_class(policy).compiles else {}))
 
 
-def test_a_policy_for_one_shape_is_left_alone() -> None:
-    rehearse("promoe", jit=compiler(), predictors=object())
+def test_a_policy_for_one_shape_is_rehearsed_in_that() -> None:
+    predictors = untrained(SHAPE)
+    rehearse("promoe", jit=compiler(), predictors=predictors)
+    policy = make_policy("promoe", SHAPE.layers, SHAPE.experts, jit=compiler(), predictors=predictors)
+    rehearsed = signatures(policy)
+    assert rehearsed and all(rehearsed.values())
+    for iteration in workload(0, SHAPE):
+        policy.begin(iteration.steps)
+        for event in iteration.events:
+            policy.routed(event)
+        policy.end()
+    assert signatures(policy) == rehearsed

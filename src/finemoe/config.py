@@ -272,6 +272,23 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class PrefillConfig:
+    """How a prompt is read."""
+
+    prefill_chunk: int | None = field(
+        default=None,
+        metadata={
+            "help": "read a prompt so many tokens at a time: less memory for a long one, but every piece needs its "
+            "experts again (default: whole)"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise ConfigError(f"--prefill-chunk: {self.prefill_chunk} is not at least 1")
+
+
+@dataclass(frozen=True)
 class ReplayConfig:
     """Routing from a file instead of the model's own."""
 

@@ -21,36 +21,38 @@ _TOKENS = 3  # decoded by each request; what the second does is searched for amo
 def rehearse(policy: str, **options: Any) -> None:
     """Runs two short requests through a tiny cache under that policy, with events of the same types as the engine's.
 
-    Nothing is done for one that compiles nothing, or is made for models of one shape.
+    Nothing is done for one that compiles nothing. One that is made for models of one shape runs in that.
 
     Args:
         policy: a name of `make_policy`.
         options: of the policy; `jit` keeps what was compiled.
     """
-    if not policy_class(policy).compiles or "predictors" in options:
+    if not policy_class(policy).compiles:
         return
-    cache = Controller(_LAYERS, _EXPERTS, _SLOTS, make_policy(policy, _LAYERS, _EXPERTS, **options), jit=options["jit"])
+    predictors = options.get("predictors")
+    layers, experts = (_LAYERS, _EXPERTS) if predictors is None else (predictors.layers, predictors.experts)
+    cache = Controller(layers, experts, _SLOTS, make_policy(policy, layers, experts, **options), jit=options["jit"])
     embedding = np.ones(_WIDTH, np.float32)
-    gates = np.array([[0.4, 0.3, 0.2, 0.1]], np.float32)
+    gates = np.full((1, experts), 1 / experts, np.float32)
     iterations = [(request, iteration) for request in range(2) for iteration in range(1 + _TOKENS)]
     quiet = True if ready() else None  # None: unless this is a terminal
     for request, iteration in tqdm(iterations, "compiling the policy, once on this machine", disable=quiet):
         phase, tokens = (PREFILL, 2) if iteration == 0 else (DECODE, 1)
         cache.begin([Step(request, phase, np.ones(tokens, np.int32), embedding)])
-        for layer in range(_LAYERS):
-            needed = (iteration + layer) % _EXPERTS  # so that something is always missing
-            event = Routed(layer, (needed,), gates, gates[None] if layer + 1 < _LAYERS else None, 1)
-            _serve(cache, event)
+        for layer in range(layers):
+            needed = (iteration + layer) % experts  # so that something is always missing
+            event = Routed(layer, (needed,), gates, gates[None] if layer + 1 < layers else None, 1)
+            _serve(cache, event, experts)
         cache.end()
     cache.begin(())
 
 
-def _serve(cache: Controller, event: Routed) -> None:
+def _serve(cache: Controller, event: Routed, experts: int) -> None:
     """A layer, and a prefetch that is given up."""
     for fetch in cache.routed(event).fetches:
         cache.landed(fetch.expert)
     cache.used(ExpertId(event.layer, event.experts[0]))
-    fetch = cache.prefetch() or cache.bring(ExpertId(event.layer, (event.experts[0] + 1) % _EXPERTS))
+    fetch = cache.prefetch() or cache.bring(ExpertId(event.layer, (event.experts[0] + 1) % experts))
     expert = ExpertId(event.layer, event.experts[0]) if fetch is None else fetch.expert
     cache.still_wanted(expert)
     if fetch is not None:

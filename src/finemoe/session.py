@@ -137,6 +137,7 @@ class Session:
         config: GenerateConfig,
         on_text: Callable[[str], None] = lambda _: None,
         *,
+        prefill_chunk: int | None = None,
         progress: bool = False,
     ) -> Reply:
         """Continue `prompt`.
@@ -145,6 +146,7 @@ class Session:
             prompt: text, or the turns of a conversation (`role`, `content`).
             config: how long and how to sample.
             on_text: called with each stretch of new text as soon as it is printable.
+            prefill_chunk: read the prompt so many tokens at a time; `None`: whole.
             progress: show a bar on standard error until the first token.
         """
         ids = self.prompt_ids(prompt, raw=config.raw).to(self.model.device)
@@ -164,6 +166,7 @@ class Session:
                 max_new_tokens=config.max_new_tokens,
                 streamer=stream,
                 pad_token_id=self.pad_token_id(),
+                prefill_chunk_size=prefill_chunk,
                 **sampling_options(config),
             )
             total_s = time.perf_counter() - start_s

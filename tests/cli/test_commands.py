@@ -105,6 +105,7 @@ def test_every_setting_is_a_flag_with_its_default(capsys: Capture, command: str)
         (["generate", "Hi", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["generate", "Hi", "--temperature", "-1"], "--temperature"),
         (["generate", "Hi", "--top-p", "0.5"], "--top-p"),
+        (["generate", "Hi", "--prefill-chunk", "0"], "--prefill-chunk"),
         (["generate", "Hi", "--expert-memory", "0"], "--expert-memory"),
         (["generate", "Hi", "--expert-memory", "101%"], "--expert-memory"),
         (["generate", "Hi", "--reader-threads", "0"], "--reader-threads"),
@@ -270,5 +271,6 @@ def test_replayed_routing_is_marked_in_all_output(model: str, capsys: Capture, t
     assert f"routing replayed from {trace}" in capsys.readouterr().err
     named = refused(capsys, *given, "--replay-routing", trace, "--map-store", str(tmp_path / "maps"))
     assert named.startswith("--map-store: maps of replayed routing")
+    assert "leave it out" in refused(capsys, *given, "--replay-routing", trace, "--prefill-chunk", "4")
     assert refused(capsys, *given, "--replay-routing", "nowhere") == "--replay-routing: nowhere: there is no such trace"
     assert "replay-routing" in refused(capsys, "chat", "--replay-routing", trace)

@@ -135,6 +135,18 @@ def test_a_reply_tells_what_it_took(offloaded: Any) -> None:
     assert set(contract) <= set(table)
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_a_prompt_read_in_pieces_gives_the_same_answer(tiny: Make, chunk: int) -> None:
+    ids = torch.arange(3, 14)[None]
+    with finemoe.load(tiny("mixtral", "float32"), expert_memory="40%", map_store="none") as model:
+        whole, pieces = (
+            model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, prefill_chunk_size=size)
+            for size in (None, chunk)
+        )
+        model.finemoe.check_integrity()
+    assert torch.equal(whole, pieces)
+
+
 def test_equal_seeds_give_equal_replies(offloaded: Any) -> None:
     session = Session(offloaded)
     config = GenerateConfig(max_new_tokens=8, temperature=1.5, seed=3)

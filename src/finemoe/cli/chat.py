@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from finemoe.cli.flags import add_flags, read_flags
 from finemoe.cli.generate import say_lossy, summary
-from finemoe.config import GenerateConfig, LoadConfig
+from finemoe.config import GenerateConfig, LoadConfig, PrefillConfig
 from finemoe.process import unmap_idle_code
 
 _HELP = "/reset forgets the conversation, /stats tells what the last answer took, /exit or Ctrl-D leaves"
@@ -21,11 +21,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print each answer as one line of JSON, and nothing else")
     add_flags(parser, LoadConfig)
     add_flags(parser, GenerateConfig)
+    add_flags(parser, PrefillConfig)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit status."""
     load_config, generate_config = read_flags(arguments, LoadConfig), read_flags(arguments, GenerateConfig)
+    chunk = read_flags(arguments, PrefillConfig).prefill_chunk
     with suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401
     from finemoe.model import load_config as load
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
             elif line:
                 asked = [*turns, {"role": "user", "content": line}]
                 try:
-                    reply = session.reply(asked, generate_config, show)
+                    reply = session.reply(asked, generate_config, show, prefill_chunk=chunk)
                 except KeyboardInterrupt:  # ends the answer, not the conversation
                     arguments.interrupts.clear()
                     print("\n(interrupted; this turn is forgotten)", file=sys.stderr)

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from finemoe.cli.flags import add_flags, read_flags
-from finemoe.config import GenerateConfig, LoadConfig, ReplayConfig, format_bytes
+from finemoe.config import GenerateConfig, LoadConfig, PrefillConfig, ReplayConfig, format_bytes
+from finemoe.errors import ConfigError
 from finemoe.explain import explain_table
 from finemoe.maps import NOWHERE
 from finemoe.process import unmap_idle_code
@@ -24,6 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document, and nothing else")
     add_flags(parser, LoadConfig)
     add_flags(parser, GenerateConfig)
+    add_flags(parser, PrefillConfig)
     add_flags(parser, ReplayConfig)
 
 
@@ -31,6 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit status."""
     load_config, generate_config = read_flags(arguments, LoadConfig), read_flags(arguments, GenerateConfig)
     trace = read_flags(arguments, ReplayConfig).replay_routing
+    chunk = read_flags(arguments, PrefillConfig).prefill_chunk
+    if trace is not None and chunk is not None:
+        raise ConfigError("--prefill-chunk: a recorded prompt was read whole; leave it out with --replay-routing")
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     from finemoe.model import load_config as load
     from finemoe.replay import open_routing, replay_routing
@@ -52,10 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
         unmap_idle_code()
         arguments.interrupts.check()
         if arguments.json:
-            reply = session.reply(prompt, generate_config, show)
+            reply = session.reply(prompt, generate_config, show, prefill_chunk=chunk)
             print(json.dumps(reply.as_dict()))
         else:
-            reply = session.reply(prompt, generate_config, show, progress=sys.stderr.isatty())
+            reply = session.reply(prompt, generate_config, show, prefill_chunk=chunk, progress=sys.stderr.isatty())
             print(flush=True)
             print(summary(reply), file=sys.stderr)
     return 0

@@ -67,18 +67,24 @@ def open_service(
     with load(load_config) as model:
         if store is None and config.shared_maps is not None:
             store = _folder(model, config.shared_maps, config.max_shared_maps)
-        tokenizer = load_tokenizer(model.finemoe.checkpoint.folder)
-        with closing(BatchingWorker(model, config)) as worker:
-            progress = Progress()
-            house = House(served(model, tokenizer, worker, config, worker.capacity_tokens), progress)
-            routers = [routes(Source(model.finemoe, progress, worker.load, house.served.name))] if page else []
-            service = Service(make_app(house, api_key=api_key, routers=routers), house, worker, model)
+        with service_of(model, config, api_key, page=page) as service:
             if store is None:
                 yield service
                 return
-            with closing(Sharing(model.finemoe, worker, store(), config.share_every_s)) as sharing:
+            with closing(Sharing(model.finemoe, service.worker, store(), config.share_every_s)) as sharing:
                 sharing.start()
                 yield service
+
+
+@contextmanager
+def service_of(model: Any, config: ServeConfig, api_key: str | None = None, *, page: bool = True) -> Iterator[Service]:
+    """Sets up all that serves a loaded model, and closes that, not the model, afterwards. See `open_service`."""
+    tokenizer = load_tokenizer(model.finemoe.checkpoint.folder)
+    with closing(BatchingWorker(model, config)) as worker:
+        progress = Progress()
+        house = House(served(model, tokenizer, worker, config, worker.capacity_tokens), progress)
+        routers = [routes(Source(model.finemoe, progress, worker.load, house.served.name))] if page else []
+        yield Service(make_app(house, api_key=api_key, routers=routers), house, worker, model)
 
 
 def refuse_to_share_nothing(policy: str) -> None:
