@@ -99,7 +99,9 @@ def _learn(arguments: argparse.Namespace) -> int:
         options: dict[str, Any] = {} if arguments.capacity is None else {"capacity": arguments.capacity}
         policy = make_policy(arguments.policy, header.layers, header.experts, jit=compiler(), **options)
         requests = evidence.recorded(range(len(trace)))
-        for recorded in tqdm(requests, total=len(trace), desc="Learning", unit=" requests", leave=False, delay=1):
+        for recorded in tqdm(
+            requests, total=len(trace), desc="Learning", unit=" requests", leave=False, delay=1, disable=None
+        ):
             arguments.interrupts.check()
             policy.learn(recorded)
     if not policy.experience:

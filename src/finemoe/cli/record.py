@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(notice, file=sys.stderr)
         start_s, tokens, recorded = time.perf_counter(), 0, 0
         writer = TraceWriter(out, recorder.header, append=config.append, overwrite=config.force)
-        bar = tqdm(total=len(encoded), desc="Recording", unit=" requests", leave=False, delay=1)
+        bar = tqdm(total=len(encoded), desc="Recording", unit=" requests", leave=False, delay=1, disable=None)
 
         def step() -> None:
             arguments.interrupts.check()

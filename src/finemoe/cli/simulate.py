@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"finemoe: {config.shape} on {config.hardware}: link ratio {ratios[0]:.3g}", file=sys.stderr)
     cells = [Cell(p, share, ratio) for share in config.shares for ratio in ratios for p in policies]
     total = len(cells) * count_iterations(arguments.trace, config)
-    with tqdm(total=total, desc="Replaying", unit=" iterations", leave=False, delay=1) as bar:
+    with tqdm(total=total, desc="Replaying", unit=" iterations", leave=False, delay=1, disable=None) as bar:
 
         def progress(iterations: int) -> None:
             bar.update(iterations)

@@ -65,11 +65,11 @@ def _import(arguments: argparse.Namespace) -> int:
         arguments.out,
         told,
         overwrite=arguments.force,
-        progress=lambda files: tqdm(files, desc="Reading", unit=" files", leave=False, delay=1),
+        progress=lambda files: tqdm(files, desc="Reading", unit=" files", leave=False, delay=1, disable=None),
     )
     for notice in importing.notices:
         print(notice, file=sys.stderr)
-    for _ in tqdm(importing, desc="Importing", unit=" requests", leave=False, delay=1):
+    for _ in tqdm(importing, desc="Importing", unit=" requests", leave=False, delay=1, disable=None):
         arguments.interrupts.check()
     with open_trace(arguments.out) as trace:
         print(json.dumps(describe(trace)) if arguments.json else table(trace))
@@ -109,7 +109,8 @@ def _stats(arguments: argparse.Namespace) -> int:
         check(Path(arguments.plot))
     with open_trace(arguments.trace) as trace:
         stats = measure(
-            trace, lambda requests: tqdm(requests, desc="Measuring", unit=" requests", leave=False, delay=1)
+            trace,
+            lambda requests: tqdm(requests, desc="Measuring", unit=" requests", leave=False, delay=1, disable=None),
         )
         if arguments.plot:
             from finemoe.trace.plot import draw
@@ -139,7 +140,7 @@ def _train(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"{arguments.trace}: has no gate distributions or weights to learn from")
         stored, _ = split(len(trace), arguments.store_split, arguments.seed)
         kept = max(1, len(stored) // 10)  # of the store's share, to say how good they are
-        with tqdm(desc="Training", unit=" steps", leave=False, delay=1) as bar:
+        with tqdm(desc="Training", unit=" steps", leave=False, delay=1, disable=None) as bar:
 
             def progress(done: int, total: int, loss: float) -> None:
                 bar.total = total

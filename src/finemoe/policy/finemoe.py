@@ -138,7 +138,7 @@ class Finemoe(Policy):
     deliberates = True
     parts = ("prefetch", "own", "neighbours", "successors", "context", "tokens", "lookahead", "prompts", "pause")
     settings = ("capacity",)
-    margin = 0.1
+    margin = 0.05
     switch = 1.25
 
     def __init__(
