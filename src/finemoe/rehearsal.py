@@ -49,11 +49,11 @@ def rehearse(policy: str, **options: Any) -> None:
 
 def _serve(cache: Controller, event: Routed, experts: int) -> None:
     """A layer, and a prefetch that is given up."""
-    for fetch in cache.routed(event).fetches:
-        cache.landed(fetch.expert)
-    cache.used(ExpertId(event.layer, event.experts[0]))
+    for needed in cache.routed(event).fetches:
+        cache.landed(needed.expert)
+    used = ExpertId(event.layer, event.experts[0])
+    cache.used(used)
     fetch = cache.prefetch() or cache.bring(ExpertId(event.layer, (event.experts[0] + 1) % experts))
-    expert = ExpertId(event.layer, event.experts[0]) if fetch is None else fetch.expert
-    cache.still_wanted(expert)
+    cache.still_wanted(used if fetch is None else fetch.expert)
     if fetch is not None:
-        cache.failed(expert)
+        cache.failed(fetch.expert)
