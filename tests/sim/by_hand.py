@@ -45,6 +45,10 @@ class Blind(Evidence):
     def __init__(self) -> None:
         """There is no trace."""
 
+    @property
+    def active(self) -> int:
+        return 1
+
     def gates(self, schedule: Schedule, iteration: int) -> Floats | None:
         return None
 
