@@ -4,9 +4,10 @@
         --budgets 15%,25%,50% --policies lru,lfru,deepspeed,mixtral-offloading,moe-infinity,promoe,expert-map,finemoe
 
 The prompts are recorded first (OUT.trace). Then, row by row, `finemoe bench` answers them, and the simulator replays
-what was recorded with what that very row has measured: its link ratio, the share of a layer before the gate, the gap
-between tokens, how late a policy's say comes, the tokens of a prompt that a layer computes in the time of one. OUT is
-written after every row. Rows that it has already are not measured again, only simulated.
+what was recorded with what that very row has measured: its link ratio, how much slower a prefetch moves, the share of a
+layer before the gate, the gap between tokens, how late a policy's say comes, the tokens of a prompt that a layer
+computes in the time of one. OUT is written after every row. Rows that it has already are not measured again, only
+simulated.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -37,16 +39,19 @@ from finemoe.model import reference_model
 from finemoe.policy import BOUNDS, any_class, foresee, make_policy, policy_class
 from finemoe.session import Session
 from finemoe.sim.evidence import Evidence
-from finemoe.sim.replay import Machine, Outcome, Replay
+from finemoe.sim.machine import Machine
+from finemoe.sim.replay import Outcome, Replay
 from finemoe.sim.schedule import Schedule, make_schedule
 from finemoe.store.disk import CHUNK_BYTES
 from finemoe.trace import DECODE, TraceWriter, open_trace
 from finemoe.trace.record import Recorder
 
+SEEDS = 5  # of times that vary
 EVERY = "lru,lfru,deepspeed,mixtral-offloading,moe-infinity,promoe,expert-map,finemoe"
 FIGURES = (
-    "layer_s", "expert_s", "outside_s", "link_ratio", "before_gate", "gap", "lag", "tokens_per_unit", "ttft_s",
-    "tpot_s", "decode_hit_rate", "stall_share",
+    "layer_s", "expert_s", "outside_s", "link_ratio", "before_gate", "gap", "lag", "begin_lag", "prefetch_slowdown",
+    "compute_spread", "link_spread", "lag_spread", "tokens_per_unit", "ttft_s", "tpot_s",
+    "decode_hit_rate", "stall_share",
 )  # fmt: skip
 
 
@@ -73,7 +78,13 @@ class Simulator:
         return self._trace.header.layers * self._trace.header.experts
 
     def run(self, name: str, machine: Machine) -> dict[str, Any]:
-        """Rates, and the time of a decoded token in units of one layer's compute."""
+        """Rates, and the time of a decoded token in units of one layer's compute: means over several seeds."""
+        once = [self._run(name, replace(machine, seed=seed)) for seed in range(SEEDS if machine.compute_spread else 1)]
+        named = {figure: [each[figure] for each in once] for figure in once[0]}
+        means = {figure: None if None in values else fmean(values) for figure, values in named.items()}
+        return {**means, "machine": asdict(machine)}
+
+    def _run(self, name: str, machine: Machine) -> dict[str, Any]:
         header, schedule = self._trace.header, self.schedule
         options: dict[str, Any] = {}
         if any_class(name).clairvoyant:
@@ -91,7 +102,6 @@ class Simulator:
         return {
             **rates(outcome.hits, outcome.late, outcome.hits + outcome.late + outcome.misses),
             "token_layers": float(times.mean()) + machine.gap if len(times) else None,
-            "machine": asdict(machine),
         }
 
 
@@ -168,20 +178,26 @@ def machine_of(engine: dict[str, Any], budget: str, simulator: Simulator) -> Mac
     return Machine(
         capacity=parse_budget(budget).slots(1, simulator.slots),
         link_ratio=engine["link_ratio"] or 0.0,  # nothing was read
-        chunks=max(1, -int(-engine["expert_bytes"] // CHUNK_BYTES)),
+        chunks=max(1, round(engine["expert_bytes"] / CHUNK_BYTES)),
         tokens_per_unit=engine["tokens_per_unit"],
         before_gate=engine["before_gate"],
         gap=engine["gap"] or 0.0,
         lag=engine["lag"] or 0.0,
+        begin_lag=engine["begin_lag"],
+        prefetch_slowdown=engine["prefetch_slowdown"] or 1.0,
+        compute_spread=engine["compute_spread"] or 0.0,
+        link_spread=engine["link_spread"] or 0.0,
+        lag_spread=engine["lag_spread"] or 0.0,
     )
 
 
 def simulate(row: dict[str, Any], simulator: Simulator) -> None:
-    """Adds to a measured row what the simulator makes of it, and what it made without gap and gate."""
+    """Adds to a measured row what the simulator makes of it: so, without varying times, with prefetches as fast."""
     engine, machine = row["engine"], machine_of(row["engine"], row["budget"], simulator)
     row["simulator"] = simulator.run(row["policy"], machine)
-    row["without_gap"] = simulator.run(row["policy"], replace(machine, gap=0.0))
-    row["without_gap_and_gate"] = simulator.run(row["policy"], replace(machine, gap=0.0, before_gate=0.5))
+    even = replace(machine, compute_spread=0.0, link_spread=0.0, lag_spread=0.0)
+    row["even"] = simulator.run(row["policy"], even)
+    row["as_fast"] = simulator.run(row["policy"], replace(even, prefetch_slowdown=1.0))
     row["difference"] = engine["hit_rate"] - row["simulator"]["hit_rate"]
     row["as_recorded"] = bool(engine["tokens_equal"]) and [answer[:-1] for answer in engine["answers"]] == simulator.fed
     token_layers = row["simulator"]["token_layers"]
@@ -202,8 +218,8 @@ def orders(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     columns = (
-        "", "engine: hits, late", "simulator: hits, late", "difference", "without gap", "and gate at half", "r",
-        "before gate", "gap", "ms a token: engine, simulator",
+        "", "engine: hits, late", "simulator: hits, late", "difference", "if no time varies",
+        "nor prefetches are slower", "r", "slowdown", "spreads", "ms a token: engine, simulator",
     )  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * 9]
     for row in rows:
@@ -215,9 +231,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         token_ms = [f"{1000 * s:.0f}" if s else "-" for s in (engine["token_s"], row["simulated_token_s"])]
         lines.append(
             f"| {name} | {engine['hit_rate']:.1%}, {engine['late_rate']:.1%} | {found['hit_rate']:.1%}, "
-            f"{found['late_rate']:.1%} | {100 * row['difference']:+.1f} | {row['without_gap']['hit_rate']:.1%} | "
-            f"{row['without_gap_and_gate']['hit_rate']:.1%} | {machine['link_ratio']:.2f} | "
-            f"{machine['before_gate']:.2f} | {machine['gap']:.1f} | {', '.join(token_ms)} |"
+            f"{found['late_rate']:.1%} | {100 * row['difference']:+.1f} | {row['even']['hit_rate']:.1%} | "
+            f"{row['as_fast']['hit_rate']:.1%} | {machine['link_ratio']:.2f} | "
+            f"{machine['prefetch_slowdown']:.2f} | {machine['compute_spread']:.2f}, {machine['link_spread']:.2f} | "
+            f"{', '.join(token_ms)} |"
         )
     return "\n".join(lines)
 

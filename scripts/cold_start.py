@@ -17,7 +17,8 @@ import numpy as np
 from finemoe.compiled import compiler
 from finemoe.policy import make_policy, policy_class
 from finemoe.sim.evidence import Evidence
-from finemoe.sim.replay import Machine, Replay
+from finemoe.sim.machine import Machine
+from finemoe.sim.replay import Replay
 from finemoe.sim.schedule import make_schedule
 from finemoe.trace import open_trace
 

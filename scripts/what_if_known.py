@@ -16,7 +16,8 @@ import numpy as np
 from finemoe.compiled import compiler
 from finemoe.policy.finemoe import Finemoe
 from finemoe.sim.evidence import Evidence
-from finemoe.sim.replay import Machine, Replay
+from finemoe.sim.machine import Machine
+from finemoe.sim.replay import Replay
 from finemoe.sim.schedule import Schedule, make_schedule
 from finemoe.trace import open_trace, split
 

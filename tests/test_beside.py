@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -95,6 +96,24 @@ def test_a_policy_that_fell_behind_catches_up(name: str) -> None:
     assert np.allclose(hurried.want, patient.want)
 
 
+def test_a_thought_is_timed_from_its_event_or_from_the_end_of_the_one_before() -> None:
+    slow = Slow()
+    with beside(slow) as run:
+        run.begin([])
+        time.sleep(0.05)
+        slow.go.release()
+        run.settle()
+        assert run.thoughts.begin_s >= 0.05
+        run.routed(Routed(0, [0]))
+        slow.go.release()
+        run.settle()
+    thoughts = run.thoughts
+    assert (thoughts.begins, thoughts.gates) == (1, 1)
+    assert 0 < thoughts.gate_s < 0.05
+    assert thoughts.gate_logs == pytest.approx(math.log(thoughts.gate_s))
+    assert thoughts.gate_squares == pytest.approx(thoughts.gate_logs**2)
+
+
 def test_nobody_waits_and_late_thoughts_are_not_published() -> None:
     slow = Slow()
     published = []
@@ -107,7 +126,7 @@ def test_nobody_waits_and_late_thoughts_are_not_published() -> None:
         time.sleep(0.05)
         slow.go.release(3)
         run.settle()
-        assert run.search_s >= 0.05  # of what was published, since it was told
+        assert run.thoughts.begins + run.thoughts.gates == len(published)
         assert [what for what, _ in slow.seen] == ["begin 0", "layer 0", "layer 1"]
         assert slow.seen[-1] == ("layer 1", False)
         assert published[-1] == run.worth[0, 0] == 3

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -20,6 +22,37 @@ from finemoe.types import Recorded, Routed, Step
 
 R = TypeVar("R")
 _ITERATIONS_BEHIND = 4  # with more than these waiting, an iteration goes unobserved: the policy can't keep up
+
+
+THOUGHTS = ("begins", "begin_s", "gates", "gate_s", "gate_logs", "gate_squares")  # of Thoughts
+
+
+@dataclass
+class Thoughts:
+    """How long those took that counted, of an iteration's begin and of a gate; sums of logarithms and their squares.
+
+    From the event, or from the end of the thought before it, to the scores. Waiting for a core is in it.
+    """
+
+    begins: int = 0
+    begin_s: float = 0.0
+    gates: int = 0
+    gate_s: float = 0.0
+    gate_logs: float = 0.0
+    gate_squares: float = 0.0
+
+    def begin(self, seconds: float) -> None:
+        """One of an iteration's begin."""
+        self.begins += 1
+        self.begin_s += seconds
+
+    def gate(self, seconds: float) -> None:
+        """One of a layer."""
+        log = math.log(max(seconds, 1e-9))
+        self.gates += 1
+        self.gate_s += seconds
+        self.gate_logs += log
+        self.gate_squares += log * log
 
 
 class Beside(Policy):
@@ -45,7 +78,8 @@ class Beside(Policy):
             self.want = self.worth
         self.searches = 0  # events that scores were asked of
         self.late = 0  # of these, dropped
-        self.search_s = 0.0  # from the others to their scores
+        self.thoughts = Thoughts()
+        self._idle_since_s = 0.0
         self._events: deque[tuple[float, Callable[..., Any], tuple[Any, ...]]] = deque()  # with their times
         self._calls: SimpleQueue[Callable[[], object] | None] = SimpleQueue()  # there are events: None; or a question
         self._skipping = False  # this iteration goes unobserved
@@ -154,8 +188,13 @@ class Beside(Policy):
             self.late += 1
         else:
             self._copy()
-            self.search_s += time.perf_counter() - told_s
+            took_s = time.perf_counter() - max(told_s, self._idle_since_s)
+            if what == self.inner.begin:
+                self.thoughts.begin(took_s)
+            elif what == self.inner.routed:
+                self.thoughts.gate(took_s)
             self.published()
+        self._idle_since_s = time.perf_counter()
 
     def _copy(self) -> None:
         np.copyto(self.worth, self.inner.worth)

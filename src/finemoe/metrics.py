@@ -65,7 +65,6 @@ class Stats:
     paused: int  # iterations without prefetches, as these did not pay
     searches: int  # events that a policy's scores were asked of, where it runs beside the model
     searches_late: int  # of these, dropped: newer events had come
-    search_s: float  # from the others to their scores, waiting for a core included
     bytes_read: int
     stall_s: float
     stalled_bytes: int

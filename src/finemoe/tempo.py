@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-TOTALS = ("before_s", "befores", "after_s", "afters", "around_s", "arounds")  # of Tempo
+TOTALS = (
+    "before_s", "befores", "before_logs", "before_squares", "after_s", "afters", "around_s", "arounds",
+)  # fmt: skip # of Tempo
 
 
 @dataclass
@@ -20,6 +23,8 @@ class Tempo:
     layers: int
     before_s: float = field(default=0.0, init=False)  # from a layer's end to the gate of the next one
     befores: int = field(default=0, init=False)
+    before_logs: float = field(default=0.0, init=False)  # of these, the sum of their logarithms
+    before_squares: float = field(default=0.0, init=False)  # and of the squares of those
     after_s: float = field(default=0.0, init=False)  # from a gate to the end of its layer
     afters: int = field(default=0, init=False)
     around_s: float = field(default=0.0, init=False)  # from the end of the last layer to the next pass's first gate
@@ -39,6 +44,9 @@ class Tempo:
         elif layer == self._last + 1:
             self.before_s += since_s
             self.befores += 1
+            log = math.log(max(since_s, 1e-9))
+            self.before_logs += log
+            self.before_squares += log * log
         elif layer == self._last:
             self.after_s += since_s
             self.afters -= 1
@@ -55,5 +63,5 @@ class Tempo:
 
     def reset(self) -> None:
         """Start counting anew, in the middle of whatever runs."""
-        self.before_s = self.after_s = self.around_s = 0.0
+        self.before_s = self.before_logs = self.before_squares = self.after_s = self.around_s = 0.0
         self.befores = self.afters = self.arounds = 0

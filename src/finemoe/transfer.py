@@ -18,6 +18,7 @@ from finemoe.checkpoint.catalog import PAGE_BYTES
 from finemoe.pace import Pace
 from finemoe.process import available_cores
 from finemoe.store.disk import CHUNK_BYTES
+from finemoe.traffic import Mark, Passage, Traffic
 from finemoe.types import ExpertId, ExpertSource, Landed, Run, Withdrawn
 
 
@@ -29,6 +30,7 @@ class _Job:
     left: int
     urgent: bool
     error: Exception | None = None
+    passage: Passage | None = None  # None: withdrawn
 
 
 @dataclass
@@ -79,8 +81,8 @@ class ReaderThreads:
         self._under_way = 0  # experts submitted and not reported yet
         self._reading = 0  # threads inside a read
         self._cancelling = False
-        self._busy_s = 0.0  # of stretches in which something was read, that under way left out
-        self._busy_since_s = 0.0
+        self._traffic = Traffic()
+        self._asked_s = 0.0  # when `when_idle` was last asked
         self._moved_bytes = 0
         self._waited_bytes = 0.0
         self._waiting_since: float | None = None  # when the consumer began to wait
@@ -99,11 +101,10 @@ class ReaderThreads:
         """Bytes read so far; grows chunk by chunk."""
         return self._moved_bytes
 
-    @property
-    def busy_s(self) -> float:
-        """Time in which something was being read, by however many threads."""
+    def traffic(self) -> dict[str, float]:
+        """Totals of `Traffic` so far."""
         with self._lock:
-            return self._busy_s + (time.perf_counter() - self._busy_since_s if self._reading else 0.0)
+            return self._traffic.totals(time.perf_counter())
 
     @property
     def waited_bytes(self) -> float:
@@ -131,6 +132,8 @@ class ReaderThreads:
             self._jobs[expert] = job
             self._ask = True  # once this is under way, readers that find nothing more to do may ask
             now_s = time.perf_counter()
+            since_s = now_s if urgent else self._asked_s  # choosing it is a part of its time
+            job.passage = self._traffic.send(urgent=urgent, now_s=now_s, since_s=since_s)
             for run, start, length in chunks:
                 begin = run.slot_offset_bytes + start
                 chunk = _Chunk(job, run, start, slot[begin : begin + length], now_s)
@@ -144,6 +147,11 @@ class ReaderThreads:
             if job is None or job.urgent:
                 return
             job.urgent = True
+            now_s = time.perf_counter()
+            if job.passage is None:
+                job.passage = self._traffic.send(urgent=True, now_s=now_s, since_s=now_s)
+            else:
+                self._traffic.hasten(job.passage, now_s)
             self._queue = [(late and entry.job is not job, order, entry) for late, order, entry in self._queue]
             heapq.heapify(self._queue)
             self._work.notify(job.left)
@@ -152,9 +160,11 @@ class ReaderThreads:
         """A prefetch under way is not wanted any more. It is reported as `Withdrawn`, unless it was complete."""
         with self._lock:
             job = self._jobs.get(expert)
-            if job is None or job.urgent:
+            if job is None or job.urgent or job.passage is None:
                 return
             job.error = job.error or Withdrawn()
+            self._traffic.drop(job.passage, time.perf_counter())
+            job.passage = None
             kept = [entry for entry in self._queue if entry[2].job is not job]
             job.left -= len(self._queue) - len(kept)
             self._queue = kept
@@ -200,6 +210,7 @@ class ReaderThreads:
         with self._lock:
             self._queue.clear()
             self._jobs.clear()
+            self._traffic.clear(time.perf_counter())
             self._cancelling = True
             self._arrival.notify_all()
             try:
@@ -233,11 +244,13 @@ class ReaderThreads:
 
     def _report(self, job: _Job) -> None:
         self._jobs.pop(job.expert, None)
+        if job.passage is not None:
+            self._traffic.land(job.passage, time.perf_counter())
         self._landed.append(Landed(job.expert, job.error))
         self._done.notify_all()
 
-    def _next(self) -> tuple[_Chunk, float] | None:
-        """The next chunk to read, and the time before which it can't have come; `None` when the transfer is closed.
+    def _next(self) -> tuple[_Chunk, float, Mark] | None:
+        """The next chunk to read, the time before which it can't have come, and when it begins; `None` once closed.
 
         Asks for prefetches before going idle. A chunk is chosen when the link is free, so that what is urgent overtakes
         all that wait for a paced link.
@@ -249,8 +262,9 @@ class ReaderThreads:
                 if self._closed:
                     return None
                 if self._queue:
-                    return self._begin()
+                    return *self._begin(), self._traffic.mark(time.perf_counter())
                 self._ask = False
+                self._asked_s = time.perf_counter()
                 ask = self.when_idle
             assert ask is not None
             try:
@@ -267,8 +281,9 @@ class ReaderThreads:
         return self._pace is None or self._pace.delay_s(time.perf_counter()) <= 0
 
     def _held(self) -> bool:
-        """Whether prefetches are all there is to read, and enough readers are at that."""
-        return self._queue[0][0] and self._prefetching >= self._prefetch_threads
+        """Whether prefetches are all there is to read, and something urgent, or enough of them, are being read."""
+        urgent = self._reading > self._prefetching  # the link is theirs until the last has come
+        return self._queue[0][0] and (urgent or self._prefetching >= self._prefetch_threads)
 
     def _rest(self) -> None:
         """Waits until something may have changed. Of readers that wait for the link, only one keeps its time."""
@@ -281,8 +296,6 @@ class ReaderThreads:
 
     def _begin(self) -> tuple[_Chunk, float]:
         late, _, chunk = heapq.heappop(self._queue)
-        if not self._reading:
-            self._busy_since_s = time.perf_counter()
         self._reading += 1
         chunk.aside = late
         self._prefetching += late
@@ -296,7 +309,7 @@ class ReaderThreads:
 
     def _run(self) -> None:
         while (following := self._next()) is not None:
-            chunk, comes_s = following
+            chunk, comes_s, mark = following
             error: Exception | None = None
             moved_bytes, start_s = 0, time.perf_counter()
             if chunk.job.error is None:  # a failed expert's other chunks are not worth reading
@@ -309,13 +322,14 @@ class ReaderThreads:
                 while not (self._cancelling or self._closed) and (left_s := comes_s - time.perf_counter()) > 0:
                     self._arrival.wait(left_s)
                 self._reading -= 1
-                if not self._reading:
-                    self._busy_s += time.perf_counter() - self._busy_since_s
                 self._prefetching -= chunk.aside
+                if not chunk.aside and self._reading == self._prefetching:  # prefetches were held back until now
+                    self._work.notify(self._prefetch_threads - 1)  # this thread is one
                 job = chunk.job
                 job.error = job.error or error
                 job.left -= 1
                 self._moved_bytes += moved_bytes
+                self._traffic.move(moved_bytes, mark, time.perf_counter(), wanted=job.passage is not None)
                 self._waited_bytes += moved_bytes * self._waited_share(start_s)
                 if not job.left and self._jobs.get(job.expert) is job:
                     self._report(job)

@@ -80,15 +80,22 @@ def test_an_answer_of_one_token_has_no_time_per_token() -> None:
 
 def test_what_the_simulator_needs_is_out_of_the_run() -> None:
     ticks = {"befores": 9, "afters": 10, "arounds": 1}
-    prompt = Phase((2.0,), None, bytes_read=1000, before_s=9.0, after_s=30.0, around_s=99.0, link_busy_s=9.0, **ticks)
-    decode = Phase((2.0,), None, bytes_read=400, before_s=0.9, after_s=3.0, around_s=0.9, link_busy_s=0.8, **ticks)
-    decode = replace(decode, searches=12, searches_late=2, search_s=0.6)
+    prompt = Phase(
+        (2.0,), None, bytes_read=1000, before_s=9.0, after_s=30.0, around_s=99.0, urgent_s=9.0, urgent_bytes=9, **ticks
+    )
+    decode = Phase((2.0,), None, bytes_read=400, before_s=0.9, after_s=3.0, around_s=0.9, **ticks)
+    decode = replace(decode, gates=10, gate_s=0.6, begins=4, begin_s=0.8)
+    decode = replace(decode, urgent_s=0.6, urgent_bytes=300, prefetch_s=0.3, prefetch_bytes=100)
+    decode = replace(decode, before_logs=-9 * 2.0, before_squares=9 * (2.0**2 + 0.2**2))
+    decode = replace(decode, gate_logs=-10 * 1.0, gate_squares=10 * (1.0**2 + 0.4**2))
+    decode = replace(decode, timed=5, timed_logs=5 * 3.0, timed_squares=5 * (3.0**2 + 0.3**2))
     first = replace(prompt, after_s=900.0)  # warming up: not what a prompt takes
     answers = [Answer(25, each, decode, (1, 2), "hash") for each in (first, prompt, prompt)]
     made = replace(answered(*answers), expert_bytes=100.0)
     expected = {
         "layer_s": 0.4, "before_gate": 0.25, "outside_s": 0.8, "gap": 2.0, "expert_s": 0.2, "link_ratio": 0.5,
-        "lag": 0.15, "tokens_per_unit": 2,
+        "lag": 0.15, "begin_lag": 0.5, "lag_spread": 0.4, "prefetch_slowdown": 1.5,
+        "compute_spread": 0.2, "link_spread": 0.3, "tokens_per_unit": 2,
     }  # fmt: skip
     figures = derive_answers(made)
     assert {name: figures[name] for name in MIMIC_NAMES} == pytest.approx(expected)

@@ -156,6 +156,8 @@ def test_every_setting_is_a_flag_with_its_default(capsys: Capture) -> None:
         (["TRACE", "--before-gate", "-0.1"], "--before-gate: -0.1 is not a share"),
         (["TRACE", "--gap", "-1"], "--gap: -1.0 is not a number of at least 0"),
         (["TRACE", "--gap", "nan"], "--gap"),
+        (["TRACE", "--link-spread", "-1"], "--link-spread: -1.0 is not a number of at least 0"),
+        (["TRACE", "--prefetch-slowdown", "0"], "--prefetch-slowdown: 0.0 is not a number above 0"),
         (["TRACE", "--workers", "0"], "--workers"),
         (["TRACE", "--hardware", "h100-pcie5"], "--shape"),
         (["TRACE", "--shape", "gpt-oss-20b"], "--hardware"),

@@ -13,7 +13,7 @@ STATS = Stats(
     model="m", policy="lru", io="direct", link_bandwidth_bytes_s=None, layers=2, experts=16, expert_bytes=1600,
     expert_dtype="bfloat16", lossy=False, expert_memory_bytes=400, slots=4, resident=4, layer_calls=5, hits=6, late=1,
     misses=3, evictions=2, prefetched=4, prefetched_used=3, wasted=1, regretted=1, paused=0, searches=0,
-    searches_late=0, search_s=0.0, bytes_read=300, stall_s=0.5, stalled_bytes=200, peak_rss_bytes=10_000,
+    searches_late=0, bytes_read=300, stall_s=0.5, stalled_bytes=200, peak_rss_bytes=10_000,
 )  # fmt: skip
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from finemoe.policy import Policy
 from finemoe.policy.cache import RECENCY, make_ranking, visit
 from finemoe.sim.evidence import Evidence
-from finemoe.sim.replay import Machine, Outcome, Replay
+from finemoe.sim.machine import Machine
+from finemoe.sim.replay import Outcome, Replay
 from finemoe.sim.schedule import Floats, Schedule
 from finemoe.trace import RequestTrace, Trace, TraceHeader, TraceWriter, open_trace
 from finemoe.types import Routed, Step

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from finemoe.policy import FACTORIES, Policy, make_policy
 from finemoe.sim.evidence import Evidence
-from finemoe.sim.replay import Machine, Replay
+from finemoe.sim.machine import Machine, Noise
+from finemoe.sim.replay import Replay
 from finemoe.sim.schedule import make_schedule
 from finemoe.trace import open_trace
 from tests.policy.workload import Shape, untrained
@@ -36,22 +37,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     st.integers(0, 5), st.integers(3, LAYERS * EXPERTS), st.sampled_from([0.07, 0.3, 1.0, 4.1]),
     st.sampled_from([0, 1, 5]), st.integers(1, 3), st.sampled_from([0, 3, 70]),
     st.sampled_from([(0.5, 0.0), (0.5, 2.6), (0.8, 0.4)]), st.sampled_from([0.0, 0.15, 0.9, 1.7]),
+    st.sampled_from([1.0, 1.6, 0.8]), st.sampled_from([0.0, 0.3]),
 )  # fmt: skip
 def test_engine_and_simulator_agree(
     folder: Path, policy: str, seed: int, capacity: int, link_ratio: float, chunks: int, interleave: int, prompt: int,
-    split: tuple[float, float], lag: float,
+    split: tuple[float, float], lag: float, slowdown: float,
+    spread: float,
 ) -> None:  # fmt: skip
     path = folder / f"walk-{seed}-4-12-{prompt}.safetensors"
     with make_trace(folder, seed, prompt=prompt) if not path.exists() else open_trace(path) as trace:
         schedule, evidence = make_schedule(trace, range(4), interleave), Evidence(trace)
-        machine = Machine(capacity, link_ratio, chunks=chunks, before_gate=split[0], gap=split[1], lag=lag)
+        machine = Machine(
+            capacity, link_ratio, chunks=chunks, before_gate=split[0], gap=split[1], lag=lag,
+            begin_lag=[None, 2 * lag][seed % 2],
+            prefetch_slowdown=slowdown, compute_spread=spread, link_spread=1.5 * spread, lag_spread=2 * spread,
+            seed=seed,
+        )  # fmt: skip
+        noise = Noise(machine)
         simulated = Replay(schedule, evidence, made(policy), machine, log=100_000, fast=False)
         outcome = simulated.run()
-        link = VirtualLink(link_ratio, link_ratio / chunks if chunks else 0.0)
+        link = VirtualLink(link_ratio, chunks, slowdown, noise.transfers.tolist())
         driving = made(policy)
         if lag and driving.deliberates:
-            driving = Lagging(driving, link, lag)
+            driving = Lagging(driving, link, machine, noise)
         driven = EngineReplay.make(schedule, driving, capacity, link)
+        driven.noise = noise
         times = driven.run(schedule, evidence, before_gate=split[0], gap=split[1])
     counters = driven.engine.counters
     assert driven.actions(EXPERTS) == [tuple(row) for row in outcome.log.tolist()]
@@ -64,7 +74,7 @@ def test_engine_and_simulator_agree(
 def test_the_engine_tells_what_the_simulator_must_be_given(tmp_path: Path, before_gate: float, gap: float) -> None:
     with make_trace(tmp_path, seed=9, prompt=0) as trace:
         schedule, evidence = make_schedule(trace, range(2)), Evidence(trace)
-        driven = EngineReplay.make(schedule, made("deepspeed"), 9, VirtualLink(1.3, 0.1))
+        driven = EngineReplay.make(schedule, made("deepspeed"), 9, VirtualLink(1.3, 13))
         driven.run(schedule, evidence, before_gate=before_gate, gap=gap)
     tempo, passes = driven.engine.tempo, len(schedule)
     assert driven.engine.counters.stall_s > 0  # and is in none of these

@@ -19,7 +19,8 @@ from finemoe.policy import BOUNDS, FACTORIES, POLICIES, Policy
 from finemoe.sim import cells
 from finemoe.sim.cells import Cell, Row, count_iterations, run_cell, run_cells, runnable, summarise
 from finemoe.sim.config import SimulateConfig
-from finemoe.sim.replay import Machine, Outcome
+from finemoe.sim.machine import TIMING, Machine
+from finemoe.sim.replay import Outcome
 from finemoe.sim.table import markdown, table
 from finemoe.trace import open_trace, split
 from finemoe.types import Recorded, Step
@@ -258,10 +259,21 @@ def test_a_table_has_a_line_for_each_row(trace: str) -> None:
     assert table([replace(made[0], gap=7.5)]).splitlines()[-1] == "gap between iterations, not in time/layer: 7.5"
 
 
-def test_gap_and_gate_of_the_settings_are_in_the_rows(trace: str) -> None:
-    row = run_cell(trace, config(gap=6, before_gate=0.25, lag=0.5), Cell("oracle", 0.25, 1.0))
-    assert (row.gap, row.before_gate, row.lag) == (6, 0.25, 0.5)
-    assert "so much after a gate: 0.5" in table([row])
+def test_what_the_settings_say_of_time_is_in_the_rows(trace: str) -> None:
+    said = {
+        "before_gate": 0.25, "gap": 6, "lag": 0.5, "begin_lag": 2.5, "prefetch_slowdown": 1.5,
+        "compute_spread": 0.1, "link_spread": 0.2, "lag_spread": 0.3,
+    }  # fmt: skip
+    row = run_cell(trace, config(**said), Cell("oracle", 0.25, 1.0))
+    assert {name: getattr(row, name) for name in TIMING} == said
+    told = table([row])
+    ends = "gate: 0.5", "iteration: 2.5", "link ratio: 1.5", "compute varies", "transfers vary", "the lag varies"
+    assert [end for end in ends if end not in told] == []
+    assert "varies" not in table([run_cell(trace, config(), Cell("lru", 0.25, 1.0))])
+
+
+def test_links_go_on_in_a_gap(trace: str) -> None:
+    row = run_cell(trace, config(gap=6, before_gate=0.25), Cell("oracle", 0.25, 1.0))
     assert row.time_per_layer < run_cell(trace, config(), Cell("oracle", 0.25, 1.0)).time_per_layer
 
 

@@ -43,7 +43,7 @@ def test_sums_are_the_engines_own_counters(
     path = folder / f"walk-{seed}-4-12-{prompt}.safetensors"
     with make_trace(folder, seed, prompt=prompt) if not path.exists() else open_trace(path) as trace:
         schedule, evidence = make_schedule(trace, range(4), interleave), Evidence(trace)
-        link = VirtualLink(link_ratio, link_ratio / chunks if chunks else 0.0)
+        link = VirtualLink(link_ratio, chunks)
         driven = EngineReplay.make(schedule, make_policy(policy, LAYERS, EXPERTS), capacity, link)
         driven.engine.controller.ledger = Ledger(LAYERS, EXPERTS)
         driven.engine.controller.watch()

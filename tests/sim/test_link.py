@@ -9,6 +9,7 @@ import pytest
 
 from finemoe.policy import Policy, foresee, make_policy
 from finemoe.sim.link import FETCHED, PREFETCHED, WITHDRAWN
+from finemoe.sim.machine import Machine, Noise
 from finemoe.sim.replay import Outcome
 from tests.sim.by_hand import NONE, Needs, Script, Wants, play, schedule
 
@@ -134,6 +135,24 @@ def test_without_chunks_a_prefetch_gives_way_at_once() -> None:
     assert (outcome.total, outcome.stall, outcome.moved) == (8.5, 4 + 2.5, 8.0)
 
 
+def test_what_is_not_urgent_moves_slower() -> None:
+    # 0.5 of 1.5 moved by 1 in the time of 3; the rest is urgent from the gate at 1.5 on
+    outcome = play(
+        schedule([[NONE, [1]]], 2), Script(2, 2, {-1: {(1, 1): 1.0}}), 4, 1.5, chunks=0, prefetch_slowdown=3.0
+    )
+    assert (outcome.stall, outcome.total, outcome.moved) == (1.0, 3.0, 2.5)
+    assert counted(outcome) == (0, 1, 0)
+
+
+def test_a_chunk_that_is_not_urgent_is_slow_to_its_end() -> None:
+    # r = 4 in chunks of 1 that take 2: at the gate, 0.5, a quarter of one is out. The miss is on the wire from 2 to 6
+    outcome = play(
+        schedule([[[0], [1]]], 2), Script(2, 2, {-1: {(1, 1): 1.0}}), 4, 4.0, chunks=4, prefetch_slowdown=2.0
+    )
+    # it computes until 6.5, the next gate speaks at 7: of the prefetch 1 + 0.5 came, 2.5 are left
+    assert (outcome.stall, outcome.total) == (5.5 + 2.5, 2 + 8.0)
+
+
 def test_one_chunk_is_never_cut() -> None:
     # the whole prefetch goes first, until 4; the miss lands at 8, and then the prefetch is a hit
     outcome = prefetching([[[0], [1]]], link_ratio=4.0, chunks=1)
@@ -239,3 +258,9 @@ def test_what_is_before_the_gate_is_not_overlapped_by_a_miss() -> None:
     # the second token: expert 0 computes 0.4 of its own 0.8, expert 1 lands 3 after the gate
     outcome = play(schedule([[[0]], [[0, 1]]], 2), lru(1, 2), 2, 3.0, before_gate=0.2)
     assert outcome.iteration_times.tolist() == pytest.approx([4, 0.2 + 3 + 0.4])
+
+
+def test_each_transfer_has_a_time_of_its_own() -> None:
+    outcome = play(schedule([[[0], [1], [2]]], 3), lru(3, 3), 3, 2.0, link_spread=0.5)
+    factors = Noise(Machine(3, 2.0, link_spread=0.5)).transfers[:3]
+    assert outcome.stall == outcome.moved == pytest.approx(2 * factors.sum())

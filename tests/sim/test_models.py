@@ -18,7 +18,8 @@ import finemoe
 from finemoe.model.routers import RouterTap
 from finemoe.policy import make_policy
 from finemoe.sim.evidence import Evidence
-from finemoe.sim.replay import Machine, Replay
+from finemoe.sim.machine import Machine
+from finemoe.sim.replay import Replay
 from finemoe.sim.schedule import make_schedule
 from finemoe.trace import DECODE, PREFILL, RequestTrace, TraceHeader, TraceWriter, open_trace
 from finemoe.types import ExpertId, Routed
@@ -103,7 +104,7 @@ def test_a_models_routing_is_replayed_as_the_model_runs(
         for policy in POLICIES if kind != "reference" else ("lfru", "deepspeed"):  # it takes a while
             with finemoe.load(folder, expert_memory="30%", policy=policy) as model:
                 slots = model.finemoe.stats().slots
-                link = VirtualLink(LINK_RATIO, LINK_RATIO / CHUNKS)
+                link = VirtualLink(LINK_RATIO, CHUNKS)
                 driven = put_on_link(model, policy, link, experts)
                 found = continue_prompts(model)
             machine = Machine(slots, LINK_RATIO, chunks=CHUNKS)

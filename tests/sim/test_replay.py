@@ -16,7 +16,8 @@ from finemoe.policy.kernel import Jit, interpreted
 from finemoe.sim.evidence import Evidence
 from finemoe.sim.layer import check_laws
 from finemoe.sim.link import ACCESSES, HITS, MOVED
-from finemoe.sim.replay import Machine, Outcome, Replay
+from finemoe.sim.machine import Machine
+from finemoe.sim.replay import Outcome, Replay
 from finemoe.sim.schedule import Schedule, make_schedule
 from finemoe.trace import Trace
 from tests.policy.compile import compiled
@@ -28,8 +29,20 @@ ON_DEMAND = [name for name, kind in (FACTORIES | BOUNDS).items() if issubclass(k
 MACHINES = [
     Machine(8, 1.0),
     Machine(5, 0.3, chunks=0, ready_first=False),
+    Machine(
+        7,
+        1.4,
+        prefetch_slowdown=1.3,
+        compute_spread=0.2,
+        link_spread=0.4,
+        lag=0.3,
+        begin_lag=0.8,
+        lag_spread=0.5,
+        seed=3,
+    ),
     Machine(9, 2.7, devices=2, chunks=3, tokens_per_unit=2, before_gate=0.3, gap=1.3),
 ]
+STEADY = [machine for machine in MACHINES if not machine.compute_spread]
 every_policy = pytest.mark.parametrize("policy", EVERY)
 
 
@@ -73,7 +86,7 @@ def assert_alike(one: Outcome, other: Outcome) -> None:
 
 
 @every_policy
-@pytest.mark.parametrize("machine", MACHINES, ids=["plain", "study", "two-devices"])
+@pytest.mark.parametrize("machine", MACHINES, ids=["plain", "study", "varying", "two-devices"])
 def test_compiled_is_interpreted(trace: Trace, policy: str, machine: Machine) -> None:
     for interleave in (1, 3):
         plain = replayed(trace, policy, machine, interleave=interleave, fast=False)
@@ -82,7 +95,7 @@ def test_compiled_is_interpreted(trace: Trace, policy: str, machine: Machine) ->
 
 
 @pytest.mark.parametrize("policy", ON_DEMAND)
-@pytest.mark.parametrize("machine", MACHINES, ids=["plain", "study", "two-devices"])
+@pytest.mark.parametrize("machine", MACHINES, ids=["plain", "study", "varying", "two-devices"])
 def test_the_fast_path_on_demand_is_the_general_one(trace: Trace, policy: str, machine: Machine) -> None:
     for interleave in (1, 3):
         fast, general = (replayed(trace, policy, machine, interleave=interleave, fast=f) for f in (True, False))
@@ -95,7 +108,7 @@ def test_equal_inputs_give_equal_outcomes(trace: Trace, policy: str) -> None:
 
 
 @every_policy
-@pytest.mark.parametrize("machine", MACHINES, ids=["plain", "study", "two-devices"])
+@pytest.mark.parametrize("machine", STEADY, ids=["plain", "study", "two-devices"])
 def test_counts_add_up(trace: Trace, policy: str, machine: Machine) -> None:
     outcome = replayed(trace, policy, machine, compiled)
     accesses = len(make_schedule(trace, range(2, 6)).needs)

@@ -9,6 +9,7 @@ from finemoe.engine import Engine
 from finemoe.policy import Controller, Policy
 from finemoe.sim.evidence import Evidence
 from finemoe.sim.link import FETCHED, PREFETCHED, WITHDRAWN
+from finemoe.sim.machine import Machine, Noise
 from finemoe.sim.schedule import Schedule
 from finemoe.store import Pool
 from finemoe.types import ExpertId, Fetch, Landed, Plan, Routed, Step, Withdrawn
@@ -16,10 +17,12 @@ from finemoe.types import ExpertId, Fetch, Landed, Plan, Routed, Step, Withdrawn
 
 @dataclass
 class VirtualLink:
-    """A `Transfer` of one expert at a time, each taking `transfer`, in chunks of `chunk`."""
+    """A `Transfer` of one expert at a time, each taking `transfer`, in `chunks` pieces; prefetches take longer."""
 
     transfer: float
-    chunk: float
+    chunks: int
+    slowdown: float = 1.0
+    factors: Sequence[float] = (1.0,)  # of one transfer after another
     now: float = 0.0
     busy: float = 0.0
     when_idle: Callable[[], None] | None = None
@@ -27,7 +30,9 @@ class VirtualLink:
     queue: list[ExpertId] = field(default_factory=list)
     prefetch: ExpertId | None = None
     under_way: bool = False  # the prefetch is on the wire: it was not pre-empted
+    takes: dict[ExpertId, float] = field(default_factory=dict)
     left: dict[ExpertId, float] = field(default_factory=dict)
+    begun: int = 0
     landed: list[Landed] = field(default_factory=list)
     log: list[tuple[int, ExpertId]] = field(default_factory=list)
     alarm: tuple[float, Callable[[], None]] | None = None  # when, and what happens then
@@ -35,7 +40,8 @@ class VirtualLink:
     waited_bytes: float = 0.0
 
     def submit(self, expert: ExpertId, slot: memoryview, *, urgent: bool = True) -> None:
-        self.left[expert] = self.transfer
+        self.takes[expert] = self.left[expert] = self.transfer * self.factors[self.begun % len(self.factors)]
+        self.begun += 1
         self.fill(expert, slot)
         self.log.append((FETCHED if urgent else PREFETCHED, expert))
         if urgent:
@@ -87,7 +93,7 @@ class VirtualLink:
     def _advance(self, until: float) -> None:
         self._preempt()
         while True:
-            start = max(self.now, self.busy)
+            start, pace = max(self.now, self.busy), 1.0
             if self.queue:
                 expert = self.queue[0]
             elif start >= until:
@@ -97,11 +103,11 @@ class VirtualLink:
                     self.when_idle()
                 if self.prefetch is None:
                     break
-                expert, self.under_way = self.prefetch, True
-            done = start + self.left[expert]
+                expert, self.under_way, pace = self.prefetch, True, self.slowdown
+            done = start + self.left[expert] * pace
             if done > until:
                 if until > start:
-                    self.left[expert] -= until - start
+                    self.left[expert] -= (until - start) / pace
                 break
             if self.queue:
                 self.queue.pop(0)
@@ -112,38 +118,43 @@ class VirtualLink:
         self.now = until
 
     def _preempt(self) -> None:
-        if not self.queue or self.prefetch is None or not self.under_way or self.chunk <= 0:
+        if not self.queue or self.prefetch is None or not self.under_way or not self.chunks:
             return
         self.under_way = False
-        rest = self.left[self.prefetch] % self.chunk
+        rest = self.left[self.prefetch] % (self.takes[self.prefetch] / self.chunks)
         if self.left[self.prefetch] - rest <= 1e-12:
             self.queue.insert(0, self.prefetch)
             self.prefetch = None
         else:
             self.left[self.prefetch] -= rest
-            self.busy = self.now + rest
+            self.busy = self.now + rest * self.slowdown
 
 
 class Lagging(Policy):
     """Stands for another policy, and says what it said `lag` later, by the link's clock; unless it has said more."""
 
-    def __init__(self, policy: Policy, link: VirtualLink, lag: float) -> None:
+    def __init__(self, policy: Policy, link: VirtualLink, machine: Machine, noise: Noise) -> None:
         super().__init__(policy.layers, policy.experts)
-        self.inner, self._link, self._lag = policy, link, lag
+        self.inner, self._link, self._machine, self._noise = policy, link, machine, noise
+        self._free = 0.0
         self.margin, self.switch = policy.margin, policy.switch
         self.prefetches, self.pauses = policy.prefetches, policy.pauses  # type: ignore[misc] # of its kind
         self._say()
 
     def begin(self, steps: Sequence[Step]) -> None:
         self.inner.begin(steps)
-        self._link.alarm = self._link.now + self._lag, self._say
+        self._think(self._machine.lag if self._machine.begin_lag is None else self._machine.begin_lag)
 
     def routed(self, event: Routed) -> None:
         self.inner.routed(event)
-        self._link.alarm = self._link.now + self._lag, self._say
+        self._think(self._machine.lag)
 
     def end(self) -> None:
         self.inner.end()
+
+    def _think(self, lag: float) -> None:
+        self._free = max(self._link.now, self._free) + lag * self._noise.lag()
+        self._link.alarm = self._free, self._say
 
     def _say(self) -> None:
         self.worth[:], self.want[:] = self.inner.worth, self.inner.want
@@ -176,6 +187,7 @@ class EngineReplay:
 
     engine: Engine
     link: VirtualLink
+    noise: Noise = field(default_factory=lambda: Noise(Machine(1, 1.0)))
 
     @classmethod
     def make(cls, schedule: Schedule, policy: Policy, capacity: int, link: VirtualLink) -> EngineReplay:
@@ -197,10 +209,11 @@ class EngineReplay:
         times = []
         for iteration in range(len(schedule)):
             begin, scale = self.link.now, max(1.0, float(schedule.tokens[iteration]) / tokens_per_unit)
-            before, after = before_gate * scale, scale - before_gate * scale
+            befores, afters = self.noise.computes(schedule.layers)
+            before, after = before_gate * scale * befores, (scale - before_gate * scale) * afters
             gates, lookahead = evidence.gates(schedule, iteration), evidence.lookahead(schedule, iteration)
             self.engine.begin(evidence.steps(schedule, iteration))
-            self.link.advance(self.link.now + before)
+            self.link.advance(self.link.now + before[0])
             for layer in range(schedule.layers):
                 event = iteration * schedule.layers + layer
                 needs = schedule.needs[schedule.ptr[event] : schedule.ptr[event + 1]] - layer * schedule.experts
@@ -211,10 +224,10 @@ class EngineReplay:
                     None if lookahead is None else lookahead[:, layer],
                     evidence.active,
                 )
-                for _ in self.timed(self.engine.serve(routed), after / max(1, len(needs))):
+                for _ in self.timed(self.engine.serve(routed), after[layer] / max(1, len(needs))):
                     pass
                 if layer < schedule.layers - 1:
-                    self.link.advance(self.link.now + before)
+                    self.link.advance(self.link.now + before[layer + 1])
             times.append(self.link.now - begin)
             self.link.advance(self.link.now + gap)
             self.engine.end()

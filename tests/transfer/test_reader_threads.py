@@ -78,21 +78,39 @@ def test_every_byte_lands_in_its_place(
     assert slots == source.experts
 
 
-def test_a_link_is_busy_while_something_is_read() -> None:
+def test_traffic_is_what_was_asked_for_and_had_not_come() -> None:
     gate = Gate()
     source = MemorySource(experts(2), before=gate)
     with reading(source) as transfer:
-        assert transfer.busy_s == 0
+        assert set(transfer.traffic().values()) == {0}
         submit(transfer, slots_for(source))
         assert gate.entered.wait(30)
-        before_s = transfer.busy_s
+        before_s = transfer.traffic()["urgent_s"]
         time.sleep(0.01)
-        assert transfer.busy_s >= before_s + 0.01
+        assert transfer.traffic()["urgent_s"] >= before_s + 0.01
         gate.open.set()
         collect(transfer, 2)
-        busy_s = transfer.busy_s
+        totals = transfer.traffic()
         time.sleep(0.01)
-        assert transfer.busy_s == busy_s
+        assert transfer.traffic() == totals
+    assert totals["urgent_bytes"] == pytest.approx(200)
+    assert totals["prefetch_s"] == totals["prefetch_bytes"] == 0
+
+
+def test_prefetched_hastened_and_withdrawn_bytes_are_told_apart() -> None:
+    gate = Gate()
+    source = MemorySource(experts(3), before=gate)
+    with reading(source, threads=1, chunk_bytes=1000) as transfer:
+        submit(transfer, slots_for(source), urgent=False)
+        assert gate.entered.wait(30)
+        transfer.hasten(ExpertId(0, 1))
+        transfer.withdraw(ExpertId(0, 2))
+        gate.open.set()
+        collect(transfer, 3)
+        totals = transfer.traffic()
+    assert totals["urgent_bytes"] + totals["prefetch_bytes"] == pytest.approx(200)
+    assert totals["urgent_s"] > 0
+    assert totals["prefetch_s"] > 0
 
 
 def test_many_threads_over_many_rounds_lose_nothing() -> None:
@@ -305,6 +323,31 @@ def test_prefetches_leave_readers_to_the_model_and_urgent_experts_take_all(limit
     assert crowd.most[False] == limit
     assert crowd.most[True] > 2
     assert all(bytes(slot) == source.experts[expert] for expert, slot in slots.items())
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_no_prefetch_begins_before_the_last_urgent_expert_has_come(limit: int) -> None:
+    urgent, gate = ExpertId(0, 0), Gate()
+    crowd = Crowd(set())
+
+    def before(expert: ExpertId, *_: object) -> None:
+        gate() if expert == urgent else crowd.read(expert)
+
+    source = MemorySource(experts(2, 160), before=before)
+    slots = slots_for(source)
+    transfer = ReaderThreads(source, 4, 160, prefetch_threads=limit)
+    try:
+        submit(transfer, {urgent: slots[urgent]})
+        assert gate.entered.wait(30)
+        transfer._chunk_bytes = 16
+        submit(transfer, {ExpertId(0, 1): slots[ExpertId(0, 1)]}, urgent=False)
+        time.sleep(0.02)
+        assert source.reads == [urgent]
+        gate.open.set()
+        collect(transfer, 2)
+    finally:
+        transfer.close()
+    assert crowd.most[False] == limit  # all that may are at it then
 
 
 def test_a_hastened_prefetch_gets_all_readers() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
 from statistics import median
 
 from finemoe.bench.subject import Phase
 
 MIMIC_NAMES: tuple[str, ...] = (
-    "layer_s", "expert_s", "outside_s", "link_ratio", "before_gate", "gap", "lag", "tokens_per_unit",
+    "layer_s", "expert_s", "outside_s", "link_ratio", "before_gate", "gap", "lag", "begin_lag", "prefetch_slowdown",
+    "compute_spread", "link_spread", "lag_spread", "tokens_per_unit",
 )  # fmt: skip
 
 
@@ -17,10 +19,15 @@ def mimic(prompts: Sequence[tuple[int, Phase]], decode: Phase, expert_bytes: flo
 
     - `layer_s`: one layer's compute for one token while decoding, as slow as readers and policy beside it make it, but
       without waiting for experts; `before_gate`: the share of it before the gate speaks;
-    - `expert_s`: for how long the link is busy to move one expert, while decoding;
+    - `expert_s`: for how long the link is busy to move one urgent expert, while decoding;
     - `outside_s`: from the last MoE layer of a token to the first of the next: head, sampling, embedding;
     - `link_ratio`, `gap`: `expert_s` and `outside_s` in units of `layer_s`;
-    - `lag`: in the same units, the mean time from an event until what a policy beside the model made of it counted;
+    - `lag`, `begin_lag`: in the same units, the mean time from a gate, and from an iteration's begin, until what a
+      policy beside the model made of it counted; waiting for an earlier thought is not in it;
+    - `lag_spread`: the standard deviation of the logarithm of that from a gate;
+    - `prefetch_slowdown`: how many times as long it takes to move one that is not urgent;
+    - `compute_spread`: the standard deviation of the logarithm of the time from a layer's end to the next gate;
+    - `link_spread`: the same of the time to move an expert, of prefetches that nothing else disturbed;
     - `tokens_per_unit`: how many tokens of a prompt a layer computes in the time of one; the median over prompts, as a
       process takes its time over the first.
 
@@ -34,19 +41,46 @@ def mimic(prompts: Sequence[tuple[int, Phase]], decode: Phase, expert_bytes: flo
     if layer_s is None:
         return found
     before_s = decode.before_s / decode.befores
-    found |= {"layer_s": layer_s, "before_gate": before_s / layer_s}
+    found |= {
+        "layer_s": layer_s,
+        "before_gate": before_s / layer_s,
+        "compute_spread": _spread(decode.befores, decode.before_logs, decode.before_squares),
+        "link_spread": _spread(decode.timed, decode.timed_logs, decode.timed_squares),
+        "lag_spread": _spread(decode.gates, decode.gate_logs, decode.gate_squares),
+    }
     if decode.arounds:  # up to the first gate, so with that layer's part before it
         outside_s = max(0.0, decode.around_s / decode.arounds - before_s)
         found |= {"outside_s": outside_s, "gap": outside_s / layer_s}
-    if decode.bytes_read:
-        expert_s = decode.link_busy_s * expert_bytes / decode.bytes_read
-        found |= {"expert_s": expert_s, "link_ratio": expert_s / layer_s}
-    if searched := decode.searches - decode.searches_late:
-        found["lag"] = decode.search_s / searched / layer_s
+    found |= _link(decode, expert_bytes, layer_s)
+    if decode.gates:
+        found["lag"] = decode.gate_s / decode.gates / layer_s
+    if decode.begins:
+        found["begin_lag"] = decode.begin_s / decode.begins / layer_s
     timed = [(tokens, _layer_s(prefill)) for tokens, prefill in prompts]
     if at_once := [tokens * layer_s / own_s for tokens, own_s in timed if own_s]:
         found["tokens_per_unit"] = max(1, round(median(at_once)))
     return found
+
+
+def _link(decode: Phase, expert_bytes: float, layer_s: float) -> dict[str, float | None]:
+    """Without anything urgent, or any prefetch, both are as fast."""
+    times = [
+        seconds * expert_bytes / moved
+        for seconds, moved in ((decode.urgent_s, decode.urgent_bytes), (decode.prefetch_s, decode.prefetch_bytes))
+        if moved
+    ]
+    if not times:
+        return {}
+    return {
+        "expert_s": times[0],
+        "link_ratio": times[0] / layer_s,
+        "prefetch_slowdown": times[1] / times[0] if len(times) > 1 else None,
+    }
+
+
+def _spread(count: int, logs: float, squares: float) -> float | None:
+    """Standard deviation, from sums."""
+    return sqrt(max(0.0, squares / count - (logs / count) ** 2)) if count else None
 
 
 def _layer_s(phase: Phase) -> float | None:

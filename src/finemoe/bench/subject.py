@@ -7,15 +7,15 @@ from itertools import product
 from typing import Any, Literal
 
 from finemoe.bench.config import DISK_OFFLOAD, BenchConfig
+from finemoe.beside import THOUGHTS
 from finemoe.config import STORED
 from finemoe.explain import Explained
 from finemoe.tempo import TOTALS
+from finemoe.traffic import TRAFFIC
 
 Kind = Literal["finemoe", "resident", "disk-offload"]
-_COUNTED = (
-    "accesses", "hits", "late", "bytes_read", "stall_s", "stalled_bytes", "searches", "searches_late", "search_s",
-)  # fmt: skip
-COUNTED = (*_COUNTED, *TOTALS, "link_busy_s")  # of the engine's, for each phase
+_COUNTED = ("accesses", "hits", "late", "bytes_read", "stall_s", "stalled_bytes")
+COUNTED = (*_COUNTED, *TOTALS, *THOUGHTS, *TRAFFIC)  # of the engine's, for each phase
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,25 @@ class Phase:
     stalled_bytes: int = 0
     before_s: float = 0.0  # these: see Tempo
     befores: int = 0
+    before_logs: float = 0.0
+    before_squares: float = 0.0
     after_s: float = 0.0
     afters: int = 0
     around_s: float = 0.0
     arounds: int = 0
-    searches: int = 0  # these: see Stats
-    searches_late: int = 0
-    search_s: float = 0.0
-    link_busy_s: float = 0.0  # something was being read
+    begins: int = 0  # these: see Thoughts
+    begin_s: float = 0.0
+    gates: int = 0
+    gate_s: float = 0.0
+    gate_logs: float = 0.0
+    gate_squares: float = 0.0
+    urgent_s: float = 0.0  # these: see Traffic
+    urgent_bytes: float = 0.0
+    prefetch_s: float = 0.0
+    prefetch_bytes: float = 0.0
+    timed: int = 0
+    timed_logs: float = 0.0
+    timed_squares: float = 0.0
     link_bytes_s: float | None = None  # raw bandwidth, measured between the steps; None where it was not
 
     @property
@@ -144,9 +155,9 @@ class Measured:
 
 def counted(offload: Any) -> dict[str, Any]:
     """What `model.finemoe` has counted, by the names of `COUNTED`."""
-    stats, tempo = offload.stats(), offload.tempo
-    totals = {name: getattr(tempo, name) for name in TOTALS}
-    return {name: getattr(stats, name) for name in _COUNTED} | totals | {"link_busy_s": offload.link_busy_s}
+    kept = ((offload.stats(), _COUNTED), (offload.tempo, TOTALS), (offload.thoughts, THOUGHTS))
+    found: dict[str, Any] = {name: getattr(each, name) for each, names in kept for name in names}
+    return {**found, **offload.traffic}
 
 
 def explained_from(raw: list[dict[str, Any]] | None) -> tuple[Explained, ...] | None:

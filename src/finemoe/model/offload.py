@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 
-from finemoe.beside import Beside
+from finemoe.beside import Beside, Thoughts
 from finemoe.checkpoint import Catalog, Checkpoint
 from finemoe.config import LoadConfig
 from finemoe.engine import Engine
@@ -28,6 +28,7 @@ from finemoe.policy import book, census
 from finemoe.policy.book import Scores
 from finemoe.store import DiskStore, peak_rss_bytes
 from finemoe.tempo import Tempo
+from finemoe.traffic import TRAFFIC
 from finemoe.transfer import ReaderThreads
 from finemoe.types import Recorded
 
@@ -66,7 +67,7 @@ class Offload:
         self._tiers = tiers
         self._closed = False
         self._read_before = 0
-        self._busy_before_s = 0.0
+        self._traffic_before = self._traffic()
         self._disk_before = 0
 
     def stats(self) -> Stats:
@@ -105,7 +106,6 @@ class Offload:
             paused=int(tally[book.PAUSED]),
             searches=policy.searches if isinstance(policy, Beside) else 0,
             searches_late=policy.late if isinstance(policy, Beside) else 0,
-            search_s=policy.search_s if isinstance(policy, Beside) else 0.0,
             bytes_read=self._engine.transfer.moved_bytes - self._read_before,
             stall_s=counters.stall_s,
             stalled_bytes=counters.stalled_bytes,
@@ -125,13 +125,19 @@ class Offload:
         return self._engine.tempo
 
     @property
-    def link_busy_s(self) -> float:
-        """For how long, since then, something was being read into the pool; 0 on devices."""
-        return self._busy_s() - self._busy_before_s
+    def thoughts(self) -> Thoughts:
+        """How long a policy beside the model thought, since then."""
+        policy = self._engine.controller.policy
+        return policy.thoughts if isinstance(policy, Beside) else Thoughts()
 
-    def _busy_s(self) -> float:
+    @property
+    def traffic(self) -> dict[str, float]:
+        """How the link fared since then, into the pool; see `Traffic`. All 0 on devices."""
+        return {name: value - self._traffic_before[name] for name, value in self._traffic().items()}
+
+    def _traffic(self) -> dict[str, float]:
         transfer = self._engine.transfer
-        return transfer.busy_s if isinstance(transfer, ReaderThreads) else 0.0
+        return transfer.traffic() if isinstance(transfer, ReaderThreads) else dict.fromkeys(TRAFFIC, 0.0)
 
     def stand_in(self, evidence: Evidence, name: str) -> None:
         """The model's routing is forced: policies hear `evidence`, and statistics name the trace that it comes from.
@@ -218,12 +224,12 @@ class Offload:
                 self._tiers.settle()
             self._engine.counters.reset()
             self._engine.tempo.reset()
-            self._busy_before_s = self._busy_s()
+            self._traffic_before = self._traffic()
             self._engine.controller.book.tally[:] = 0
             policy = self._engine.controller.policy
             if isinstance(policy, Beside):
                 policy.searches = policy.late = 0
-                policy.search_s = 0.0
+                policy.thoughts = Thoughts()
             if self._engine.controller.ledger is not None:
                 self._engine.controller.ledger.counts[:] = 0
             if self._engine.controller.census is not None:

@@ -22,7 +22,8 @@ from finemoe.policy import Policy, any_class, foresee, make_policy
 from finemoe.process import available_cores
 from finemoe.sim.config import SimulateConfig
 from finemoe.sim.evidence import Evidence
-from finemoe.sim.replay import Machine, Outcome, Replay
+from finemoe.sim.machine import TIMING, Machine
+from finemoe.sim.replay import Outcome, Replay
 from finemoe.sim.schedule import Schedule, make_schedule
 from finemoe.trace import Trace, TraceHeader, open_trace, split
 
@@ -45,13 +46,14 @@ class Row:
     Times are per layer and in units of one layer's compute for one token, `before_gate` of it before the gate and the
     rest after; `link_ratio` is the time to move one expert in the same unit. `gap` is the time between an iteration's
     last layer and the next one's first, which no other time includes; `lag` is that from a gate until a policy that
-    searches has its say. Rates are of all accesses; `precision` is
-    prefetched and used / prefetched, `None` without a prefetch. `wasted` counts what was prefetched and evicted, or
-    given up, unused; `regretted`, misses of experts that had made room for a prefetch. `paused` is the share of
-    iterations in which a policy did not prefetch because that did not pay. `link_busy` is the share of the time that a
-    link moves something, the mean over devices, gaps included. `emulated` names what was made up from the truth, and
-    how. Percentiles are of whole iterations, per layer. `time_per_layer_low` and `_high` are a 95% interval of
-    `time_per_layer`, bootstrapped over requests; `None` where requests are interleaved.
+    searches has its say; what is prefetched takes `prefetch_slowdown` times the link ratio. `compute_spread`,
+    `link_spread` and `lag_spread` are the standard deviations of such times' logarithms. Rates are of all accesses;
+    `precision` is prefetched and used / prefetched, `None` without a prefetch. `wasted` counts what was prefetched and
+    evicted, or given up, unused; `regretted`, misses of experts that had made room for a prefetch. `paused` is the
+    share of iterations in which a policy did not prefetch because that did not pay. `link_busy` is the share of the
+    time that a link moves something, the mean over devices, gaps included. `emulated` names what was made up from the
+    truth, and how. Percentiles are of whole iterations, per layer. `time_per_layer_low` and `_high` are a 95% interval
+    of `time_per_layer`, bootstrapped over requests; `None` where requests are interleaved.
     """
 
     policy: str
@@ -76,6 +78,11 @@ class Row:
     before_gate: float = 0.5
     gap: float = 0.0
     lag: float = 0.0
+    begin_lag: float | None = None
+    prefetch_slowdown: float = 1.0
+    compute_spread: float = 0.0
+    link_spread: float = 0.0
+    lag_spread: float = 0.0
     emulated: str | None = None
     time_per_layer_low: float | None = None
     time_per_layer_high: float | None = None
@@ -173,7 +180,7 @@ def run_cell(trace: str, config: SimulateConfig, cell: Cell, progress: Callable[
     machine = Machine(
         capacity=_slots(cell, header, config), link_ratio=cell.link_ratio, devices=config.devices, chunks=config.chunks,
         ready_first=not config.no_ready_first, tokens_per_unit=config.tokens_per_unit,
-        before_gate=config.before_gate, gap=config.gap, lag=config.lag,
+        seed=config.seed, **{name: getattr(config, name) for name in TIMING},
     )  # fmt: skip
     outcome = Replay(schedule, subject.evidence, policy, machine, jit).run(progress)
     emulates = config.gate_recall is not None and "lookahead" in policy.needs | policy.uses
@@ -211,8 +218,7 @@ def summarise(cell: Cell, machine: Machine, outcome: Outcome, emulated: str | No
         paused=outcome.paused / max(1, outcome.iterations),
         precision=outcome.prefetched_used / outcome.prefetched if outcome.prefetched else None,
         link_busy=outcome.moved / (outcome.total * machine.devices) if outcome.total else 0.0,
-        before_gate=machine.before_gate, gap=machine.gap, lag=machine.lag,
-        emulated=emulated,
+        emulated=emulated, **{name: getattr(machine, name) for name in TIMING},
     )  # fmt: skip
 
 

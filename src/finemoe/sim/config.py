@@ -69,6 +69,26 @@ class SimulateConfig:
             "compute; a thought that the next gate overtakes is dropped"
         },
     )
+    begin_lag: float | None = field(
+        default=None, metadata={"help": "the same from the begin of an iteration (default: the lag)"}
+    )
+    prefetch_slowdown: float = field(
+        default=1.0,
+        metadata={
+            "help": "what is prefetched takes so many times the link ratio: fewer readers move what is not urgent"
+        },
+    )
+    compute_spread: float = field(
+        default=0.0,
+        metadata={
+            "help": "a layer's compute varies: standard deviation of its logarithm, before the gate and after it; the "
+            "mean stays. Real times do, and what is nearly in time is then in time now and then"
+        },
+    )
+    link_spread: float = field(
+        default=0.0, metadata={"help": "the same of the time to move an expert; drawn by --seed, as all of these"}
+    )
+    lag_spread: float = field(default=0.0, metadata={"help": "the same of the lag"})
     gate_recall: float | None = field(
         default=None,
         metadata={"help": "emulate gate lookahead from the truth, this share of it right; marked in the output"},
@@ -80,9 +100,11 @@ class SimulateConfig:
         _ = self.policies, self.shares, self.link_ratios
         if not 0 <= self.store_split < 1:
             raise ConfigError(f"--store-split: {self.store_split} is not a share from 0 to below 1")
-        for name in ("gap", "lag"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"--{name}: {getattr(self, name)} is not a number of at least 0")
+        for name in ("gap", "lag", "begin_lag", "compute_spread", "link_spread", "lag_spread"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"--{name.replace('_', '-')}: {getattr(self, name)} is not a number of at least 0")
+        if not 0 < self.prefetch_slowdown < float("inf"):
+            raise ConfigError(f"--prefetch-slowdown: {self.prefetch_slowdown} is not a number above 0")
         for name in _SHARES:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:

@@ -25,7 +25,6 @@ from finemoe.sim.link import (
     READY_FIRST,
     STALL,
     SWITCH,
-    TRANSFER,
     Ints,
     Wire,
     World,
@@ -94,7 +93,7 @@ def route(world: World, needs: Ints) -> int:
             continue
         wanted = still_wanted(book, worth, want, rules[MARGIN], rules[SWITCH], device, expert)
         if stuck > 0 or not wanted:
-            withdraw(book, wire, rules, device)
+            withdraw(book, wire, device)
             stuck = fill(book, wire, worth, rules, needs, world.waiting)
         elif wire.queued[device] > 0:
             preempt(wire, rules, device, world.clock[NOW])
@@ -109,14 +108,14 @@ def check_laws(world: World) -> None:
     for expert in range(len(book.status)):  # without branches: this runs after every layer
         occupied += book.status[expert] != ABSENT
         in_use += book.pinned[expert]
-        partial += (book.status[expert] == LOADING) * (rules[TRANSFER] - wire.left[expert])
+        partial += (book.status[expert] == LOADING) * (wire.takes[expert] - wire.left[expert])
     if in_use > 0:
         raise RuntimeError("an expert is in use although no layer runs")
     if occupied + book.room.sum() != rules[CAPACITY] or book.room.min() < 0:
         raise RuntimeError("slots were lost or made up")
     if counts[HITS] + counts[LATE] + counts[MISSES] != counts[ACCESSES]:
         raise RuntimeError("hits, late hits and misses are not all accesses")
-    accounted = wire.sums[LANDED] * rules[TRANSFER] + wire.sums[DROPPED] + partial
+    accounted = wire.sums[LANDED] + wire.sums[DROPPED] + partial
     if abs(wire.sums[MOVED] - accounted) > 1e-6 * max(1.0, accounted):
         raise RuntimeError("bytes moved are not bytes that came")
 

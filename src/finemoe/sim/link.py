@@ -26,10 +26,10 @@ from finemoe.policy.kernel import kernel
 
 Ints = npt.NDArray[np.int64]
 
-MARGIN, SWITCH, TRANSFER, CHUNK, READY_FIRST, CAPACITY = range(6)  # of the rules
+MARGIN, SWITCH, TRANSFER, CHUNKS, READY_FIRST, CAPACITY, SLOWDOWN = range(7)  # of the rules
 NOW, STALL, DUE = range(3)  # of the clock; from DUE on, what the policy said last counts
 HITS, LATE, MISSES, ACCESSES = range(4)  # of the counts
-MOVED, LANDED, DROPPED = range(3)  # of Wire.sums
+MOVED, LANDED, DROPPED, USED = range(4)  # of Wire.sums: all but the last as if everything were urgent
 FETCHED, PREFETCHED, WITHDRAWN = range(3)  # of what the log tells
 
 
@@ -38,28 +38,32 @@ class Wire(NamedTuple):
 
     time: Scores  # [devices], up to which a link was simulated
     busy: Scores  # [devices], until then a pre-empted chunk is on the wire
-    left: Scores  # [X], time that an expert in flight still takes
+    takes: Scores  # [X], time that an expert in flight takes, if it is urgent all the way
+    left: Scores  # [X], of that, what is still to come
+    factors: Scores  # [n], of transfers, one after the other; see Noise
+    begun: Ints  # [1], transfers
     queue: Ints  # [devices, X], urgent experts, a ring
     head: Ints  # [devices]
     queued: Ints  # [devices]
     prefetch: Ints  # [devices], the one under way or pre-empted, or NONE
     ready: Ints  # [X], needed experts in the order in which they became ready
     readied: Ints  # [1]
-    sums: Scores  # [3]
+    sums: Scores  # [4]
     log: Ints  # [n, 3]: what was done, to which expert, whose slot it took; n is 0 if nobody wants to know
     logged: Ints  # [1]
 
 
-def make_wire(size: int, devices: int, log: int = 0) -> Wire:
+def make_wire(size: int, devices: int, factors: Scores, log: int = 0) -> Wire:
     """Idle links at time 0. `log` is how many actions there is room for."""
 
     def zeros(*shape: int) -> Ints:
         return np.zeros(shape, np.int64)
 
     return Wire(
-        time=np.zeros(devices), busy=np.zeros(devices), left=np.zeros(size), queue=zeros(devices, size),
+        time=np.zeros(devices), busy=np.zeros(devices), takes=np.zeros(size),
+        left=np.zeros(size), factors=factors, begun=zeros(1), queue=zeros(devices, size),
         head=zeros(devices), queued=zeros(devices), prefetch=np.full(devices, NONE), ready=zeros(size),
-        readied=zeros(1), sums=np.zeros(3), log=zeros(log, 3), logged=zeros(1),
+        readied=zeros(1), sums=np.zeros(4), log=zeros(log, 3), logged=zeros(1),
     )  # fmt: skip
 
 
@@ -72,7 +76,7 @@ class World(NamedTuple):
     want: Scores  # [X], the same; empty if it never prefetches
     said_worth: Scores  # [X], the policy's
     said_want: Scores  # [X] or empty, the policy's
-    rules: Scores  # [6]
+    rules: Scores  # [7]
     clock: Scores  # [3]
     counts: Ints  # [4]
     waiting: npt.NDArray[np.bool_]  # [E], scratch: which needs of a layer wait for a slot
@@ -85,6 +89,14 @@ def note(wire: Wire, what: int, expert: int, victim: int) -> None:
     if row < len(wire.log):
         wire.log[row, 0], wire.log[row, 1], wire.log[row, 2] = what, expert, victim
         wire.logged[0] += 1
+
+
+@kernel
+def depart(wire: Wire, rules: Scores, expert: int) -> None:
+    """An expert's way begins. No two need take the same time."""
+    factor = wire.factors[wire.begun[0] % len(wire.factors)]
+    wire.begun[0] += 1
+    wire.takes[expert] = wire.left[expert] = rules[TRANSFER] * factor
 
 
 @kernel
@@ -103,17 +115,17 @@ def fetch(book: Book, wire: Wire, worth: Scores, rules: Scores, expert: int) -> 
     if victim == NONE:
         return False
     book.status[expert] = LOADING
-    wire.left[expert] = rules[TRANSFER]
+    depart(wire, rules, expert)
     enqueue(wire, device, expert)
     note(wire, FETCHED, expert, victim)
     return True
 
 
 @kernel
-def withdraw(book: Book, wire: Wire, rules: Scores, device: int) -> None:
+def withdraw(book: Book, wire: Wire, device: int) -> None:
     """Drops a link's prefetch; what came of it is lost."""
     expert = wire.prefetch[device]
-    wire.sums[DROPPED] += rules[TRANSFER] - wire.left[expert]
+    wire.sums[DROPPED] += wire.takes[expert] - wire.left[expert]
     wire.prefetch[device] = NONE
     give_up(book, expert)
     note(wire, WITHDRAWN, expert, NONE)
@@ -122,9 +134,10 @@ def withdraw(book: Book, wire: Wire, rules: Scores, device: int) -> None:
 @kernel
 def preempt(wire: Wire, rules: Scores, device: int, now: float) -> None:
     """Makes a link's prefetch wait for what is urgent, once the chunk on the wire is complete."""
-    expert, chunk = wire.prefetch[device], rules[CHUNK]
-    if chunk <= 0:
+    expert = wire.prefetch[device]
+    if rules[CHUNKS] <= 0 or wire.takes[expert] <= 0:
         return
+    chunk = wire.takes[expert] / rules[CHUNKS]
     rest = wire.left[expert] % chunk
     if wire.left[expert] - rest <= 1e-12:  # its last chunk: it lands before anything else
         wire.prefetch[device] = NONE
@@ -135,14 +148,15 @@ def preempt(wire: Wire, rules: Scores, device: int, now: float) -> None:
         return
     wire.left[expert] -= rest
     wire.sums[MOVED] += rest
-    wire.busy[device] = now + rest
+    wire.sums[USED] += rest * rules[SLOWDOWN]
+    wire.busy[device] = now + rest * rules[SLOWDOWN]
 
 
 @kernel
 def land(book: Book, wire: Wire, expert: int) -> None:
     """An expert's last byte has come."""
     wire.sums[MOVED] += wire.left[expert]
-    wire.sums[LANDED] += 1
+    wire.sums[LANDED] += wire.takes[expert]
     wire.left[expert] = 0.0
     book.status[expert] = RESIDENT
     if book.pinned[expert]:
@@ -157,6 +171,7 @@ def advance(book: Book, wire: Wire, worth: Scores, want: Scores, rules: Scores, 
     while True:
         start = max(now, wire.busy[device])
         urgent = wire.queued[device] > 0
+        pace = 1.0 if urgent else rules[SLOWDOWN]
         if urgent:
             expert = wire.queue[device, wire.head[device]]
         else:
@@ -168,15 +183,18 @@ def advance(book: Book, wire: Wire, worth: Scores, want: Scores, rules: Scores, 
                 if expert == NONE:
                     break
                 victim = begin_prefetch(book, worth, expert)
-                wire.left[expert] = rules[TRANSFER]
+                depart(wire, rules, expert)
                 wire.prefetch[device] = expert
                 note(wire, PREFETCHED, expert, victim)
-        done = start + wire.left[expert]
+        done = start + wire.left[expert] * pace
         if done > until:
             if until > start:
-                wire.left[expert] -= until - start
-                wire.sums[MOVED] += until - start
+                moved = (until - start) / pace
+                wire.left[expert] -= moved
+                wire.sums[MOVED] += moved
+                wire.sums[USED] += until - start
             break
+        wire.sums[USED] += done - start
         if urgent:
             wire.head[device] = (wire.head[device] + 1) % wire.queue.shape[1]
             wire.queued[device] -= 1

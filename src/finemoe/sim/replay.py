@@ -25,40 +25,13 @@ from finemoe.policy.cache import OnDemand
 from finemoe.policy.kernel import Jit, interpreted
 from finemoe.sim.evidence import Evidence
 from finemoe.sim.layer import pass_time, replay_ranked, serve
-from finemoe.sim.link import DUE, HITS, LATE, MISSES, MOVED, NOW, STALL, Ints, World, make_wire
+from finemoe.sim.link import DUE, HITS, LATE, MISSES, NOW, STALL, USED, Ints, World, make_wire
+from finemoe.sim.machine import Machine, Noise
 from finemoe.sim.schedule import Schedule
 from finemoe.types import Routed
 
 Progress = Callable[[int], None]  # told of so many more iterations
 _STRIDE = 256  # iterations between two reports
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The modelled machine. Times are in units of one layer's compute for one token.
-
-    Attributes:
-        capacity: `C`, expert slots of all devices together.
-        link_ratio: time to move one expert, latency included.
-        devices: each has a link of its own and an equal part of the slots; experts live on them round-robin.
-        chunks: an expert moves in so many pieces; a prefetch is pre-empted between two. 0: at any time.
-        ready_first: experts compute as they arrive; otherwise all together once the last is there.
-        tokens_per_unit: a layer computes so many tokens in the time of one; more take proportionally longer.
-        before_gate: share of a layer's compute before its gate.
-        gap: time from the last layer of an iteration to the first of the next, in which links go on.
-        lag: time from an event until what a policy that deliberates makes of it counts. If the next event comes
-            sooner, it never does.
-    """
-
-    capacity: int
-    link_ratio: float
-    devices: int = 1
-    chunks: int = 16
-    ready_first: bool = True
-    tokens_per_unit: int = 64
-    before_gate: float = 0.5
-    gap: float = 0.0
-    lag: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -111,15 +84,21 @@ class Replay:
         if machine.capacity < machine.devices:
             raise InvariantError(f"{machine.capacity} slots for {machine.devices} devices")
         self.schedule, self.evidence, self.policy, self.machine = schedule, evidence, policy, machine
-        chunk = machine.link_ratio / machine.chunks if machine.chunks else 0.0
-        rules = [policy.margin, policy.switch, machine.link_ratio, chunk, float(machine.ready_first), machine.capacity]
-        self._lag = machine.lag if policy.deliberates else 0.0
+        self._noise = Noise(machine)
+        rules = [
+            policy.margin, policy.switch, machine.link_ratio, machine.chunks, float(machine.ready_first),
+            machine.capacity, machine.prefetch_slowdown,
+        ]  # fmt: skip
+        begin_lag = machine.lag if machine.begin_lag is None else machine.begin_lag
+        self._lags = (machine.lag, begin_lag) if policy.deliberates else (0.0, 0.0)
+        self._lagging = max(self._lags) > 0
+        self._free = 0.0  # when a policy that deliberates has thought all events through
         worth, want = policy.worth.reshape(-1), policy.want.reshape(-1) if policy.prefetches else np.empty(0)
         self.world = World(
             book=make_book(schedule.layers, schedule.experts, machine.capacity, machine.devices),
-            wire=make_wire(size, machine.devices, log),
-            worth=worth.copy() if self._lag else worth,
-            want=want.copy() if self._lag else want,
+            wire=make_wire(size, machine.devices, self._noise.transfers, log),
+            worth=worth.copy() if self._lagging else worth,
+            want=want.copy() if self._lagging else want,
             said_worth=worth,
             said_want=want,
             rules=np.array(rules),
@@ -135,7 +114,7 @@ class Replay:
     def run(self, progress: Progress = lambda _: None) -> Outcome:
         """Replays everything."""
         policy = self.policy
-        if self._fast and isinstance(policy, OnDemand) and not policy.prefetches:
+        if self._fast and isinstance(policy, OnDemand) and not (policy.prefetches or self.machine.compute_spread):
             self._run_ranked(policy, progress)
         else:
             self._run(progress)
@@ -145,7 +124,7 @@ class Replay:
             late=int(counts[LATE]), misses=int(counts[MISSES]), evictions=int(book.tally[EVICTED]),
             prefetched=int(book.tally[PREFETCHED]), prefetched_used=int(book.tally[PREFETCHED_USED]),
             wasted=int(book.tally[WASTED]), regretted=int(book.tally[REGRETTED]),
-            paused=int(book.tally[PAUSED]), moved=float(wire.sums[MOVED]), total=float(clock[NOW]),
+            paused=int(book.tally[PAUSED]), moved=float(wire.sums[USED]), total=float(clock[NOW]),
             stall=float(clock[STALL]), iteration_times=self.iteration_times, log=wire.log[: wire.logged[0]],
         )  # fmt: skip
 
@@ -165,8 +144,9 @@ class Replay:
             if policy.pauses:
                 review_(world.book)
             policy.begin(self.evidence.steps(schedule, iteration))
-            self._said()
-            pass_time_(world, before)
+            self._said(self._lags[1])
+            computes = self._noise.computes(layers) * np.array([[before], [after]])
+            pass_time_(world, computes[0, 0])
             for layer in range(layers):
                 event = iteration * layers + layer
                 needed = schedule.needs[bounds[event] : bounds[event + 1]]
@@ -179,8 +159,8 @@ class Replay:
                         active,
                     )
                 )
-                self._said()
-                serve_(world, needed, after, before if layer < layers - 1 else 0.0)
+                self._said(self._lags[0])
+                serve_(world, needed, computes[1, layer], computes[0, layer + 1] if layer < layers - 1 else 0.0)
             self.iteration_times[iteration] = world.clock[NOW] - begin
             if self.machine.gap > 0:
                 pass_time_(world, self.machine.gap)  # the head comes before a model's end
@@ -189,10 +169,11 @@ class Replay:
                 progress(_STRIDE)
         progress(len(schedule) % _STRIDE)
 
-    def _said(self) -> None:
-        """The policy's scores are of an event that has just come."""
-        if self._lag:
-            self.world.clock[DUE] = self.world.clock[NOW] + self._lag
+    def _said(self, lag: float) -> None:
+        """The policy's scores are of an event that has just come. It thinks about one at a time."""
+        if self._lagging:
+            self._free = max(self.world.clock[NOW], self._free) + lag * self._noise.lag()
+            self.world.clock[DUE] = self._free
 
     def _run_ranked(self, policy: OnDemand, progress: Progress) -> None:
         schedule, replay = self.schedule, self._jit(replay_ranked)

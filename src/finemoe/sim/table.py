@@ -10,6 +10,15 @@ _HEAD = (
     "policy", "memory", "link ratio", "hit", "late", "miss", "time/layer", "stall", "moved/layer", "wasted",
     "precision",
 )  # fmt: skip
+_TOLD = {  # where it is not what it is by default
+    "gap": "gap between iterations, not in time/layer",
+    "lag": "policies that search have their say so much after a gate",
+    "begin_lag": "and so much after the begin of an iteration",
+    "prefetch_slowdown": "what is not urgent takes so many times the link ratio",
+    "compute_spread": "compute varies, spread of its logarithm",
+    "link_spread": "transfers vary, spread of their logarithm",
+    "lag_spread": "the lag varies, spread of its logarithm",
+}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -20,11 +29,10 @@ def table(rows: Sequence[Row]) -> str:
         "  ".join(word.ljust(width) if column == 0 else word.rjust(width) for column, (word, width) in enumerate(pairs))
         for pairs in (zip(line, widths, strict=True) for line in cells)
     ]
-    gaps = sorted({row.gap for row in rows if row.gap})
-    lags = sorted({row.lag for row in rows if row.lag})
+    for name, text in _TOLD.items():
+        told = sorted({getattr(row, name) for row in rows} - {Row.__dataclass_fields__[name].default})
+        lines += [f"{text}: {value:g}" for value in told]
     emulated = sorted({row.emulated for row in rows if row.emulated})
-    lines += [f"gap between iterations, not in time/layer: {gap:g}" for gap in gaps]
-    lines += [f"policies that search have their say so much after a gate: {lag:g}" for lag in lags]
     lines += [f"* emulated, not recorded: {text}" for text in emulated]
     return "\n".join(lines)
 

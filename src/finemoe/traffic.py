@@ -1,0 +1,112 @@
+"""How long a link takes for what is urgent, and for what is not, by the clock of the machine that runs it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+TRAFFIC = (
+    "urgent_s", "urgent_bytes", "prefetch_s", "prefetch_bytes", "timed", "timed_logs", "timed_squares",
+)  # fmt: skip # of Traffic
+
+Mark = tuple[float, float, float]  # a time, and what was counted until then, urgent and not
+
+
+@dataclass(eq=False)
+class Passage:
+    """An expert on its way."""
+
+    since_s: float
+    urgent_before_s: float  # what Traffic.urgent_s was then
+    urgent: bool
+    alone: bool = False  # a prefetch: nothing else was urgent before it was itself, or had come
+
+
+@dataclass
+class Traffic:
+    """Totals of one link: time in which something was asked of it and had not come, and what it moved in that time.
+
+    While something urgent is on its way, time and bytes are the urgent's alone. Waking readers, and asking what to
+    prefetch, are parts of the time: nothing moves meanwhile, as on a slower link.
+    """
+
+    urgent_s: float = field(default=0.0, init=False)
+    urgent_bytes: float = field(default=0.0, init=False)
+    prefetch_s: float = field(default=0.0, init=False)
+    prefetch_bytes: float = field(default=0.0, init=False)
+    timed: int = field(default=0, init=False)  # prefetches that nothing else that was urgent disturbed
+    timed_logs: float = field(default=0.0, init=False)  # the sum of the logarithms of what these took
+    timed_squares: float = field(default=0.0, init=False)  # and of the squares of those
+    _urgent: int = field(default=0, init=False)  # on their way
+    _prefetches: int = field(default=0, init=False)
+    _counted_s: float = field(default=0.0, init=False)  # up to then
+    _landed_s: float = field(default=0.0, init=False)  # when something last came
+
+    def count(self, now_s: float) -> None:
+        """Time has passed."""
+        if self._urgent:
+            self.urgent_s += now_s - self._counted_s
+        elif self._prefetches:
+            self.prefetch_s += now_s - self._counted_s
+        self._counted_s = now_s
+
+    def send(self, *, urgent: bool, now_s: float, since_s: float) -> Passage:
+        """An expert is sent for; if the link was idle, its time began a little earlier."""
+        idle = not (self._urgent or self._prefetches)
+        since_s = min(now_s, max(self._counted_s, since_s)) if idle else now_s
+        self.count(since_s)
+        self._add(urgent, 1)
+        self.count(now_s)
+        return Passage(since_s, self.urgent_s, urgent)
+
+    def hasten(self, passage: Passage, now_s: float) -> None:
+        """A prefetch becomes urgent."""
+        self.drop(passage, now_s)
+        passage.alone = passage.urgent_before_s == self.urgent_s
+        passage.urgent = True
+        self._add(passage.urgent, 1)
+
+    def drop(self, passage: Passage, now_s: float) -> None:
+        """An expert will not come."""
+        self.count(now_s)
+        self._add(passage.urgent, -1)
+
+    def land(self, passage: Passage, now_s: float) -> None:
+        """An expert has come."""
+        self.drop(passage, now_s)
+        if passage.alone or (not passage.urgent and passage.urgent_before_s == self.urgent_s):
+            log = math.log(max(now_s - max(passage.since_s, self._landed_s), 1e-9))
+            self.timed += 1
+            self.timed_logs += log
+            self.timed_squares += log * log
+        self._landed_s = now_s
+
+    def mark(self, now_s: float) -> Mark:
+        """A read begins."""
+        self.count(now_s)
+        return now_s, self.urgent_s, self.prefetch_s
+
+    def move(self, moved_bytes: int, mark: Mark, now_s: float, *, wanted: bool) -> None:
+        """A read that began at the mark has ended. What it moved is whose the time was; unless it was withdrawn."""
+        self.count(now_s)
+        since_s, urgent_s, prefetch_s = mark
+        bytes_s = moved_bytes / max(now_s - since_s, 1e-9)
+        if wanted:
+            self.urgent_bytes += (self.urgent_s - urgent_s) * bytes_s
+        self.prefetch_bytes += (self.prefetch_s - prefetch_s) * bytes_s
+
+    def clear(self, now_s: float) -> None:
+        """Nothing is on its way any more."""
+        self.count(now_s)
+        self._urgent = self._prefetches = 0
+
+    def totals(self, now_s: float) -> dict[str, float]:
+        """By name, up to now."""
+        self.count(now_s)
+        return {name: getattr(self, name) for name in TRAFFIC}
+
+    def _add(self, urgent: bool, change: int) -> None:  # noqa: FBT001 - which of two
+        if urgent:
+            self._urgent += change
+        else:
+            self._prefetches += change
