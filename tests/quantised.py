@@ -15,7 +15,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Quantize
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from tests.families.factory import _spread
-from tests.tiny import edited, write
+from tests.tiny import aligned, edited, write
 
 BLOCK = 8  # rows and columns; 128 in the releases
 Tensors = dict[str, Tensor]
@@ -27,7 +27,7 @@ def restored(folder: Path, dtype: str = "auto") -> Any:
     config = transformers.AutoConfig.from_pretrained(folder)
     config.quantization_config = config.quantization_config | {"dequantize": True}
     kind = getattr(transformers, config.architectures[0])
-    return kind.from_pretrained(folder, config=config, experts_implementation="eager", dtype=dtype)
+    return aligned(kind.from_pretrained(folder, config=config, experts_implementation="eager", dtype=dtype))
 
 
 def fp8(folder: Path, family: str, *, keep: Callable[[str], bool] = lambda _: False) -> Path:

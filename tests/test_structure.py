@@ -25,6 +25,7 @@ ORDER = (
     "dequantise", "quantise", "policy", "compiled", "rehearsal", "predictors", "maps", "pace", "tempo", "traffic",
     "transfer", "link", "beside", "engine", "experts", "stalls", "grouped", "aside", "whole", "waves", "reference",
     "model", "session", "forecast", "trace", "replay", "sim", "serving", "ray", "bench", "cli",
+    "__main__",
 )  # fmt: skip
 ALONE = {"errors", "types"}  # the vocabulary rests on nothing
 REFERENCE_KNOWS = {"errors", "types", "config", "folders"}

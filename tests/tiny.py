@@ -29,7 +29,18 @@ def eager(folder: Path, dtype: str = "auto") -> Any:
     """The whole model in memory, with transformers' plainest experts: what every answer is compared with."""
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = getattr(transformers, config.architectures[0])
-    return kind.from_pretrained(folder, experts_implementation="eager", dtype=dtype)
+    return aligned(kind.from_pretrained(folder, experts_implementation="eager", dtype=dtype))
+
+
+def aligned(model: Any) -> Any:
+    """Its weights where torch puts tensors, not where they lie in a file that is mapped into memory.
+
+    On some CPUs (AMD's) MKL adds a float32 matrix up in another order if it starts elsewhere.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def experts_modules(model: Any) -> list[Any]:

@@ -65,6 +65,22 @@ def test_parameters_may_keep_their_place_in_a_page_of_the_file(
         assert len(placed) >= len(runs) / 2
 
 
+@pytest.mark.parametrize("placed_bytes", [1, 1 << 30], ids=["large", "small"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_where_sums_depend_on_it_parameters_start_where_stacked_ones_would(
+    tiny: Make, layout: str, placed_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPUs where MKL takes the start of a float32 matrix for a reason to add in another order."""
+    monkeypatch.setattr("finemoe.checkpoint.catalog.PLACED_BYTES", placed_bytes)
+    family, options = LAYOUTS[layout]
+    with finemoe.load(tiny(family, "float32", **options)) as model:
+        for module in experts_modules(model):
+            handle = module.finemoe_layer
+            for expert, slot in handle.serve(range(handle.layout.experts)):
+                for parameter in handle.parameters(expert, slot).values():
+                    assert (parameter.data_ptr() - expert * parameter.nbytes) % 64 == 0
+
+
 def transpose_experts(tensors: Tensors) -> None:
     for name, tensor in tensors.items():
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):

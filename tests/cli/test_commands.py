@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import runpy
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -59,6 +60,14 @@ def answered(capsys: Capture, *arguments: str) -> Any:
 
 def test_version(capsys: Capture) -> None:
     assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"finemoe {__version__}\n"
+
+
+def test_python_runs_the_package(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(sys, "argv", ["finemoe", "--version"])
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_module("finemoe", run_name="__main__")
+    assert leaving.value.code == 0
     assert capsys.readouterr().out == f"finemoe {__version__}\n"
 
 

@@ -12,6 +12,7 @@ import finemoe
 from finemoe import BudgetError, UnsupportedModelError
 from tests.families.evaluate import answers
 from tests.families.factory import build
+from tests.tiny import aligned
 
 SHARD = "200KB"  # several files per checkpoint
 
@@ -37,7 +38,7 @@ def compare(model_class: type[PreTrainedModel], folder: Path, dtype: torch.dtype
         budgets = (least_memory(folder, dtype), "50%", "all")
     except UnsupportedModelError as refusal:
         return Verdict("refused", str(refusal))
-    reference = model_class.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval()
+    reference = aligned(model_class.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval())
     expected = answers(reference)
     for budget in budgets:
         with finemoe.load(folder, expert_memory=budget, dtype=dtype) as model:

@@ -31,6 +31,11 @@ those of transformers' own eager path, bit for bit. **Refused** means that `fine
 `UnsupportedModelError` before it reads any weight, for the reason given. What was tried is the layout that
 `save_pretrained()` writes, unquantised; images and sound were not.
 
+On AMD's CPUs a float32 answer of transformers itself depends, in its last bits, on where weights happen to lie: MKL
+adds a matrix up in another order if it does not start at a multiple of 16 bytes, and `from_pretrained()` leaves weights
+where the files have them that it maps into memory. There the answers are equal to those of a model whose weights lie
+where torch puts tensors, at multiples of 64 bytes.
+
 Checkpoints whose experts are stored quantised as FP8 in blocks (`weight` and `weight_scale_inv`) or as MXFP4
 (`_blocks` and `_scales`) load too, with the extra `quantised`. Experts stay quantised on disk and in memory and are
 restored on use by transformers' own operations, so that the output is, bit for bit, that of the model that transformers

@@ -16,6 +16,7 @@ from finemoe.policy import FACTORIES
 from finemoe.predictors import save
 from tests.chat_model import make_chat_model
 from tests.policy.workload import Shape, untrained
+from tests.tiny import aligned
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def prompts() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path, prompts: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
+    model = aligned(AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager"))
     return generate(model, prompts)
 
 

@@ -17,9 +17,10 @@ import torch
 from finemoe.errors import CheckpointError, UnsupportedModelError
 from finemoe.types import ExpertId, Run
 
-ALIGN_BYTES = 64  # of a small parameter inside a slot: what torch's own allocator gives
+ALIGN_BYTES = 64  # of a tensor's start: what torch's own allocator gives
 PAGE_BYTES = 4096
 PLACED_BYTES = 16 * PAGE_BYTES  # a parameter this long keeps its place within a page of its file
+_ALIGNED = (torch.float32, torch.float64)  # MKL's sums depend, on some CPUs, on where a matrix of these starts
 _MINOR_SHARE = 0.1  # of an expert's bytes; what takes less (a bias) does not count for what it is stored as
 _MANY_BREAKS = 8  # jumps in one parameter's rows beyond which they are read in file order instead
 _FILE_SHIFT = 44  # an address is file << 44 | offset: 16 TiB a file
@@ -84,7 +85,9 @@ class LayerLayout:
     """What all experts of one MoE layer have in common, and where in a slot each keeps its parameters.
 
     Large parameters keep the place within a page that they have in their file, so that whole pages are read straight
-    into the slot. Experts differ in that; `offsets_bytes` `[expert]` has, for each of `fields`, its start in the slot.
+    into the slot; where arithmetic depends on it, they start as far behind a multiple of 64 bytes as in the stacked
+    tensor that transformers makes. Experts differ in that; `offsets_bytes` `[expert]` has, for each of `fields`, its
+    start in the slot.
     A field is a parameter of the module, or belongs to one of `quantised`.
     """
 
@@ -227,7 +230,8 @@ class LayerBuilder:
         self._fields.append(Field(name, shape, stored_shape, dtype, length_bytes, stored.transposed, order))
         for expert in range(self._experts):
             runs = _join(rows[expert], stored.row_bytes)
-            offset_bytes = _place(self._ends[expert], runs, length_bytes, dtype.itemsize)
+            stacked = expert * length_bytes % ALIGN_BYTES
+            offset_bytes = _place(self._ends[expert], runs, length_bytes, dtype, stacked)
             self._offsets[expert].append(offset_bytes)
             self._runs[expert].extend(
                 replace(run, slot_offset_bytes=run.slot_offset_bytes + offset_bytes) for run in runs
@@ -251,20 +255,21 @@ class LayerBuilder:
         return layout, {ExpertId(self._layer, e): tuple(runs) for e, runs in enumerate(self._runs)}
 
 
-def _place(end_bytes: int, runs: Sequence[Run], length_bytes: int, item_bytes: int) -> int:
+def _place(end_bytes: int, runs: Sequence[Run], length_bytes: int, dtype: torch.dtype, stacked: int) -> int:
     """Where in a slot a parameter starts: after `end_bytes`, and where most of its bytes are within a page of the file.
 
     Args:
         runs: the parameter's stretches, counted from its own start.
+        stacked: where all experts' parameters lie in one tensor, this one's start, modulo `ALIGN_BYTES`.
     """
     if length_bytes >= PLACED_BYTES:
         fits: Counter[int] = Counter()
         for run in runs:
             fits[(run.file_offset_bytes - run.slot_offset_bytes) % PAGE_BYTES] += run.length_bytes
         place = fits.most_common(1)[0][0]
-        if place % item_bytes == 0:
+        if place % ALIGN_BYTES == stacked if dtype in _ALIGNED else place % dtype.itemsize == 0:
             return end_bytes + (place - end_bytes) % PAGE_BYTES
-    return round_up(end_bytes, ALIGN_BYTES)
+    return end_bytes + (stacked - end_bytes) % ALIGN_BYTES
 
 
 def _most_breaks(rows: torch.Tensor, row_bytes: int) -> int:

@@ -85,7 +85,7 @@ class MapStore:
             born = np.where(self._tokens[: self.size] == token, self._born[: self.size], -1)
             row = int(born.argmax())
             return row, float(born[row] >= 0)
-        scores = self._keys[: self.size] @ _unit(embedding)
+        scores = np.einsum("sd,d->s", self._keys[: self.size], _unit(embedding))  # no BLAS: its threads contend
         row = int(scores.argmax())
         return row, float(scores[row])
 
