@@ -13,6 +13,7 @@ from finemoe.policy.base import Knowledge
 Floats = npt.NDArray[np.float32]
 
 _BLOCK = 256  # maps that are taken in with one matrix product
+_FEW = 8  # vectors at most that a running model hands over at once
 
 
 class MapStore:
@@ -85,7 +86,7 @@ class MapStore:
             born = np.where(self._tokens[: self.size] == token, self._born[: self.size], -1)
             row = int(born.argmax())
             return row, float(born[row] >= 0)
-        scores = np.einsum("sd,d->s", self._keys[: self.size], _unit(embedding))  # no BLAS: its threads contend
+        scores = _products(_unit(embedding)[None], self._keys[: self.size])[0]
         row = int(scores.argmax())
         return row, float(scores[row])
 
@@ -146,11 +147,18 @@ class MapStore:
         trajectory = products * self.inverse_norms[-1]
         if keys is None or self._keys is None:
             return self._blend(tokens[:, None] == self._tokens, trajectory)
-        return self._blend(keys @ self._keys.T, trajectory)
+        return self._blend(_products(keys, self._keys), trajectory)
 
     def _blend(self, semantic: npt.NDArray[np.generic], trajectory: Floats) -> Floats:
         share = np.float32(self._semantic_share)
         return np.asarray(share * semantic.astype(np.float32) + (1 - share) * trajectory, np.float32)
+
+
+def _products(some: Floats, others: Floats) -> Floats:
+    """`[n, S]`: dot products of vectors `[n, D]` and `[S, D]`. Of few without BLAS, whose threads stop a model's."""
+    if len(some) > _FEW:
+        return some @ others.T
+    return np.asarray(np.einsum("nd,sd->ns", some, others), np.float32)
 
 
 def _inverse_norms(maps: Floats) -> Floats:
