@@ -89,13 +89,13 @@ def test_what_the_simulator_needs_is_out_of_the_run() -> None:
     decode = replace(decode, before_logs=-9 * 2.0, before_squares=9 * (2.0**2 + 0.2**2))
     decode = replace(decode, gate_logs=-10 * 1.0, gate_squares=10 * (1.0**2 + 0.4**2))
     decode = replace(decode, timed=5, timed_logs=5 * 3.0, timed_squares=5 * (3.0**2 + 0.3**2))
-    first = replace(prompt, after_s=900.0)  # warming up: not what a prompt takes
+    first = replace(prompt, after_s=5.0)  # so that all three together differ from their median
     answers = [Answer(25, each, decode, (1, 2), "hash") for each in (first, prompt, prompt)]
     made = replace(answered(*answers), expert_bytes=100.0)
     expected = {
         "layer_s": 0.4, "before_gate": 0.25, "outside_s": 0.8, "gap": 2.0, "expert_s": 0.2, "link_ratio": 0.5,
         "lag": 0.15, "begin_lag": 0.5, "lag_spread": 0.4, "prefetch_slowdown": 1.5,
-        "compute_spread": 0.2, "link_spread": 0.3, "tokens_per_unit": 2,
+        "compute_spread": 0.2, "link_spread": 0.3, "tokens_per_unit": 3,
     }  # fmt: skip
     figures = derive_answers(made)
     assert {name: figures[name] for name in MIMIC_NAMES} == pytest.approx(expected)

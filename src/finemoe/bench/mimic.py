@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import sqrt
-from statistics import median
 
 from finemoe.bench.subject import Phase
 
@@ -28,8 +27,7 @@ def mimic(prompts: Sequence[tuple[int, Phase]], decode: Phase, expert_bytes: flo
     - `prefetch_slowdown`: how many times as long it takes to move one that is not urgent;
     - `compute_spread`: the standard deviation of the logarithm of the time from a layer's end to the next gate;
     - `link_spread`: the same of the time to move an expert, of prefetches that nothing else disturbed;
-    - `tokens_per_unit`: how many tokens of a prompt a layer computes in the time of one; the median over prompts, as a
-      process takes its time over the first.
+    - `tokens_per_unit`: how many tokens of a prompt a layer computes in the time of one; over all prompts together.
 
     Args:
         prompts: the tokens and the prefill of each.
@@ -56,9 +54,9 @@ def mimic(prompts: Sequence[tuple[int, Phase]], decode: Phase, expert_bytes: flo
         found["lag"] = decode.gate_s / decode.gates / layer_s
     if decode.begins:
         found["begin_lag"] = decode.begin_s / decode.begins / layer_s
-    timed = [(tokens, _layer_s(prefill)) for tokens, prefill in prompts]
-    if at_once := [tokens * layer_s / own_s for tokens, own_s in timed if own_s]:
-        found["tokens_per_unit"] = max(1, round(median(at_once)))
+    timed = [(tokens, own_s) for tokens, prefill in prompts if (own_s := _layer_s(prefill))]
+    if prompts_s := sum(own_s for _, own_s in timed):
+        found["tokens_per_unit"] = max(1, round(layer_s * sum(tokens for tokens, _ in timed) / prompts_s))
     return found
 
 
