@@ -22,9 +22,9 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # A module imports only what stands before it. Packages stand for all of their modules.
 ORDER = (
     "errors", "types", "process", "folders", "config", "explain", "metrics", "device", "checkpoint", "store",
-    "dequantise", "quantise", "policy", "compiled", "rehearsal", "predictors", "maps", "pace", "tempo", "traffic",
-    "transfer", "link", "beside", "engine", "experts", "stalls", "grouped", "aside", "whole", "waves", "reference",
-    "model", "session", "forecast", "trace", "replay", "sim", "serving", "ray", "bench", "cli",
+    "dequantise", "quantise", "policy", "compiled", "rehearsal", "predictors", "maps", "pace", "durations", "tempo",
+    "traffic", "transfer", "link", "beside", "engine", "experts", "stalls", "grouped", "aside", "whole", "waves",
+    "reference", "model", "session", "forecast", "trace", "replay", "sim", "serving", "ray", "bench", "cli",
     "__main__",
 )  # fmt: skip
 ALONE = {"errors", "types"}  # the vocabulary rests on nothing

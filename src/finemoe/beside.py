@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import deque
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from finemoe.durations import NEVER, Durations
 from finemoe.policy import Policy
 from finemoe.policy.base import Knowledge
 from finemoe.policy.book import Scores
@@ -24,35 +24,18 @@ R = TypeVar("R")
 _ITERATIONS_BEHIND = 4  # with more than these waiting, an iteration goes unobserved: the policy can't keep up
 
 
-THOUGHTS = ("begins", "begin_s", "gates", "gate_s", "gate_logs", "gate_squares")  # of Thoughts
+THOUGHTS = ("begins", "gates")  # of Thoughts
 
 
 @dataclass
 class Thoughts:
-    """How long those took that counted, of an iteration's begin and of a gate; sums of logarithms and their squares.
+    """How long those took that counted, of an iteration's begin and of a gate.
 
     From the event, or from the end of the thought before it, to the scores. Waiting for a core is in it.
     """
 
-    begins: int = 0
-    begin_s: float = 0.0
-    gates: int = 0
-    gate_s: float = 0.0
-    gate_logs: float = 0.0
-    gate_squares: float = 0.0
-
-    def begin(self, seconds: float) -> None:
-        """One of an iteration's begin."""
-        self.begins += 1
-        self.begin_s += seconds
-
-    def gate(self, seconds: float) -> None:
-        """One of a layer."""
-        log = math.log(max(seconds, 1e-9))
-        self.gates += 1
-        self.gate_s += seconds
-        self.gate_logs += log
-        self.gate_squares += log * log
+    begins: Durations = NEVER
+    gates: Durations = NEVER
 
 
 class Beside(Policy):
@@ -188,11 +171,11 @@ class Beside(Policy):
             self.late += 1
         else:
             self._copy()
-            took_s = time.perf_counter() - max(told_s, self._idle_since_s)
+            took = Durations.one(time.perf_counter() - max(told_s, self._idle_since_s))
             if what == self.inner.begin:
-                self.thoughts.begin(took_s)
+                self.thoughts.begins += took
             elif what == self.inner.routed:
-                self.thoughts.gate(took_s)
+                self.thoughts.gates += took
             self.published()
         self._idle_since_s = time.perf_counter()
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-TRAFFIC = (
-    "urgent_s", "urgent_bytes", "prefetch_s", "prefetch_bytes", "timed", "timed_logs", "timed_squares",
-)  # fmt: skip # of Traffic
+from finemoe.durations import NEVER, Durations
 
 Mark = tuple[float, float, float]  # a time, and what was counted until then, urgent and not
 
@@ -22,9 +19,31 @@ class Passage:
     alone: bool = False  # a prefetch: nothing else was urgent before it was itself, or had come
 
 
+@dataclass(frozen=True)
+class Moved:
+    """Of one link: time in which something was asked of it and had not come, and what it moved in that time.
+
+    Attributes:
+        passages: of prefetches that nothing else that was urgent disturbed.
+    """
+
+    urgent_s: float = 0.0
+    urgent_bytes: float = 0.0
+    prefetch_s: float = 0.0
+    prefetch_bytes: float = 0.0
+    passages: Durations = NEVER
+
+    def __sub__(self, other: Moved) -> Moved:
+        """Since the other."""
+        return Moved(**{name: getattr(self, name) - getattr(other, name) for name in MOVED})
+
+
+MOVED = tuple(each.name for each in fields(Moved))
+
+
 @dataclass
 class Traffic:
-    """Totals of one link: time in which something was asked of it and had not come, and what it moved in that time.
+    """Counts what one link moves; see `Moved`.
 
     While something urgent is on its way, time and bytes are the urgent's alone. Waking readers, and asking what to
     prefetch, are parts of the time: nothing moves meanwhile, as on a slower link.
@@ -34,9 +53,7 @@ class Traffic:
     urgent_bytes: float = field(default=0.0, init=False)
     prefetch_s: float = field(default=0.0, init=False)
     prefetch_bytes: float = field(default=0.0, init=False)
-    timed: int = field(default=0, init=False)  # prefetches that nothing else that was urgent disturbed
-    timed_logs: float = field(default=0.0, init=False)  # the sum of the logarithms of what these took
-    timed_squares: float = field(default=0.0, init=False)  # and of the squares of those
+    passages: Durations = field(default=NEVER, init=False)
     _urgent: int = field(default=0, init=False)  # on their way
     _prefetches: int = field(default=0, init=False)
     _counted_s: float = field(default=0.0, init=False)  # up to then
@@ -75,10 +92,7 @@ class Traffic:
         """An expert has come."""
         self.drop(passage, now_s)
         if passage.alone or (not passage.urgent and passage.urgent_before_s == self.urgent_s):
-            log = math.log(max(now_s - max(passage.since_s, self._landed_s), 1e-9))
-            self.timed += 1
-            self.timed_logs += log
-            self.timed_squares += log * log
+            self.passages += Durations.one(now_s - max(passage.since_s, self._landed_s))
         self._landed_s = now_s
 
     def mark(self, now_s: float) -> Mark:
@@ -100,10 +114,10 @@ class Traffic:
         self.count(now_s)
         self._urgent = self._prefetches = 0
 
-    def totals(self, now_s: float) -> dict[str, float]:
-        """By name, up to now."""
+    def totals(self, now_s: float) -> Moved:
+        """Up to now."""
         self.count(now_s)
-        return {name: getattr(self, name) for name in TRAFFIC}
+        return Moved(**{name: getattr(self, name) for name in MOVED})
 
     def _add(self, urgent: bool, change: int) -> None:  # noqa: FBT001 - which of two
         if urgent:

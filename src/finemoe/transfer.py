@@ -18,7 +18,7 @@ from finemoe.checkpoint.catalog import PAGE_BYTES
 from finemoe.pace import Pace
 from finemoe.process import available_cores
 from finemoe.store.disk import CHUNK_BYTES
-from finemoe.traffic import Mark, Passage, Traffic
+from finemoe.traffic import Mark, Moved, Passage, Traffic
 from finemoe.types import ExpertId, ExpertSource, Landed, Run, Withdrawn
 
 
@@ -101,8 +101,8 @@ class ReaderThreads:
         """Bytes read so far; grows chunk by chunk."""
         return self._moved_bytes
 
-    def traffic(self) -> dict[str, float]:
-        """Totals of `Traffic` so far."""
+    def traffic(self) -> Moved:
+        """So far."""
         with self._lock:
             return self._traffic.totals(time.perf_counter())
 

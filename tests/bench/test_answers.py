@@ -19,6 +19,7 @@ from finemoe.bench.run import run_bench
 from finemoe.bench.subject import Order, Phase, Subject, subjects
 from finemoe.bench.table import render
 from finemoe.cli import main
+from finemoe.durations import Durations
 from finemoe.errors import ConfigError
 from tests.chat_model import make_chat_model
 
@@ -33,6 +34,10 @@ def answer(ttft_s: float, *seconds: float, tokens: tuple[int, ...] = (1, 2, 3)) 
 
 def answered(*answers: Answer) -> Answered:
     return Answered(1.0, answers, 10, 6, 3, dense_bytes=100, pool_bytes=50, peak_rss_bytes=190, torch_threads=1)
+
+
+def took(mean_s: float, count: int, spread: float = 0.0) -> Durations:
+    return Durations(count, mean_s * count, -2.0 * count, (2.0**2 + spread**2) * count)
 
 
 def report(*runs: Run) -> BenchReport:
@@ -79,17 +84,12 @@ def test_an_answer_of_one_token_has_no_time_per_token() -> None:
 
 
 def test_what_the_simulator_needs_is_out_of_the_run() -> None:
-    ticks = {"befores": 9, "afters": 10, "arounds": 1}
-    prompt = Phase(
-        (2.0,), None, bytes_read=1000, before_s=9.0, after_s=30.0, around_s=99.0, urgent_s=9.0, urgent_bytes=9, **ticks
-    )
-    decode = Phase((2.0,), None, bytes_read=400, before_s=0.9, after_s=3.0, around_s=0.9, **ticks)
-    decode = replace(decode, gates=10, gate_s=0.6, begins=4, begin_s=0.8)
+    prompt = Phase((2.0,), None, bytes_read=1000, befores=took(1.0, 9), afters=took(3.0, 10), arounds=took(99.0, 1))
+    prompt = replace(prompt, urgent_s=9.0, urgent_bytes=9)
+    decode = Phase((2.0,), None, bytes_read=400, befores=took(0.1, 9, 0.2), afters=took(0.3, 10), arounds=took(0.9, 1))
+    decode = replace(decode, gates=took(0.06, 10, 0.4), begins=took(0.2, 4), passages=took(0.7, 5, 0.3))
     decode = replace(decode, urgent_s=0.6, urgent_bytes=300, prefetch_s=0.3, prefetch_bytes=100)
-    decode = replace(decode, before_logs=-9 * 2.0, before_squares=9 * (2.0**2 + 0.2**2))
-    decode = replace(decode, gate_logs=-10 * 1.0, gate_squares=10 * (1.0**2 + 0.4**2))
-    decode = replace(decode, timed=5, timed_logs=5 * 3.0, timed_squares=5 * (3.0**2 + 0.3**2))
-    first = replace(prompt, after_s=5.0)  # so that all three together differ from their median
+    first = replace(prompt, afters=took(0.5, 10))  # so that all three together differ from their median
     answers = [Answer(25, each, decode, (1, 2), "hash") for each in (first, prompt, prompt)]
     made = replace(answered(*answers), expert_bytes=100.0)
     expected = {

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finemoe.durations import NEVER, Durations
 from finemoe.engine import Engine
 from finemoe.errors import ExpertReadError, FinemoeError, InvariantError
 from finemoe.policy import POLICIES, Controller, make_controller
@@ -165,9 +166,9 @@ def test_time_is_told_apart_by_layers_and_gates_and_waiting_is_left_out() -> Non
         for layer in range(LAYERS):
             run(engine, layer, [0])  # reads the clock at the gate, twice for a wait, and at the end
     tempo = engine.tempo
-    assert (tempo.before_s, tempo.befores) == (4.0, 4)
-    assert (tempo.after_s, tempo.afters) == (3 * 2 + 3 * 1, 6)  # misses first, then hits
-    assert (tempo.around_s, tempo.arounds) == (1.0, 1)
+    assert tempo.befores == sum([Durations.one(1)] * 4, NEVER)
+    assert tempo.afters == sum([Durations.one(2)] * 3 + [Durations.one(1)] * 3, NEVER)  # misses, then hits
+    assert tempo.arounds == Durations.one(1)
 
 
 def test_a_layer_that_asks_expert_by_expert_is_one_layer() -> None:
@@ -175,8 +176,8 @@ def test_a_layer_that_asks_expert_by_expert_is_one_layer() -> None:
     for experts in ([0], [1]):
         run(engine, 0, experts)
     run(engine, 1, [2])
-    assert (engine.tempo.afters, engine.tempo.befores) == (2, 1)
-    assert engine.tempo.after_s == (2 + 2) + 1 + 2  # between its two experts, too
+    assert engine.tempo.befores == Durations.one(1)
+    assert engine.tempo.afters == Durations.one((2 + 2) + 1) + Durations.one(2)  # between its two experts, too
 
 
 def test_what_follows_a_broken_off_layer_does_not_follow_it_in_time() -> None:
@@ -184,9 +185,9 @@ def test_what_follows_a_broken_off_layer_does_not_follow_it_in_time() -> None:
     run(engine, 0, [0])
     leave(engine.serve(Routed(1, [1])))
     run(engine, 2, [2])
-    assert (engine.tempo.befores, engine.tempo.afters) == (1, 2)
+    assert (engine.tempo.befores.count, engine.tempo.afters.count) == (1, 2)
     engine.tempo.reset()
-    assert (engine.tempo.before_s, engine.tempo.after_s, engine.tempo.afters) == (0, 0, 0)
+    assert engine.tempo.befores == engine.tempo.afters == NEVER
 
 
 def leave(serving: Iterator[tuple[int, int]]) -> None:

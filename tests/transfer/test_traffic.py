@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
+from finemoe.durations import NEVER, Durations
 from finemoe.traffic import Traffic
 
 
@@ -16,15 +15,15 @@ def test_time_is_the_urgents_while_there_is_one_and_nobodys_on_an_idle_link() ->
     traffic.land(urgent, 15)
     traffic.land(prefetch, 16)
     totals = traffic.totals(20)
-    assert (totals["urgent_s"], totals["prefetch_s"]) == (3, 3)
+    assert (totals.urgent_s, totals.prefetch_s) == (3, 3)
 
 
 def test_time_under_way_counts() -> None:
     traffic = Traffic()
     traffic.send(urgent=True, now_s=1, since_s=1)
-    assert traffic.totals(4)["urgent_s"] == 3
+    assert traffic.totals(4).urgent_s == 3
     traffic.clear(5)
-    assert traffic.totals(9)["urgent_s"] == 4
+    assert traffic.totals(9).urgent_s == 4
 
 
 @pytest.mark.parametrize(("asked_s", "begins_s"), [(8.0, 8.0), (2.0, 6.0)])
@@ -34,7 +33,7 @@ def test_a_prefetch_begins_when_it_was_asked_for_but_not_before_the_link_was_idl
     traffic = Traffic()
     traffic.land(traffic.send(urgent=True, now_s=5, since_s=5), 6)
     traffic.land(traffic.send(urgent=False, now_s=9, since_s=asked_s), 10)
-    assert traffic.totals(10)["prefetch_s"] == 10 - begins_s
+    assert traffic.totals(10).prefetch_s == 10 - begins_s
 
 
 def test_what_a_read_moves_is_whose_its_time_was() -> None:
@@ -44,7 +43,7 @@ def test_what_a_read_moves_is_whose_its_time_was() -> None:
     traffic.hasten(prefetch, 3)
     traffic.move(100, mark, 4, wanted=True)
     totals = traffic.totals(4)
-    assert (totals["prefetch_bytes"], totals["urgent_bytes"]) == pytest.approx((75, 25))
+    assert (totals.prefetch_bytes, totals.urgent_bytes) == pytest.approx((75, 25))
 
 
 def test_what_comes_of_a_prefetch_after_it_was_withdrawn_is_nobodys() -> None:
@@ -55,7 +54,7 @@ def test_what_comes_of_a_prefetch_after_it_was_withdrawn_is_nobodys() -> None:
     traffic.send(urgent=True, now_s=2, since_s=2)
     traffic.move(100, mark, 4, wanted=False)
     totals = traffic.totals(4)
-    assert (totals["prefetch_bytes"], totals["urgent_bytes"]) == pytest.approx((50, 0))
+    assert (totals.prefetch_bytes, totals.urgent_bytes) == pytest.approx((50, 0))
 
 
 def test_prefetches_are_timed_that_nothing_else_disturbed() -> None:
@@ -69,10 +68,7 @@ def test_prefetches_are_timed_that_nothing_else_disturbed() -> None:
     traffic.send(urgent=True, now_s=7, since_s=7)
     traffic.land(hastened, 10)  # 4: what is urgent beside it comes after it
     totals = traffic.totals(10)
-    assert totals["timed"] == 3
-    logs = [math.log(took) for took in (2, 3, 4)]
-    assert totals["timed_logs"] == pytest.approx(sum(logs))
-    assert totals["timed_squares"] == pytest.approx(sum(log * log for log in logs))
+    assert totals.passages == sum(map(Durations.one, (2, 3, 4)), NEVER)
 
 
 @pytest.mark.parametrize("hastened", [False, True])
@@ -83,4 +79,4 @@ def test_a_prefetch_that_something_urgent_disturbed_is_not_timed(*, hastened: bo
     if hastened:
         traffic.hasten(prefetch, 3)
     traffic.land(prefetch, 4)
-    assert traffic.totals(4)["timed"] == 0
+    assert traffic.totals(4).passages == NEVER

@@ -110,7 +110,7 @@ def derive_answers(answered: Answered) -> dict[str, float | None]:
 def together(phases: Sequence[Phase]) -> Phase:
     """Steps and counts of several phases as of one."""
     seconds = tuple(s for phase in phases for s in phase.seconds)
-    counted = {name: sum(getattr(phase, name) for phase in phases) for name in COUNTED}
+    counted = {name: sum((getattr(phase, name) for phase in phases), getattr(Phase, name)) for name in COUNTED}
     return Phase(seconds, disk_bytes=None, **counted)
 
 

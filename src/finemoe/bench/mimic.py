@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
 
 from finemoe.bench.subject import Phase
 
@@ -35,25 +34,23 @@ def mimic(prompts: Sequence[tuple[int, Phase]], decode: Phase, expert_bytes: flo
         expert_bytes: of one expert.
     """
     found: dict[str, float | None] = dict.fromkeys(MIMIC_NAMES)
-    layer_s = _layer_s(decode)
-    if layer_s is None:
+    before_s, layer_s = decode.befores.mean_s, _layer_s(decode)
+    if before_s is None or layer_s is None:
         return found
-    before_s = decode.before_s / decode.befores
     found |= {
         "layer_s": layer_s,
         "before_gate": before_s / layer_s,
-        "compute_spread": _spread(decode.befores, decode.before_logs, decode.before_squares),
-        "link_spread": _spread(decode.timed, decode.timed_logs, decode.timed_squares),
-        "lag_spread": _spread(decode.gates, decode.gate_logs, decode.gate_squares),
+        "compute_spread": decode.befores.spread,
+        "link_spread": decode.passages.spread,
+        "lag_spread": decode.gates.spread,
     }
-    if decode.arounds:  # up to the first gate, so with that layer's part before it
-        outside_s = max(0.0, decode.around_s / decode.arounds - before_s)
+    if (around_s := decode.arounds.mean_s) is not None:  # up to the first gate, so with that layer's part before it
+        outside_s = max(0.0, around_s - before_s)
         found |= {"outside_s": outside_s, "gap": outside_s / layer_s}
     found |= _link(decode, expert_bytes, layer_s)
-    if decode.gates:
-        found["lag"] = decode.gate_s / decode.gates / layer_s
-    if decode.begins:
-        found["begin_lag"] = decode.begin_s / decode.begins / layer_s
+    for name, thoughts in (("lag", decode.gates), ("begin_lag", decode.begins)):
+        if thoughts.mean_s is not None:
+            found[name] = thoughts.mean_s / layer_s
     timed = [(tokens, own_s) for tokens, prefill in prompts if (own_s := _layer_s(prefill))]
     if prompts_s := sum(own_s for _, own_s in timed):
         found["tokens_per_unit"] = max(1, round(layer_s * sum(tokens for tokens, _ in timed) / prompts_s))
@@ -76,13 +73,7 @@ def _link(decode: Phase, expert_bytes: float, layer_s: float) -> dict[str, float
     }
 
 
-def _spread(count: int, logs: float, squares: float) -> float | None:
-    """Standard deviation, from sums."""
-    return sqrt(max(0.0, squares / count - (logs / count) ** 2)) if count else None
-
-
 def _layer_s(phase: Phase) -> float | None:
     """Compute of one layer, the mean over layers and passes."""
-    if not phase.befores or not phase.afters:
-        return None
-    return phase.before_s / phase.befores + phase.after_s / phase.afters
+    before_s, after_s = phase.befores.mean_s, phase.afters.mean_s
+    return None if before_s is None or after_s is None else before_s + after_s

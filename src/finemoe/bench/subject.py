@@ -9,13 +9,15 @@ from typing import Any, Literal
 from finemoe.bench.config import DISK_OFFLOAD, BenchConfig
 from finemoe.beside import THOUGHTS
 from finemoe.config import STORED
+from finemoe.durations import NEVER, Durations
 from finemoe.explain import Explained
 from finemoe.tempo import TOTALS
-from finemoe.traffic import TRAFFIC
+from finemoe.traffic import MOVED
 
 Kind = Literal["finemoe", "resident", "disk-offload"]
 _COUNTED = ("accesses", "hits", "late", "bytes_read", "stall_s", "stalled_bytes")
-COUNTED = (*_COUNTED, *TOTALS, *THOUGHTS, *TRAFFIC)  # of the engine's, for each phase
+COUNTED = (*_COUNTED, *TOTALS, *THOUGHTS, *MOVED)  # of the engine's, for each phase
+_TIMED = (*TOTALS, *THOUGHTS, "passages")  # of these, Durations
 
 
 @dataclass(frozen=True)
@@ -92,27 +94,16 @@ class Phase:
     bytes_read: int = 0
     stall_s: float = 0.0
     stalled_bytes: int = 0
-    before_s: float = 0.0  # these: see Tempo
-    befores: int = 0
-    before_logs: float = 0.0
-    before_squares: float = 0.0
-    after_s: float = 0.0
-    afters: int = 0
-    around_s: float = 0.0
-    arounds: int = 0
-    begins: int = 0  # these: see Thoughts
-    begin_s: float = 0.0
-    gates: int = 0
-    gate_s: float = 0.0
-    gate_logs: float = 0.0
-    gate_squares: float = 0.0
-    urgent_s: float = 0.0  # these: see Traffic
+    befores: Durations = NEVER  # these: see Tempo
+    afters: Durations = NEVER
+    arounds: Durations = NEVER
+    begins: Durations = NEVER  # these: see Thoughts
+    gates: Durations = NEVER
+    urgent_s: float = 0.0  # these: see Moved
     urgent_bytes: float = 0.0
     prefetch_s: float = 0.0
     prefetch_bytes: float = 0.0
-    timed: int = 0
-    timed_logs: float = 0.0
-    timed_squares: float = 0.0
+    passages: Durations = NEVER
     link_bytes_s: float | None = None  # raw bandwidth, measured between the steps; None where it was not
 
     @property
@@ -121,7 +112,8 @@ class Phase:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Phase:
-        return cls(seconds=tuple(raw.pop("seconds")), **raw)
+        timed: dict[str, Any] = {name: Durations(**raw.pop(name)) for name in _TIMED}
+        return cls(seconds=tuple(raw.pop("seconds")), **timed, **raw)
 
 
 @dataclass(frozen=True)
@@ -155,9 +147,10 @@ class Measured:
 
 def counted(offload: Any) -> dict[str, Any]:
     """What `model.finemoe` has counted, by the names of `COUNTED`."""
-    kept = ((offload.stats(), _COUNTED), (offload.tempo, TOTALS), (offload.thoughts, THOUGHTS))
-    found: dict[str, Any] = {name: getattr(each, name) for each, names in kept for name in names}
-    return {**found, **offload.traffic}
+    kept = (
+        (offload.stats(), _COUNTED), (offload.tempo, TOTALS), (offload.thoughts, THOUGHTS), (offload.traffic, MOVED)
+    )  # fmt: skip
+    return {name: getattr(each, name) for each, names in kept for name in names}
 
 
 def explained_from(raw: list[dict[str, Any]] | None) -> tuple[Explained, ...] | None:

@@ -28,7 +28,7 @@ from finemoe.policy import book, census
 from finemoe.policy.book import Scores
 from finemoe.store import DiskStore, peak_rss_bytes
 from finemoe.tempo import Tempo
-from finemoe.traffic import TRAFFIC
+from finemoe.traffic import Moved
 from finemoe.transfer import ReaderThreads
 from finemoe.types import Recorded
 
@@ -131,13 +131,13 @@ class Offload:
         return policy.thoughts if isinstance(policy, Beside) else Thoughts()
 
     @property
-    def traffic(self) -> dict[str, float]:
-        """How the link fared since then, into the pool; see `Traffic`. All 0 on devices."""
-        return {name: value - self._traffic_before[name] for name, value in self._traffic().items()}
+    def traffic(self) -> Moved:
+        """What the link moved since then, into the pool. All 0 on devices."""
+        return self._traffic() - self._traffic_before
 
-    def _traffic(self) -> dict[str, float]:
+    def _traffic(self) -> Moved:
         transfer = self._engine.transfer
-        return transfer.traffic() if isinstance(transfer, ReaderThreads) else dict.fromkeys(TRAFFIC, 0.0)
+        return transfer.traffic() if isinstance(transfer, ReaderThreads) else Moved()
 
     def stand_in(self, evidence: Evidence, name: str) -> None:
         """The model's routing is forced: policies hear `evidence`, and statistics name the trace that it comes from.
