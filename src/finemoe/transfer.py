@@ -95,6 +95,7 @@ class ReaderThreads:
         ]
         for thread in self._threads:
             thread.start()
+        self._readers = {thread.ident for thread in self._threads}
 
     @property
     def moved_bytes(self) -> int:
@@ -138,7 +139,8 @@ class ReaderThreads:
                 begin = run.slot_offset_bytes + start
                 chunk = _Chunk(job, run, start, slot[begin : begin + length], now_s)
                 heapq.heappush(self._queue, (not urgent, next(self._order), chunk))
-            self._work.notify(len(chunks))
+            awake = threading.get_ident() in self._readers  # and takes a chunk itself
+            self._work.notify(len(chunks) if urgent else max(0, min(len(chunks), self._free()) - awake))
 
     def hasten(self, expert: ExpertId) -> None:
         """A prefetch under way has become urgent: what is left of it goes before other prefetches."""
@@ -177,7 +179,8 @@ class ReaderThreads:
         if self.when_idle is not None and not self._queue:
             with self._lock:
                 self._ask = True
-                self._work.notify()
+                if self._free():  # if not, who ends a chunk asks
+                    self._work.notify()
 
     def poll(self, which: Container[ExpertId] | None = None) -> list[Landed]:
         """What has landed and was not reported yet, of `which` alone if given. Never blocks."""
@@ -257,7 +260,7 @@ class ReaderThreads:
         """
         while True:
             with self._lock:
-                while not (self._closed or self._may_begin() or (self._ask and self.when_idle and not self._queue)):
+                while not (self._closed or self._may_begin() or self._may_ask()):
                     self._rest()
                 if self._closed:
                     return None
@@ -280,10 +283,19 @@ class ReaderThreads:
             return False
         return self._pace is None or self._pace.delay_s(time.perf_counter()) <= 0
 
+    def _may_ask(self) -> bool:
+        """Whether a prefetch could begin at once, and there may be one that nobody has submitted yet."""
+        return self._ask and self.when_idle is not None and not self._queue and self._free() > 0
+
     def _held(self) -> bool:
         """Whether prefetches are all there is to read, and something urgent, or enough of them, are being read."""
-        urgent = self._reading > self._prefetching  # the link is theirs until the last has come
-        return self._queue[0][0] and (urgent or self._prefetching >= self._prefetch_threads)
+        return self._queue[0][0] and not self._free()
+
+    def _free(self) -> int:
+        """How many more readers may read prefetches."""
+        if self._reading > self._prefetching:  # something urgent: the link is its own until the last has come
+            return 0
+        return self._prefetch_threads - self._prefetching
 
     def _rest(self) -> None:
         """Waits until something may have changed. Of readers that wait for the link, only one keeps its time."""
