@@ -179,7 +179,7 @@ class ReaderThreads:
         if self.when_idle is not None and not self._queue:
             with self._lock:
                 self._ask = True
-                if self._free():  # if not, who ends a chunk asks
+                if self._free():  # if not, whoever ends a chunk asks
                     self._work.notify()
 
     def poll(self, which: Container[ExpertId] | None = None) -> list[Landed]:

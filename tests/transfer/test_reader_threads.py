@@ -351,6 +351,41 @@ def test_no_prefetch_begins_before_the_last_urgent_expert_has_come(limit: int) -
     assert crowd.most[False] == limit  # all that may are at it then
 
 
+@pytest.mark.parametrize("urgent", [False, True])
+def test_the_next_prefetch_is_asked_for_when_it_may_begin_and_not_before(*, urgent: bool) -> None:
+    gate, asked = Gate(), threading.Event()
+    source = MemorySource(experts(1), before=gate)
+    with reading(source, threads=3, chunk_bytes=100) as transfer:
+        submit(transfer, slots_for(source), urgent=urgent)
+        assert gate.entered.wait(30)
+        transfer.when_idle = asked.set
+        transfer.nudge()
+        assert not asked.wait(0.02)
+        gate.open.set()
+        assert asked.wait(30)
+
+
+def test_one_prefetch_after_the_other_is_asked_for_and_read() -> None:
+    source = MemorySource(experts(50))
+    slots = slots_for(source)
+    left = list(slots.items())
+
+    with reading(source, threads=4) as transfer:
+
+        def choose() -> None:
+            if left:
+                expert, slot = left.pop()
+                transfer.submit(expert, memoryview(slot), urgent=False)
+
+        transfer.when_idle = choose
+        transfer.nudge()
+        deadline_s = time.monotonic() + 30
+        while transfer.moved_bytes < 50 * 100 and time.monotonic() < deadline_s:
+            time.sleep(0.001)
+        collect(transfer, 50)
+    assert slots == source.experts
+
+
 def test_a_hastened_prefetch_gets_all_readers() -> None:
     crowd = Crowd(set())
     source = MemorySource(experts(1, 320), before=lambda expert, *_: crowd.read(expert))
