@@ -350,7 +350,7 @@ def test_more_than_255_experts_fit() -> None:
 
 
 def test_lookahead_is_trusted_as_far_as_it_was_right() -> None:
-    right, wrong = Lookahead(8), Lookahead(8)
+    right, wrong = Lookahead(), Lookahead()
     ahead = np.zeros(8, np.float32)
     ahead[:2] = 0.5
     executed, before = np.arange(8) < 2, np.full(8, 0.25)
@@ -365,7 +365,7 @@ def test_lookahead_is_trusted_as_far_as_it_was_right() -> None:
 
 
 def test_a_lookahead_that_tells_nothing_new_changes_little() -> None:
-    random, lookahead = np.random.default_rng(0), Lookahead(8)
+    random, lookahead = np.random.default_rng(0), Lookahead()
     for _ in range(20_000):
         chances = random.random(8)
         lookahead.judge(chances > 0.5, chances, random.random(8) < chances)  # it only repeats what is known

@@ -167,7 +167,7 @@ class Finemoe(Policy):
         )
         self.number = 0  # iterations that were ever taken in
         self.trail: Trail | None = None  # made when K is known
-        self.lookahead = Lookahead(experts)
+        self.lookahead = Lookahead(jit)
         self.openings = Openings(layers, experts)
         self._usual: Scores = np.full((layers, experts), 1.0 / experts)  # how often an iteration uses each expert
         self._iterations = np.zeros(layers)  # of which that is the mean; of none, a guess

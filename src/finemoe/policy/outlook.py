@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
+from finemoe.policy.active import likeliest
 from finemoe.policy.book import Scores
-from finemoe.policy.kernel import kernel
+from finemoe.policy.kernel import Jit, interpreted, kernel
+from finemoe.policy.trail import Floats
+
+Flags = npt.NDArray[np.bool_]
 
 
 @kernel
@@ -40,6 +46,37 @@ _CERTAIN = 1e-4  # chances closer to 0 or 1 are taken for this close
 _STEP = 0.02  # of the learning
 
 
+@kernel
+def logit(chances: Scores) -> Scores:
+    """`log(p / (1 - p))`, of none that is certain."""
+    p = np.minimum(np.maximum(chances, _CERTAIN), 1.0 - _CERTAIN)
+    logits: Scores = np.log(p / (1.0 - p))
+    return logits
+
+
+@kernel
+def revise(weights: Scores, named: Flags, logits: Scores) -> Scores:
+    """Chances `[E]`, given what was named: `sigmoid(a * logit p + b * [named] + c)`."""
+    chances: Scores = 1.0 / (1.0 + np.exp(-(weights[0] * logits + weights[1] * named + weights[2])))
+    return chances
+
+
+@kernel
+def learn(weights: Scores, named: Flags, before: Scores, executed: Flags) -> None:
+    """One step of logistic regression."""
+    logits = logit(before)
+    errors = revise(weights, named, logits) - executed
+    weights[0] -= _STEP * (errors * logits).sum()
+    weights[1] -= _STEP * (errors * named).sum()
+    weights[2] -= _STEP * errors.sum()
+
+
+@kernel
+def fuse(weights: Scores, named: Flags, chances: Scores) -> None:
+    """Revises chances `[E]`. What is impossible stays so."""
+    chances[:] = np.where(chances > 0, revise(weights, named, logit(chances)), 0.0)
+
+
 class Lookahead:
     """What the next layer's gate names, given this layer's hidden states, and how far that can be trusted.
 
@@ -48,36 +85,25 @@ class Lookahead:
     gate know counts once.
 
     Args:
-        experts: `E`.
+        jit: compiles its arithmetic.
 
     Attributes:
         weights: `[3]`, a, b and c.
     """
 
-    def __init__(self, experts: int) -> None:
-        self._experts = experts
+    def __init__(self, jit: Jit[Any] = interpreted) -> None:
         self.weights: Scores = np.array([0.8, 2.5, -0.8])  # as for a recall of about 0.8; soon outweighed
+        self._likeliest, self._learn, self._fuse = jit(likeliest), jit(learn), jit(fuse)
 
-    def name(self, ahead: npt.NDArray[np.float32], active: int) -> npt.NDArray[np.bool_]:
+    def name(self, ahead: Floats, active: int) -> Flags:
         """The `active` likeliest of `[E]`."""
-        named = np.zeros(self._experts, np.bool_)
-        named[np.argsort(-ahead, kind="stable")[:active]] = True
-        return named & (ahead > 0)
+        named: Flags = self._likeliest(ahead[None], active) > 0
+        return named
 
-    def judge(self, named: npt.NDArray[np.bool_], before: Scores, executed: npt.NDArray[np.bool_]) -> None:
+    def judge(self, named: Flags, before: Scores, executed: Flags) -> None:
         """What was named, of the chances `before`, turned out like this; all `[E]`."""
-        inputs = self._inputs(named, before)
-        self.weights -= _STEP * inputs @ (_sigmoid(self.weights @ inputs) - executed)
+        self._learn(self.weights, named, before, executed)
 
-    def fuse(self, named: npt.NDArray[np.bool_], chances: Scores) -> None:
-        """Changes chances `[E]` in the light of what was named. What is impossible stays so."""
-        fused = _sigmoid(self.weights @ self._inputs(named, chances))
-        chances[:] = np.where(chances > 0, fused, 0.0)
-
-    def _inputs(self, named: npt.NDArray[np.bool_], chances: Scores) -> Scores:
-        p = np.clip(chances, _CERTAIN, 1.0 - _CERTAIN)
-        return np.stack([np.log(p / (1.0 - p)), named.astype(np.float64), np.ones(len(p))])
-
-
-def _sigmoid(logits: Scores) -> Scores:
-    return np.asarray(1.0 / (1.0 + np.exp(-logits)))
+    def fuse(self, named: Flags, chances: Scores) -> None:
+        """Changes chances `[E]` in the light of what was named."""
+        self._fuse(self.weights, named, chances)
