@@ -14,7 +14,7 @@ from finemoe.compiled import ready
 from finemoe.policy import Controller, make_policy, policy_class
 from finemoe.types import DECODE, PREFILL, ExpertId, Routed, Step
 
-_LAYERS, _EXPERTS, _WIDTH, _SLOTS = 2, 4, 8, 3
+_LAYERS, _EXPERTS, _WIDTH, _SLOTS = 3, 4, 8, 4
 _TOKENS = 3  # decoded by each request; what the second does is searched for among what the first did
 
 
