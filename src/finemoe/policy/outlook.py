@@ -47,34 +47,37 @@ _STEP = 0.02  # of the learning
 
 
 @kernel
-def logit(chances: Scores) -> Scores:
+def logit(chance: float) -> float:
     """`log(p / (1 - p))`, of none that is certain."""
-    p = np.minimum(np.maximum(chances, _CERTAIN), 1.0 - _CERTAIN)
-    logits: Scores = np.log(p / (1.0 - p))
-    return logits
+    p = min(max(chance, _CERTAIN), 1.0 - _CERTAIN)
+    return float(np.log(p / (1.0 - p)))
 
 
 @kernel
-def revise(weights: Scores, named: Flags, logits: Scores) -> Scores:
-    """Chances `[E]`, given what was named: `sigmoid(a * logit p + b * [named] + c)`."""
-    chances: Scores = 1.0 / (1.0 + np.exp(-(weights[0] * logits + weights[1] * named + weights[2])))
-    return chances
+def revise(weights: Scores, named: float, before: float) -> float:
+    """`sigmoid(a * before + b * named + c)`, of a logit `before`, and 1 for an expert that was named, otherwise 0."""
+    return float(1.0 / (1.0 + np.exp(-(weights[0] * before + weights[1] * named + weights[2]))))
 
 
 @kernel
-def learn(weights: Scores, named: Flags, before: Scores, executed: Flags) -> None:
-    """One step of logistic regression."""
-    logits = logit(before)
-    errors = revise(weights, named, logits) - executed
-    weights[0] -= _STEP * (errors * logits).sum()
-    weights[1] -= _STEP * (errors * named).sum()
-    weights[2] -= _STEP * errors.sum()
+def learn(weights: Scores, named: Flags, chances: Scores, executed: Flags) -> None:
+    """One step of logistic regression; all `[E]`."""
+    step = np.zeros(3)
+    for expert in range(len(chances)):
+        before, told = logit(chances[expert]), 1.0 if named[expert] else 0.0
+        error = revise(weights, told, before) - executed[expert]
+        step[0] += error * before
+        step[1] += error * told
+        step[2] += error
+    weights -= _STEP * step
 
 
 @kernel
 def fuse(weights: Scores, named: Flags, chances: Scores) -> None:
     """Revises chances `[E]`. What is impossible stays so."""
-    chances[:] = np.where(chances > 0, revise(weights, named, logit(chances)), 0.0)
+    for expert in range(len(chances)):
+        if chances[expert] > 0.0:
+            chances[expert] = revise(weights, 1.0 if named[expert] else 0.0, logit(chances[expert]))
 
 
 class Lookahead:
