@@ -12,77 +12,19 @@ from finemoe.policy.active import Active
 from finemoe.policy.base import Knowledge, Policy
 from finemoe.policy.book import Scores
 from finemoe.policy.kernel import Jit, interpreted
-from finemoe.policy.neighbours import CONSTANTS, Constants, Search, begin_search, conclude, extend_search
+from finemoe.policy.lookahead import look_ahead, make_weights
+from finemoe.policy.neighbours import CONSTANTS, Constants, begin_search, extend_search
 from finemoe.policy.openings import Openings
-from finemoe.policy.outlook import Lookahead, appraise
+from finemoe.policy.outlook import appraise
+from finemoe.policy.running import Running, Usual, use
 from finemoe.policy.trail import NOBODY, Floats, Rows, Trail, append, imprint_all, make_trail, rows_of, trail_of
 from finemoe.types import DECODE, PREFILL, Recorded, Routed, Step
 
 Flags = npt.NDArray[np.bool_]
 
+_NOTHING: Floats = np.zeros(0, np.float32)
 _STORE_BYTES = 128 << 20  # of a store's columns, unless told otherwise
 _MOST_ROWS = 1 << 17  # a search takes time in proportion
-
-
-class _Running:
-    """A running request.
-
-    Attributes:
-        search: its place among the rows of the store, its frequencies and the chances of each expert.
-        gates, executed: `[L, E]`, of this iteration, as far as it is known.
-        known: layers of this iteration of which we know what the request used, none left out.
-        last: the number of its last iteration in the store.
-        kept_back: iterations that enter the store when it ends: token, gates, executed.
-        named: `[E]`, what the last layer's lookahead says of the next one, and the chances without it.
-        opening: `[D]`, the embedding of its prompt, where known.
-        told: `[L, E]`, how often requests like it used each expert, and what that is worth beside the usual.
-        used: `[L, E]`, tokens that each expert got.
-        tokens: that ran.
-    """
-
-    def __init__(
-        self, capacity: int, constants: Constants, usual: Scores, opening: Floats | None, openings: Openings
-    ) -> None:
-        count, (layers, experts) = constants.neighbours, usual.shape
-        self.opening = opening
-        self.told = openings.expect(opening)
-        self.search = Search(
-            np.zeros(capacity, np.float32), np.zeros(count, np.int64), np.zeros(count, np.float32),
-            np.stack([self.expected(layer, usual[layer]) for layer in range(layers)]),
-            np.zeros((constants.horizon + 1, layers, experts)),
-        )  # fmt: skip
-        self.gates: Floats = np.zeros((layers, experts), np.float32)
-        self.executed: Flags = np.zeros((layers, experts), np.bool_)
-        self.known = 0
-        self.last = NOBODY
-        self.kept_back: list[tuple[int, Floats, Flags]] = []
-        self.named: tuple[Flags, Scores] | None = None
-        self.used: Scores = np.zeros((layers, experts))
-        self.tokens = 0
-        self._uses: Scores = np.zeros((layers, experts))  # faded
-        self._seen: Scores = np.zeros(layers)  # tokens, faded
-
-    def expected(self, layer: int, usual: Scores) -> Scores:
-        """How often it will use each expert `[E]`, for all that was known when it began."""
-        if self.told is None:
-            return usual
-        told, share = self.told
-        return np.asarray(share * told[layer] + (1.0 - share) * usual)
-
-    def use(self, layer: int, share: Scores, tokens: int, fade: float, usual: Scores) -> None:
-        """So many tokens went to each expert in these shares `[E]`. What was expected counts for one token more."""
-        self.used[layer] += tokens * share
-        kept = fade**tokens
-        weight = (1.0 - kept) / (1.0 - fade)
-        self._uses[layer] = kept * self._uses[layer] + weight * share
-        self._seen[layer] = kept * self._seen[layer] + weight
-        self.search.frequency[layer] = (self._uses[layer] + self.expected(layer, usual)) / (self._seen[layer] + 1.0)
-
-    def expect_by_frequency(self, now: int, tokens: int) -> None:
-        """Nothing else is known: this iteration's layers after `now` run `tokens` tokens, later iterations one."""
-        chances, frequency = self.search.chances, self.search.frequency
-        chances[0, now + 1 :] = 1.0 - (1.0 - frequency[now + 1 :]) ** tokens
-        chances[1:] = frequency
 
 
 class Finemoe(Policy):
@@ -167,14 +109,13 @@ class Finemoe(Policy):
         )
         self.number = 0  # iterations that were ever taken in
         self.trail: Trail | None = None  # made when K is known
-        self.lookahead = Lookahead(jit)
+        self._trust: Scores = make_weights()  # of what the gates ahead name
         self.openings = Openings(layers, experts)
-        self._usual: Scores = np.full((layers, experts), 1.0 / experts)  # how often an iteration uses each expert
-        self._iterations = np.zeros(layers)  # of which that is the mean; of none, a guess
-        self._running: dict[int, _Running] = {}
+        self._usual = Usual(np.full((layers, experts), 1.0 / experts), np.zeros(layers))
+        self._running: dict[int, Running] = {}
         self._steps: tuple[Step, ...] = ()
-        self._begin_search, self._extend_search, self._conclude = jit(begin_search), jit(extend_search), jit(conclude)
-        self._appraise = jit(appraise)
+        self._use, self._begin_search, self._extend_search = jit(use), jit(begin_search), jit(extend_search)
+        self._look_ahead, self._appraise = jit(look_ahead), jit(appraise)
         self._append, self._imprint_all = jit(append), jit(imprint_all)
 
     @property
@@ -201,11 +142,11 @@ class Finemoe(Policy):
             "weights": rows.weights,
             "tokens": rows.tokens,
             "before": rows.before,
-            "usual": self._usual.copy(),
-            "iterations": self._iterations.copy(),
+            "usual": self._usual.share.copy(),
+            "iterations": self._usual.iterations.copy(),
             "number": np.array([self.number]),
             "active": np.array([self.active.count]),
-            "lookahead": self.lookahead.weights.copy(),
+            "lookahead": self._trust.copy(),
         } | self.openings.knowledge()
 
     def recall(self, knowledge: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -215,9 +156,9 @@ class Finemoe(Policy):
         # a full ring goes on where it was, so that rows of equal scores keep their order
         self.number = int(knowledge["number"][0]) if len(rows.tokens) >= self.capacity else len(rows.tokens)
         self.trail = trail_of(rows, self.experts, self.capacity, self.number)
-        self._usual[:], self._iterations[:] = knowledge["usual"], knowledge["iterations"]
+        self._usual.share[:], self._usual.iterations[:] = knowledge["usual"], knowledge["iterations"]
         self.active.see(int(knowledge["active"][0]))
-        self.lookahead.weights[:] = knowledge["lookahead"]
+        self._trust[:] = knowledge["lookahead"]
         self.openings.recall(knowledge)
         self._running, self._steps = {}, ()
 
@@ -225,11 +166,14 @@ class Finemoe(Policy):
         decode = recorded.phases == DECODE
         executed = recorded.executed[decode]
         self.active.see(int(executed.sum(axis=2).min(initial=self.experts)))
-        self._iterations += len(executed)
-        self._usual += (executed.sum(axis=0) - len(executed) * self._usual) / np.maximum(1, self._iterations)[:, None]
+        usual = self._usual
+        usual.iterations[:] += len(executed)
+        usual.share[:] += (executed.sum(axis=0) - len(executed) * usual.share) / np.maximum(1, usual.iterations)[
+            :, None
+        ]
         self._remember(recorded.token_ids[decode], recorded.gates[decode], executed, NOBODY)
         if recorded.embeddings is not None and len(executed) < len(decode) and not decode[0]:
-            self.openings.add(recorded.embeddings[0], executed.mean(axis=0) if len(executed) else self._usual)
+            self.openings.add(recorded.embeddings[0], executed.mean(axis=0) if len(executed) else usual.share)
 
     def begin(self, steps: Sequence[Step]) -> None:
         before = self._running
@@ -238,21 +182,20 @@ class Finemoe(Policy):
             running = before.pop(step.request, None)
             if running is None:
                 opening = step.embedding if step.phase == PREFILL and "prompts" not in self.without else None
-                running = _Running(self.capacity, self.constants, self._usual, opening, self.openings)
+                running = Running(self.capacity, self.constants, self._usual, opening, self.openings)
             self._running[step.request] = running
             running.known = 0
-            running.named = None
+            running.named.experts[:] = False
         for ended in before.values():
             if ended.opening is not None and ended.tokens:
-                self.openings.add(ended.opening, ended.used / ended.tokens)
+                self.openings.add(ended.opening, ended.habits.used / ended.tokens)
             if ended.kept_back:
                 tokens, gates, executed = zip(*ended.kept_back, strict=True)
                 self._remember(np.array(tokens, np.int32), np.stack(gates), np.stack(executed), NOBODY)
         for step, running in self._each():
             if _decodes(step) and self.trail is not None:
                 token = int(step.token_ids[0])
-                self._begin_search(self.trail, self.size, token, self.constants, running.search)
-                self._predict(self.trail, running, -1)
+                self._begin_search(self.trail, self.size, token, self.constants, running.search, int(self.behind))
             else:
                 running.expect_by_frequency(-1, len(step.token_ids))
         self._value(-1)
@@ -266,19 +209,18 @@ class Finemoe(Policy):
         for b, (step, request) in enumerate(self._each()):
             own = None if gates is None else gates[b]
             executed = self._executed(needed, own, step)
-            self._use(layer, request, step, needed, own, executed)
+            self._take_note(layer, request, step, needed, own, executed)
             if executed is not None and _decodes(step) and request.known == layer:
                 request.known += 1
-                request.executed[layer] = executed
-                request.gates[layer] = 0.0 if own is None else own
+                request.iteration.executed[layer] = executed
+                request.iteration.gates[layer] = 0.0 if own is None else own
             if request.known == layer + 1 and self.trail is not None:
-                seen = request.gates[layer], request.executed[layer]
-                self._extend_search(self.trail, self.size, layer, *seen, request.search)
-                self._predict(self.trail, request, layer)
+                iteration, search, late = request.iteration, request.search, int(self.behind)
+                self._extend_search(self.trail, self.size, layer, iteration, self.constants, search, late)
             else:
                 request.expect_by_frequency(layer, len(step.token_ids))
-            if event.lookahead is not None and len(event.lookahead) == len(running):
-                self._look_ahead(layer, request, step, executed, event.lookahead[b])
+            if event.lookahead is not None and len(event.lookahead) == len(running) and _decodes(step):
+                self._hear_ahead(layer, request, executed, event.lookahead[b])
         self._value(layer)
 
     def end(self) -> None:
@@ -288,10 +230,10 @@ class Finemoe(Policy):
             token = int(step.token_ids[0])
             if "own" not in self.without:
                 token_ids = np.array([token], np.int32)
-                self._remember(token_ids, running.gates[None], running.executed[None], running.last)
+                self._remember(token_ids, running.iteration.gates[None], running.iteration.executed[None], running.last)
                 running.last = self.number - 1
             else:
-                running.kept_back.append((token, running.gates.copy(), running.executed.copy()))
+                running.kept_back.append((token, running.iteration.gates.copy(), running.iteration.executed.copy()))
 
     def expected(self, layer: int) -> Scores | None:
         chances = [running.search.chances[0, layer] for running in self._running.values()]
@@ -299,13 +241,9 @@ class Finemoe(Policy):
 
     def foresee(self, embedding: Floats) -> Scores | None:
         told = None if "prompts" in self.without else self.openings.expect(embedding)
-        return None if told is None else np.asarray(told[1] * told[0] + (1.0 - told[1]) * self._usual)
+        return None if told is None else np.asarray(told[1] * told[0] + (1.0 - told[1]) * self._usual.share)
 
-    def _predict(self, trail: Trail, running: _Running, layer: int) -> None:
-        if not self.behind:
-            self._conclude(trail, self.size, layer, self.constants, running.search)
-
-    def _each(self) -> list[tuple[Step, _Running]]:
+    def _each(self) -> list[tuple[Step, Running]]:
         return list(zip(self._steps, self._running.values(), strict=True))
 
     def _executed(self, needed: Flags, gates: Floats | None, step: Step) -> Flags | None:
@@ -319,33 +257,32 @@ class Finemoe(Policy):
         executed[order] = True
         return executed & needed & (gates > 0)
 
-    def _use(
-        self, layer: int, running: _Running, step: Step, needed: Flags, gates: Floats | None, executed: Flags | None
+    def _take_note(
+        self, layer: int, running: Running, step: Step, needed: Flags, gates: Floats | None, executed: Flags | None
     ) -> None:
         """Brings frequencies up to date: a request's own, and the usual ones."""
-        if executed is not None and _decodes(step):
+        tokens, alone = len(step.token_ids), executed is not None and _decodes(step)
+        if executed is not None and alone:
             share = executed.astype(np.float64)
-            self._iterations[layer] += 1
-            self._usual[layer] += (share - self._usual[layer]) / self._iterations[layer]
         elif gates is not None and gates.any():
             share = np.minimum(1.0, self.active.count * gates.astype(np.float64) / gates.sum())
         else:
             share = needed.astype(np.float64)
-        running.use(layer, share, len(step.token_ids), self.constants.fade, self._usual[layer])
+        self._use(running.habits, self._usual, layer, share, tokens, self.constants.fade, int(alone))
         if layer == self.layers - 1:
-            running.tokens += len(step.token_ids)
+            running.tokens += tokens
 
-    def _look_ahead(self, layer: int, running: _Running, step: Step, executed: Flags | None, ahead: Floats) -> None:
+    def _hear_ahead(self, layer: int, running: Running, executed: Flags | None, ahead: Floats) -> None:
         """Fuses what the next layer's gate says of this layer's hidden states, `[n, E]`, into its chances."""
-        if not _decodes(step) or "lookahead" in self.without:
+        if "lookahead" in self.without:
             return
-        if running.named is not None and executed is not None:
-            self.lookahead.judge(*running.named, executed)
-        running.named = None
-        if layer + 1 < self.layers and len(ahead) and ahead[0].any() and not self.behind:
-            named, chances = self.lookahead.name(ahead[0], self.active.count), running.search.chances[0, layer + 1]
-            running.named = named, chances.copy()
-            self.lookahead.fuse(named, chances)
+        if executed is None:  # nothing to learn from
+            running.named.experts[:] = False
+            executed = running.named.experts
+        following = min(layer + 1, self.layers - 1)
+        told = ahead[0] if len(ahead) and following > layer and not self.behind else _NOTHING
+        chances = running.search.chances[0, following]
+        self._look_ahead(self._trust, running.named, executed, told, self.active.count, chances)
 
     def _value(self, now: int) -> None:
         """Brings the scores up to date. Of several requests, any may need an expert."""

@@ -45,6 +45,13 @@ class Search(NamedTuple):
     chances: Scores  # [horizon + 1, L, E], of each expert in this iteration and those after it
 
 
+class Iteration(NamedTuple):
+    """The one under way of a request, as far as it is known."""
+
+    gates: Floats  # [L, E]
+    executed: npt.NDArray[np.bool_]  # [L, E]
+
+
 @kernel
 def carry(trail: Trail, size: int, token: int, constants: Constants, previous: Floats, scores: Floats) -> None:
     """An iteration begins: `scores` `[S]` without any layer, out of the `previous` `[S]` of the request.
@@ -171,24 +178,32 @@ def expect(trail: Trail, constants: Constants, count: int, now: int, search: Sea
 
 
 @kernel
-def begin_search(trail: Trail, size: int, token: int, constants: Constants, search: Search) -> None:
-    """An iteration begins with this input token: what each row's score starts from."""
+def conclude(trail: Trail, size: int, layer: int, constants: Constants, search: Search) -> None:
+    """What the nearest rows say, once `layer` is known (-1: none yet)."""
+    expect(trail, constants, nearest(size, search), layer, search)
+
+
+@kernel
+def begin_search(trail: Trail, size: int, token: int, constants: Constants, search: Search, late: int) -> None:
+    """An iteration begins with this input token: what each row's score starts from. `late`: as in `extend_search`."""
     previous = search.scores[:size].copy()
     carry(trail, size, token, constants, previous, search.scores)
+    if not late:
+        conclude(trail, size, -1, constants, search)
 
 
 @kernel
 def extend_search(
-    trail: Trail, size: int, layer: int, gates: Floats, executed: npt.NDArray[np.bool_], search: Search
+    trail: Trail, size: int, layer: int, iteration: Iteration, constants: Constants, search: Search, late: int
 ) -> None:
-    """One more layer is known, `gates` and `executed` `[E]`: adds what each row has in common with it."""
+    """One more layer is known: adds what each row has in common with it.
+
+    Args:
+        late: 1 if nobody will look at what follows, which then is left out; otherwise 0.
+    """
     active = trail.ids.shape[2]
     ids, weights = np.empty(active, trail.ids.dtype), np.empty(active, np.uint8)
-    imprint(gates, executed, ids, weights)
+    imprint(iteration.gates[layer], iteration.executed[layer], ids, weights)
     overlap(trail, size, layer, ids, weights, search.scores)
-
-
-@kernel
-def conclude(trail: Trail, size: int, layer: int, constants: Constants, search: Search) -> None:
-    """What the nearest rows say, once `layer` is known (-1: none yet)."""
-    expect(trail, constants, nearest(size, search), layer, search)
+    if not late:
+        conclude(trail, size, layer, constants, search)

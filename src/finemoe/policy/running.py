@@ -1,0 +1,105 @@
+"""A running request, as our own policy sees it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from finemoe.policy.book import Scores
+from finemoe.policy.kernel import kernel
+from finemoe.policy.lookahead import make_named
+from finemoe.policy.neighbours import Constants, Iteration, Search
+from finemoe.policy.openings import Openings
+from finemoe.policy.trail import NOBODY, Floats
+
+Flags = npt.NDArray[np.bool_]
+
+
+class Habits(NamedTuple):
+    """How often a request uses each expert."""
+
+    used: Scores  # [L, E], tokens that each expert got
+    faded: Scores  # [L, E], the same, the older the less
+    seen: Scores  # [L], tokens, the older the less
+    told: Scores  # [L, E], how often requests like it used each expert
+    trust: float  # what that is worth, beside the usual
+    frequency: Scores  # [L, E], what follows from all that
+
+
+class Usual(NamedTuple):
+    """How often any iteration uses each expert."""
+
+    share: Scores  # [L, E], of the iterations
+    iterations: Scores  # [L], of which that is the mean; of none, a guess
+
+
+@kernel
+def use(habits: Habits, usual: Usual, layer: int, share: Scores, tokens: int, fade: float, alone: int) -> None:
+    """Tokens of a request ran in a layer. What was expected of it when it began counts for one token more.
+
+    Args:
+        share: `[E]`, of the tokens that went to each expert.
+        fade: what a token counts one token later.
+        alone: 1 if this is an iteration of one token, known for certain, which enters the usual; otherwise 0.
+    """
+    kept = fade**tokens
+    weight = (1.0 - kept) / (1.0 - fade)
+    usual.iterations[layer] += alone
+    habits.seen[layer] = kept * habits.seen[layer] + weight
+    for expert in range(len(share)):
+        if alone:
+            usual.share[layer, expert] += (share[expert] - usual.share[layer, expert]) / usual.iterations[layer]
+        habits.used[layer, expert] += tokens * share[expert]
+        habits.faded[layer, expert] = kept * habits.faded[layer, expert] + weight * share[expert]
+        expected = habits.trust * habits.told[layer, expert] + (1.0 - habits.trust) * usual.share[layer, expert]
+        habits.frequency[layer, expert] = (habits.faded[layer, expert] + expected) / (habits.seen[layer] + 1.0)
+
+
+class Running:
+    """A running request.
+
+    Args:
+        capacity: rows of the store.
+        usual: what is known of iterations.
+        opening: `[D]`, the embedding of its prompt, where known.
+        openings: of requests that ended.
+
+    Attributes:
+        habits: how often it uses each expert.
+        search: its place among the rows of the store, and the chances of each expert.
+        iteration: the one under way.
+        known: layers of it of which we know what the request used, none left out.
+        last: the number of its last iteration in the store.
+        kept_back: iterations that enter the store when it ends: token, gates, executed.
+        named: what the last layer's lookahead says of the next one.
+        tokens: that ran.
+    """
+
+    def __init__(
+        self, capacity: int, constants: Constants, usual: Usual, opening: Floats | None, openings: Openings
+    ) -> None:
+        count, (layers, experts) = constants.neighbours, usual.share.shape
+        self.opening = opening
+        told, trust = openings.expect(opening) or (np.zeros((layers, experts)), 0.0)
+        self.habits = Habits(
+            np.zeros((layers, experts)), np.zeros((layers, experts)), np.zeros(layers), told, trust,
+            trust * told + (1.0 - trust) * usual.share,
+        )  # fmt: skip
+        self.search = Search(
+            np.zeros(capacity, np.float32), np.zeros(count, np.int64), np.zeros(count, np.float32),
+            self.habits.frequency, np.zeros((constants.horizon + 1, layers, experts)),
+        )  # fmt: skip
+        self.iteration = Iteration(np.zeros((layers, experts), np.float32), np.zeros((layers, experts), np.bool_))
+        self.known = 0
+        self.last = NOBODY
+        self.kept_back: list[tuple[int, Floats, Flags]] = []
+        self.named = make_named(experts)
+        self.tokens = 0
+
+    def expect_by_frequency(self, now: int, tokens: int) -> None:
+        """Nothing else is known: this iteration's layers after `now` run `tokens` tokens, later iterations one."""
+        chances, frequency = self.search.chances, self.search.frequency
+        chances[0, now + 1 :] = 1.0 - (1.0 - frequency[now + 1 :]) ** tokens
+        chances[1:] = frequency
