@@ -23,8 +23,8 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 ORDER = (
     "errors", "types", "process", "folders", "config", "explain", "metrics", "device", "checkpoint", "store",
     "dequantise", "quantise", "policy", "compiled", "rehearsal", "predictors", "maps", "pace", "durations", "tempo",
-    "traffic", "transfer", "link", "beside", "engine", "experts", "stalls", "grouped", "aside", "whole", "waves",
-    "reference", "model", "session", "forecast", "trace", "replay", "sim", "serving", "ray", "bench", "cli",
+    "traffic", "transfer", "link", "beside", "engine", "rows", "experts", "stalls", "grouped", "aside", "whole",
+    "waves", "reference", "model", "session", "forecast", "trace", "replay", "sim", "serving", "ray", "bench", "cli",
     "__main__",
 )  # fmt: skip
 ALONE = {"errors", "types"}  # the vocabulary rests on nothing

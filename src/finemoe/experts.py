@@ -23,6 +23,7 @@ from finemoe.checkpoint import Field, LayerLayout
 from finemoe.dequantise import Dequantiser
 from finemoe.engine import Engine
 from finemoe.errors import FinemoeError
+from finemoe.rows import rows_of
 from finemoe.store import DevicePool, Pool
 from finemoe.types import Routed
 
@@ -205,26 +206,6 @@ def finemoe_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, finemoe_experts)
 
 
-def group_rows(index: Tensor, experts: int) -> dict[int, tuple[Tensor, Tensor]]:
-    """Which (k, token) pairs each expert computes, experts ascending; indices `>= experts` are nobody's.
-
-    Rows of an expert are ordered by k, then by token, as in transformers' eager experts.
-
-    Args:
-        index: int `[T, K]`.
-
-    Returns:
-        expert -> (k `[n]`, token `[n]`).
-    """
-    tokens = index.shape[0]
-    ranked, pairs = torch.sort(index.T.reshape(-1), stable=True)
-    hit, counts = torch.unique_consecutive(ranked, return_counts=True)
-    ks, ts = pairs // tokens, pairs % tokens
-    sizes = counts.tolist()
-    rows = zip(hit.tolist(), ks.split(sizes), ts.split(sizes), strict=True)
-    return {expert: (k, t) for expert, k, t in rows if 0 <= expert < experts}
-
-
 def run_ready_first(
     layer: ExpertLayer, module: Any, hidden: Tensor, index: Tensor, weights: Tensor, accumulator: Accumulator
 ) -> Tensor:
@@ -234,17 +215,16 @@ def run_ready_first(
     """
     dtype = {"hidden": hidden.dtype, "weights": weights.dtype, "float32": torch.float32}[accumulator]
     output = torch.zeros_like(hidden, dtype=dtype)  # [T, D]
-    rows = group_rows(index, layer.layout.experts)
-    order = iter(rows)
+    rows = rows_of(hidden, index, weights, layer.layout.experts)
+    order = iter(rows.experts)
     turn = next(order, None)
     early: dict[int, Tensor] = {}  # computed before their turn
-    with closing(layer.serve(tuple(rows))) as serving:  # type: ignore[type-var] # a generator
+    with closing(layer.serve(rows.experts)) as serving:  # type: ignore[type-var] # a generator
         for expert, slot in serving:
-            k, t = rows[expert]
-            result = apply_expert(module, layer.parameters(expert, slot), hidden[t])
-            early[expert] = (result * weights[t, k, None]).to(dtype)
+            x, scale = rows.of(expert)
+            early[expert] = (apply_expert(module, layer.parameters(expert, slot), x) * scale).to(dtype)
             while turn in early:
-                output.index_add_(0, rows[turn][1], early.pop(turn))
+                rows.add(output, turn, early.pop(turn))
                 turn = next(order, None)
     return output.to(hidden.dtype)
 

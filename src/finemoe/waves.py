@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from finemoe.aside import MOST_TOKENS, Aside, HostCompute
 from finemoe.checkpoint import LayerLayout
 from finemoe.engine import Engine
-from finemoe.experts import Accumulator, ExpertLayer, Views, apply_expert, group_rows
+from finemoe.experts import Accumulator, ExpertLayer, Views, apply_expert
 from finemoe.grouped import apply_experts, plan_groups, rows_of_experts, stack_slots, windows
+from finemoe.rows import group_rows
 from finemoe.stalls import Stalls
 from finemoe.store import Arrival, DevicePool
 from finemoe.whole import Touched, run_whole

@@ -15,8 +15,9 @@ from torch import Tensor
 import finemoe
 from finemoe.engine import Engine
 from finemoe.errors import ExpertReadError, FinemoeError
-from finemoe.experts import ExpertLayer, LazyParameter, group_rows, run_ready_first, run_twin
+from finemoe.experts import ExpertLayer, LazyParameter, run_ready_first, run_twin
 from finemoe.policy import POLICIES, make_controller
+from finemoe.rows import OneToken, Tokens, group_rows, rows_of
 from finemoe.store import DiskStore, Pool
 from finemoe.types import ExpertId
 from tests.fakes import ManualTransfer
@@ -227,3 +228,30 @@ def test_rows_are_grouped_as_eager_groups_them(tokens: int, active: int, experts
     for expert, (ks, ts) in expected.items():
         assert torch.equal(groups[expert][0], ks)
         assert torch.equal(groups[expert][1], ts)
+
+
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("index", [[4, 0, 2], [8, 1, 9], [8, 8, 8], [3, 3, 1]])
+def test_one_token_is_computed_as_several_are(index: list[int], weights_dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    hidden, weights = torch.randn(1, 32, generator=draw).bfloat16(), torch.rand(1, 3, generator=draw).to(weights_dtype)
+    given_inputs = hidden, torch.tensor([index]), weights, 8
+    one, several = rows_of(*given_inputs), Tokens(*given_inputs)
+    assert isinstance(one, OneToken) == (index in ([4, 0, 2], [8, 1, 9]))
+    assert one.experts == several.experts
+    sums = [torch.full((1, 32), 0.1, dtype=torch.bfloat16) for _ in range(2)]
+    for expert in one.experts:
+        for rows, total in zip((one, several), sums, strict=True):
+            x, scale = rows.of(expert)
+            rows.add(total, expert, (x.square() * scale).bfloat16())
+    assert torch.equal(*sums)
+
+
+def test_a_token_that_does_not_start_where_tensors_start_is_copied() -> None:
+    """A matmul may round in another way where a vector starts elsewhere."""
+    memory = torch.arange(65.0)
+    for hidden in (memory[1:].view(1, -1), memory[:64].view(32, 2).T[:1]):
+        rows = rows_of(hidden, torch.tensor([[0]]), torch.ones(1, 1), 8)
+        assert isinstance(rows, Tokens)
+        x, _ = rows.of(0)
+        assert torch.equal(x, hidden) and x.data_ptr() % 64 == 0 and x.is_contiguous()
