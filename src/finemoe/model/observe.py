@@ -167,25 +167,24 @@ class Observer:
             """Gates `[B, E]` and lookahead `[B, n, E]` of a layer, for executed ids and weights `[T, K]`."""
             if not self._running or self._mask is None or ids.shape[0] != self._mask.numel():
                 return None, None
-            gates = self._mean(self._split(self._distribution(layer, ids, weights)))
+            gates = self._pool(self._distribution(layer, ids, weights))
             if not self.lookahead:
                 return gates, None
-            ahead = torch.zeros(len(gates), self.lookahead, self.experts, device=gates.device)
-            for distance in range(1, self.lookahead + 1):
-                foreseen = self._foreseen(layer, distance, ids.device)
-                if foreseen is not None and foreseen.shape[-1] == self.experts:
-                    ahead[:, distance - 1] = self._mean(self._split(foreseen))
-            return gates, ahead
+            told = (self._foreseen(layer, distance, ids.device) for distance in range(1, self.lookahead + 1))
+            pooled = [torch.zeros_like(gates) if each is None else self._pool(each) for each in told]
+            return gates, torch.stack(pooled, 1).float()
 
         return listen
 
     def _foreseen(self, layer: int, distance: int, device: torch.device) -> Tensor | None:
         """`[T, E]`: what the gate `distance` layers on says of this layer's hidden states."""
         if self._evidence is not None:
-            recorded = self._evidence.ahead(layer, distance)
-            return None if recorded is None else recorded.to(device)
-        scores = self._ahead.get((layer, distance))
-        return None if scores is None else normalise(scores, self._scale or "softmax")
+            foreseen = self._evidence.ahead(layer, distance)
+            foreseen = None if foreseen is None else foreseen.to(device)
+        else:
+            scores = self._ahead.get((layer, distance))
+            foreseen = None if scores is None else normalise(scores, self._scale or "softmax")
+        return foreseen if foreseen is not None and foreseen.shape[-1] == self.experts else None
 
     def _distribution(self, layer: int, ids: Tensor, weights: Tensor) -> Tensor:
         """`[T, E]`: the gate's, or what the executed weights say of it."""
@@ -203,10 +202,12 @@ class Observer:
         spread = spread[:, : self.experts]
         return spread / spread.sum(1, keepdim=True).clamp_min(1e-30)
 
-    def _split(self, rows: Tensor) -> Tensor:
-        """`[T, E]` as `[B, S, E]`."""
+    def _pool(self, rows: Tensor) -> Tensor:
+        """`[T, E]` to `[B, E]`, as `_mean`."""
         assert self._mask is not None
-        return rows.reshape(*self._mask.shape, rows.shape[-1])
+        if len(rows) == 1:  # decoding one request
+            return rows
+        return self._mean(rows.reshape(*self._mask.shape, rows.shape[-1]))
 
     def _mean(self, values: Tensor) -> Tensor:
         """`[B, S, X]` to `[B, X]`, over the tokens that are no padding; of a packed pass, over each piece."""
