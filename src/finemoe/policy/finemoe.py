@@ -17,10 +17,8 @@ from finemoe.policy.neighbours import CONSTANTS, Constants, begin_search, extend
 from finemoe.policy.openings import Openings
 from finemoe.policy.outlook import appraise
 from finemoe.policy.running import Running, Usual, use
-from finemoe.policy.trail import NOBODY, Floats, Rows, Trail, append, imprint_all, make_trail, rows_of, trail_of
+from finemoe.policy.trail import NOBODY, Flags, Floats, Rows, Trail, append, imprint_all, make_trail, rows_of, trail_of
 from finemoe.types import DECODE, PREFILL, Recorded, Routed, Step
-
-Flags = npt.NDArray[np.bool_]
 
 _NOTHING: Floats = np.zeros(0, np.float32)
 _STORE_BYTES = 128 << 20  # of a store's columns, unless told otherwise
@@ -109,7 +107,7 @@ class Finemoe(Policy):
         )
         self.number = 0  # iterations that were ever taken in
         self.trail: Trail | None = None  # made when K is known
-        self._trust: Scores = make_weights()  # of what the gates ahead name
+        self._weights: Scores = make_weights()  # of lookahead
         self.openings = Openings(layers, experts)
         self._usual = Usual(np.full((layers, experts), 1.0 / experts), np.zeros(layers))
         self._running: dict[int, Running] = {}
@@ -146,7 +144,7 @@ class Finemoe(Policy):
             "iterations": self._usual.iterations.copy(),
             "number": np.array([self.number]),
             "active": np.array([self.active.count]),
-            "lookahead": self._trust.copy(),
+            "lookahead": self._weights.copy(),
         } | self.openings.knowledge()
 
     def recall(self, knowledge: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -158,7 +156,7 @@ class Finemoe(Policy):
         self.trail = trail_of(rows, self.experts, self.capacity, self.number)
         self._usual.share[:], self._usual.iterations[:] = knowledge["usual"], knowledge["iterations"]
         self.active.see(int(knowledge["active"][0]))
-        self._trust[:] = knowledge["lookahead"]
+        self._weights[:] = knowledge["lookahead"]
         self.openings.recall(knowledge)
         self._running, self._steps = {}, ()
 
@@ -168,9 +166,8 @@ class Finemoe(Policy):
         self.active.see(int(executed.sum(axis=2).min(initial=self.experts)))
         usual = self._usual
         usual.iterations[:] += len(executed)
-        usual.share[:] += (executed.sum(axis=0) - len(executed) * usual.share) / np.maximum(1, usual.iterations)[
-            :, None
-        ]
+        seen = np.maximum(1, usual.iterations)[:, None]
+        usual.share[:] += (executed.sum(axis=0) - len(executed) * usual.share) / seen
         self._remember(recorded.token_ids[decode], recorded.gates[decode], executed, NOBODY)
         if recorded.embeddings is not None and len(executed) < len(decode) and not decode[0]:
             self.openings.add(recorded.embeddings[0], executed.mean(axis=0) if len(executed) else usual.share)
@@ -282,7 +279,7 @@ class Finemoe(Policy):
         following = min(layer + 1, self.layers - 1)
         told = ahead[0] if len(ahead) and following > layer and not self.behind else _NOTHING
         chances = running.search.chances[0, following]
-        self._look_ahead(self._trust, running.named, executed, told, self.active.count, chances)
+        self._look_ahead(self._weights, running.named, executed, told, self.active.count, chances)
 
     def _value(self, now: int) -> None:
         """Brings the scores up to date. Of several requests, any may need an expert."""

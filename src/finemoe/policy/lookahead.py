@@ -9,14 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from finemoe.policy.active import likeliest
 from finemoe.policy.book import Scores
 from finemoe.policy.kernel import kernel
-from finemoe.policy.trail import Floats
-
-Flags = npt.NDArray[np.bool_]
+from finemoe.policy.trail import Flags, Floats
 
 _CERTAIN = 1e-4  # chances closer to 0 or 1 are taken for this close
 _STEP = 0.02  # of the learning

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from finemoe.policy.book import Scores
 from finemoe.policy.kernel import compiled_as, kernel
-from finemoe.policy.trail import LEVELS, NOBODY, Floats, Ids, Ints, Trail, imprint
+from finemoe.policy.trail import LEVELS, NOBODY, Flags, Floats, Ids, Ints, Trail, imprint
 
 _BLOCK = 128  # rows that are passed over together if none of them is near
 _TILE = 4096  # rows whose scores stay in the first-level cache while a layer's columns are added
@@ -49,7 +48,7 @@ class Iteration(NamedTuple):
     """The one under way of a request, as far as it is known."""
 
     gates: Floats  # [L, E]
-    executed: npt.NDArray[np.bool_]  # [L, E]
+    executed: Flags  # [L, E]
 
 
 @kernel

@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from finemoe.policy.book import Scores
 from finemoe.policy.kernel import kernel
 from finemoe.policy.lookahead import make_named
 from finemoe.policy.neighbours import Constants, Iteration, Search
 from finemoe.policy.openings import Openings
-from finemoe.policy.trail import NOBODY, Floats
-
-Flags = npt.NDArray[np.bool_]
+from finemoe.policy.trail import NOBODY, Flags, Floats
 
 
 class Habits(NamedTuple):

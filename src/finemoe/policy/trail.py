@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from finemoe.policy.kernel import kernel
 
+Flags = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.unsignedinteger]
 Ints = npt.NDArray[np.int64]
@@ -124,7 +125,7 @@ def append(trail: Trail, number: int, tokens: npt.NDArray[np.int32], ids: Ids, w
 
 
 @kernel
-def imprint(gates: Floats, executed: npt.NDArray[np.bool_], ids: Ids, weights: Ids) -> None:
+def imprint(gates: Floats, executed: Flags, ids: Ids, weights: Ids) -> None:
     """One layer of a row: the likeliest of the executed experts, as many as there is room for.
 
     Args:
@@ -153,7 +154,7 @@ def imprint(gates: Floats, executed: npt.NDArray[np.bool_], ids: Ids, weights: I
 
 
 @kernel
-def imprint_all(gates: Floats, executed: npt.NDArray[np.bool_], ids: Ids, weights: Ids) -> None:
+def imprint_all(gates: Floats, executed: Flags, ids: Ids, weights: Ids) -> None:
     """`imprint` of `n` iterations: `[n, L, E]` to `[n, L, K]`."""
     for i in range(len(ids)):
         for layer in range(ids.shape[1]):
