@@ -1,8 +1,7 @@
 """Which rows of a pass each expert computes, and how its results are added up.
 
 Experts' results are added in ascending order of experts, as transformers' eager experts do. A pass of one token, as in
-decoding, needs none of the indexing that several need: `OneToken` gives the same bits as `Tokens` in a third of the
-operations.
+decoding, needs none of the sorting and indexing that several need: `OneToken` gives the same bits as `Tokens` without.
 """
 
 from __future__ import annotations

@@ -205,8 +205,6 @@ class Observer:
     def _pool(self, rows: Tensor) -> Tensor:
         """`[T, E]` to `[B, E]`, as `_mean`."""
         assert self._mask is not None
-        if len(rows) == 1:  # decoding one request
-            return rows
         return self._mean(rows.reshape(*self._mask.shape, rows.shape[-1]))
 
     def _mean(self, values: Tensor) -> Tensor:

@@ -19,6 +19,23 @@ _CERTAIN = 1e-4  # chances closer to 0 or 1 are taken for this close
 _STEP = 0.02  # of the learning
 
 
+class Named(NamedTuple):
+    """What was named for the next layer of a request."""
+
+    experts: Flags  # [E]; none where no gate was asked
+    before: Scores  # [E], the chances without it
+
+
+def make_weights() -> Scores:
+    """`[3]`, a, b and c, before anything was learned: as for a recall of about 0.8. Soon outweighed."""
+    return np.array([0.8, 2.5, -0.8])
+
+
+def make_named(experts: int) -> Named:
+    """Of a request of which nothing was asked yet."""
+    return Named(np.zeros(experts, np.bool_), np.zeros(experts))
+
+
 @kernel
 def logit(chance: float) -> float:
     """`log(p / (1 - p))`, of none that is certain."""
@@ -51,23 +68,6 @@ def fuse(weights: Scores, named: Flags, chances: Scores) -> None:
     for expert in range(len(chances)):
         if chances[expert] > 0.0:
             chances[expert] = revise(weights, 1.0 if named[expert] else 0.0, logit(chances[expert]))
-
-
-class Named(NamedTuple):
-    """What was named for the next layer of a request."""
-
-    experts: Flags  # [E]; none where no gate was asked
-    before: Scores  # [E], the chances without it
-
-
-def make_weights() -> Scores:
-    """`[3]`, a, b and c, before anything was learned: as for a recall of about 0.8. Soon outweighed."""
-    return np.array([0.8, 2.5, -0.8])
-
-
-def make_named(experts: int) -> Named:
-    """Of a request of which nothing was asked yet."""
-    return Named(np.zeros(experts, np.bool_), np.zeros(experts))
 
 
 @kernel

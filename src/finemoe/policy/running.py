@@ -59,6 +59,7 @@ class Running:
 
     Args:
         capacity: rows of the store.
+        constants: what the formulas leave open.
         usual: what is known of iterations.
         opening: `[D]`, the embedding of its prompt, where known.
         openings: of requests that ended.
