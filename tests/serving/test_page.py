@@ -157,7 +157,8 @@ def test_the_files_name_no_other_host_and_never_turn_text_into_markup() -> None:
 def test_a_real_model_is_watched_from_the_start(tiny: Make) -> None:
     import finemoe
 
-    with finemoe.load(tiny(), expert_memory="50%") as model:
+    # lru does not prefetch: nothing moves between one look and the next
+    with finemoe.load(tiny(), expert_memory="50%", policy="lru") as model:
         worker = FakeWorker(say(TEXT), 4)
         house = make_house(worker)
         page = routes(Source(model.finemoe, Progress(), worker.load))
