@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 import finemoe
@@ -19,15 +20,18 @@ SHARD = "200KB"  # several files per checkpoint
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a family fares: `why` says what is refused, or where the answers first differ."""
+    """How a family fares: `why` says what is refused, where answers first differ, or how transformers itself fails."""
 
-    status: Literal["exact", "refused", "different"]
+    status: Literal["exact", "refused", "different", "unusable"]
     why: str = ""
 
 
 def examine(family: str, dtype: torch.dtype, folder: Path) -> Verdict:
     """Save a tiny model to `folder`; compare at the least expert memory, at half and with all experts resident."""
-    built = build(family, dtype)
+    try:
+        built = build(family, dtype)
+    except (RuntimeError, ValueError) as error:
+        return unusable(error)
     built.save_pretrained(folder, max_shard_size=SHARD)
     return compare(type(built), folder, dtype)
 
@@ -39,7 +43,10 @@ def compare(model_class: type[PreTrainedModel], folder: Path, dtype: torch.dtype
     except UnsupportedModelError as refusal:
         return Verdict("refused", str(refusal))
     reference = aligned(model_class.from_pretrained(folder, dtype=dtype, experts_implementation="eager").eval())
-    expected = answers(reference)
+    try:
+        expected = answers(reference)
+    except (RuntimeError, ValueError) as error:
+        return unusable(error)
     for budget in budgets:
         with finemoe.load(folder, expert_memory=budget, dtype=dtype) as model:
             for name, got in answers(model).items():
@@ -51,6 +58,12 @@ def compare(model_class: type[PreTrainedModel], folder: Path, dtype: torch.dtype
             if not stats.accesses or stats.resident > stats.slots:  # a prefetch may be on its way into every slot
                 return Verdict("different", f"{stats.accesses} accesses, {stats.resident} resident of {stats.slots}")
     return Verdict("exact")
+
+
+def unusable(error: Exception) -> Verdict:
+    """Without finemoe, this transformers fails."""
+    first_line, _, _ = str(error).partition("\n")
+    return Verdict("unusable", f"transformers {transformers.__version__}: {first_line}")
 
 
 def least_memory(folder: Path, dtype: torch.dtype) -> str:

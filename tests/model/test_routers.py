@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import finemoe
 from finemoe.errors import ConfigError, UnsupportedModelError
@@ -35,6 +36,8 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def model(tiny: Make, family: str) -> Iterator[Any]:
     with finemoe.load(tiny(family), expert_memory="50%") as model:
+        if not any("router_logits" in (getattr(m, "_can_record_outputs", None) or {}) for m in model.modules()):
+            pytest.skip(f"transformers {transformers.__version__} records no gates of {family}")
         yield model
 
 
