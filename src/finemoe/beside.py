@@ -55,7 +55,10 @@ class Beside(Policy):
         self.inner = policy
         self.published = published
         self.margin, self.switch = policy.margin, policy.switch
-        kind = ("prefetches", "needs", "uses", "substitutes", "clairvoyant", "compiles", "deliberates", "pauses")
+        kind = (
+            "prefetches", "needs", "uses", "lookahead", "substitutes", "clairvoyant", "compiles", "deliberates",
+            "pauses",
+        )  # fmt: skip
         self.__dict__.update({name: getattr(policy, name) for name in kind})
         if policy.want is policy.worth:
             self.want = self.worth

@@ -153,6 +153,8 @@ def test_every_setting_is_a_flag_with_its_default(capsys: Capture) -> None:
         (["TRACE", "--chunks", "-1"], "--chunks"),
         (["TRACE", "--tokens-per-unit", "0"], "--tokens-per-unit"),
         (["TRACE", "--gate-recall", "1.1"], "--gate-recall"),
+        (["TRACE", "--gate-recall", "0.8,often"], "--gate-recall"),
+        (["TRACE", "--gate-recall", ","], "--gate-recall"),
         (["TRACE", "--before-gate", "-0.1"], "--before-gate: -0.1 is not a share"),
         (["TRACE", "--gap", "-1"], "--gap: -1.0 is not a number of at least 0"),
         (["TRACE", "--gap", "nan"], "--gap"),

@@ -72,7 +72,7 @@ def test_a_policy_without_its_evidence_is_left_out_and_the_reason_said(ids_only:
 
 
 def test_emulation_stands_in_for_lookahead(ids_only: str) -> None:
-    assert "mixtral-offloading" not in left_out(ids_only, gate_recall=0.8)
+    assert "mixtral-offloading" not in left_out(ids_only, gate_recall="0.8")
 
 
 def test_rates_follow_from_counts() -> None:
@@ -95,7 +95,7 @@ def test_rates_follow_from_counts() -> None:
 
 @pytest.mark.parametrize("policy", [name for name, kind in EVERY.items() if "predictors" not in kind.needs])
 def test_a_row_has_finite_rates_and_is_ready_for_json(trace: str, policy: str) -> None:
-    settings = config(gate_recall=0.8)
+    settings = config(gate_recall="0.8")
     row = run_cell(trace, settings, Cell(policy, 0.25, 1.0))
     assert json.loads(json.dumps(row.as_dict(), allow_nan=False)) == row.as_dict()
     assert row.hit_rate + row.late_rate + row.miss_rate == pytest.approx(1)
@@ -111,7 +111,7 @@ def test_a_row_has_finite_rates_and_is_ready_for_json(trace: str, policy: str) -
 
 @pytest.mark.parametrize("recall", [0.0, 1.0])
 def test_what_is_emulated_is_marked_whatever_its_recall(ids_only: str, recall: float) -> None:
-    row = run_cell(ids_only, config(gate_recall=recall), Cell("mixtral-offloading", 0.5, 1.0))
+    row = run_cell(ids_only, config(gate_recall=str(recall)), Cell("mixtral-offloading", 0.5, 1.0))
     assert row.emulated == f"lookahead, recall {recall}"
     for text in (table([row]), markdown([row])):
         assert "mixtral-offloading*" in text
@@ -120,7 +120,7 @@ def test_what_is_emulated_is_marked_whatever_its_recall(ids_only: str, recall: f
 
 def test_better_lookahead_is_faster(ids_only: str) -> None:
     blind, half, seer = (
-        run_cell(ids_only, config(gate_recall=recall), Cell("mixtral-offloading", 0.25, 0.4)).time_per_layer
+        run_cell(ids_only, config(gate_recall=str(recall)), Cell("mixtral-offloading", 0.25, 0.4)).time_per_layer
         for recall in (0.0, 0.5, 1.0)
     )
     assert seer < half < blind

@@ -128,7 +128,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Trace:
 
 def emulated(trace: Trace, recall: float, seed: int = 0) -> Any:
     """`[S, L, E]`."""
-    schedule, evidence = make_schedule(trace, [0]), Evidence(trace, recall, seed)
+    schedule, evidence = make_schedule(trace, [0]), Evidence(trace, (recall,), seed)
     assert "lookahead" in evidence.fields
     shown = [evidence.lookahead(schedule, i) for i in range(len(schedule))]
     return np.concatenate([ahead[:, :, 0] for ahead in shown if ahead is not None])
@@ -152,13 +152,30 @@ def test_emulated_lookahead_is_a_distribution_over_the_next_layer(deep: Trace) -
 
 
 def test_the_same_rows_have_the_same_errors_whoever_asks_and_when(deep: Trace) -> None:
-    schedule, evidence = make_schedule(deep, [0]), Evidence(deep, 0.8)
+    schedule, evidence = make_schedule(deep, [0]), Evidence(deep, (0.8,))
     last, again = (evidence.lookahead(schedule, TOKENS - 1) for _ in range(2))
     assert last is not None
     assert again is not None
     np.testing.assert_array_equal(last, again)
     np.testing.assert_array_equal(last[0, :, 0], emulated(deep, 0.8)[-1])
     assert not np.array_equal(last[0, :, 0], emulated(deep, 0.8, seed=1)[-1])
+
+
+def test_several_layers_ahead_each_have_their_own_recall(deep: Trace) -> None:
+    recalls = (1.0, 0.5, 0.0)
+    schedule, evidence = make_schedule(deep, [0]), Evidence(deep, recalls)
+    shown = [evidence.lookahead(schedule, i) for i in range(len(schedule))]
+    ahead = np.concatenate([each for each in shown if each is not None])  # [S, L, n, E]
+    ids = deep.column("expert_ids")
+    assert ids is not None
+    truth = np.zeros((TOKENS, LAYERS, EXPERTS), np.bool_)
+    np.put_along_axis(truth, ids.astype(np.int64), values=True, axis=2)
+    assert ahead.shape == (TOKENS, LAYERS, len(recalls), EXPERTS)
+    for distance, recall in enumerate(recalls, 1):
+        named = ahead[:, :-distance, distance - 1] > 0
+        assert (named & truth[:, distance:]).sum() / truth[:, distance:].sum() == pytest.approx(recall, abs=0.03)
+        assert not ahead[:, -distance:, distance - 1].any()
+    np.testing.assert_array_equal(ahead[:, :, 0], emulated(deep, 1.0))  # the first does not depend on the others
 
 
 def one_iteration(folder: Path, ids: Any, recall: float, **header: Any) -> Any:

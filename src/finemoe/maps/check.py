@@ -14,7 +14,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 # dtype and shape; letters are sizes, n the number of maps
 _OF_ROWS = {
     "weights": ("uint8", "nLK"), "tokens": ("int32", "n"), "before": ("int32", "n"), "usual": ("float64", "LE"),
-    "iterations": ("float64", "L"), "number": ("int64", "1"), "active": ("int64", "1"), "lookahead": ("float64", "3"),
+    "iterations": ("float64", "L"), "number": ("int64", "1"), "active": ("int64", "1"), "lookahead": ("float64", "W"),
 }  # fmt: skip
 _OF_MAPS = {
     "maps": ("float32", "nLE"), "tokens": ("int64", "n"), "born": ("int64", "n"), "p": ("float64", "LE"),
@@ -28,7 +28,8 @@ def fault(arrays: Arrays, layers: int, experts: int) -> str | None:
     """What is wrong with the arrays of a policy; `None` if nothing is."""
     linked = "before" in arrays
     expected = dict(_OF_ROWS if linked else _OF_MAPS)
-    sizes = {"L": layers, "E": experts, "1": 1, "3": 3, "n": int(np.size(arrays.get("tokens", ())))}
+    sizes = {"L": layers, "E": experts, "1": 1, "n": int(np.size(arrays.get("tokens", ())))}
+    sizes["W"] = max(3, int(np.size(arrays.get("lookahead", ()))) // 3 * 3)  # three weights for each distance
     if linked:
         expected["ids"] = ("uint8" if experts <= np.iinfo(np.uint8).max else "uint16", "nLK")
         sizes["K"] = arrays["ids"].shape[-1] if "ids" in arrays and arrays["ids"].ndim else 0

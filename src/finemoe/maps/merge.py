@@ -125,6 +125,7 @@ def _totals(stores: Sequence[Maps], number: int) -> Knowledge:
     if not stores[0].linked:
         return totals | {"p": every[0]["p"], "visits": np.sum([arrays["visits"] for arrays in every], axis=0)}
     iterations = np.sum([arrays["iterations"] for arrays in every], axis=0)
+    known_by_all = min(len(arrays["lookahead"]) for arrays in every)
     uses = np.sum([arrays["usual"] * arrays["iterations"][:, None] for arrays in every], axis=0)
     return (
         totals
@@ -132,7 +133,7 @@ def _totals(stores: Sequence[Maps], number: int) -> Knowledge:
             "usual": np.divide(uses, iterations[:, None], out=np.zeros_like(uses), where=iterations[:, None] > 0),
             "iterations": iterations,
             "number": np.array([number]),
-            "lookahead": np.mean([arrays["lookahead"] for arrays in every], axis=0),
+            "lookahead": np.mean([arrays["lookahead"][:known_by_all] for arrays in every], axis=0),
         }
         | _openings([arrays for arrays in every if "openings" in arrays])
     )

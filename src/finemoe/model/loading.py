@@ -176,7 +176,8 @@ class Loading:
         for handle in handles:
             handle.engine = engine
         seen = controller.policy.needs | controller.policy.uses
-        observer = Observer(model, engine, layers, lookahead=int("lookahead" in seen)) if seen else None
+        ahead = controller.policy.lookahead if "lookahead" in seen else 0
+        observer = Observer(model, engine, layers, lookahead=ahead) if seen else None
         if observer is not None:
             observer.attach(model)
         parts = self._checkpoint, self._catalog, self._store, engine, handles, lock, self._config

@@ -33,6 +33,7 @@ class Policy:
         prefetches: whether `want` is ever above 0.
         needs: what it predicts from, of `gates`, `lookahead` and `predictors`; without it, it only evicts.
         uses: what it does better with, where there is any: of `gates` and `lookahead`.
+        lookahead: for how many layers ahead it wants to hear of gates, where it needs or uses that.
         substitutes: what stands in where an input of the published policy is missing, by that input's name.
         pauses: does not prefetch while that does not pay (`book.review`).
         foresees: says what a request will use from its prompt alone (`foresee`).
@@ -52,6 +53,7 @@ class Policy:
     margin: float = -np.inf
     switch: float = np.inf
     behind: bool = False
+    lookahead: int = 1
     prefetches: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
     uses: ClassVar[frozenset[str]] = frozenset()

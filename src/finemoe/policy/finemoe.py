@@ -12,7 +12,7 @@ from finemoe.policy.active import Active
 from finemoe.policy.base import Knowledge, Policy
 from finemoe.policy.book import Scores
 from finemoe.policy.kernel import Jit, interpreted
-from finemoe.policy.lookahead import look_ahead, make_weights
+from finemoe.policy.lookahead import look_ahead, make_weights, settle
 from finemoe.policy.neighbours import CONSTANTS, Constants, begin_search, extend_search
 from finemoe.policy.openings import Openings
 from finemoe.policy.outlook import appraise
@@ -20,7 +20,6 @@ from finemoe.policy.running import Running, Usual, use
 from finemoe.policy.trail import NOBODY, Flags, Floats, Rows, Trail, append, imprint_all, make_trail, rows_of, trail_of
 from finemoe.types import DECODE, PREFILL, Recorded, Routed, Step
 
-_NOTHING: Floats = np.zeros(0, np.float32)
 _STORE_BYTES = 128 << 20  # of a store's columns, unless told otherwise
 _MOST_ROWS = 1 << 17  # a search takes time in proportion
 
@@ -61,6 +60,7 @@ class Finemoe(Policy):
         experts: the largest `E` of any layer.
         capacity: `S`; by default as many rows as `_STORE_BYTES` of columns hold, and `_MOST_ROWS` at most.
         active: K; by default learned from what layers need.
+        lookahead: for how many layers ahead gates are asked.
         constants: what the formulas leave open.
         without: parts to leave out, to see what they are good for. `prefetch`: eviction alone. `own`: a request's
             iterations enter the store when it ends. `neighbours`: the nearest row alone. `successors`: nothing said of
@@ -77,7 +77,7 @@ class Finemoe(Policy):
     compiles = True
     deliberates = True
     parts = ("prefetch", "own", "neighbours", "successors", "context", "tokens", "lookahead", "prompts", "pause")
-    settings = ("capacity",)
+    settings = ("capacity", "lookahead")
     margin = 0.05
     switch = 1.25
 
@@ -87,6 +87,7 @@ class Finemoe(Policy):
         experts: int,
         capacity: int | None = None,
         active: int | None = None,
+        lookahead: int = 1,
         *,
         constants: Constants = CONSTANTS,
         without: frozenset[str] = frozenset(),
@@ -97,6 +98,7 @@ class Finemoe(Policy):
         if "prefetch" not in without:
             self.want = self.worth  # one scale
         self.pauses = "pause" not in without
+        self.lookahead = lookahead
         self.capacity = capacity or max(1, min(_MOST_ROWS, _STORE_BYTES // (layers * experts)))
         self.active = Active(active)
         self.constants = constants._replace(  # noqa: SLF001 - a named tuple's way
@@ -107,13 +109,13 @@ class Finemoe(Policy):
         )
         self.number = 0  # iterations that were ever taken in
         self.trail: Trail | None = None  # made when K is known
-        self._weights: Scores = make_weights()  # of lookahead
+        self._weights: Scores = make_weights(self.lookahead)  # of lookahead
         self.openings = Openings(layers, experts)
         self._usual = Usual(np.full((layers, experts), 1.0 / experts), np.zeros(layers))
         self._running: dict[int, Running] = {}
         self._steps: tuple[Step, ...] = ()
         self._use, self._begin_search, self._extend_search = jit(use), jit(begin_search), jit(extend_search)
-        self._look_ahead, self._appraise = jit(look_ahead), jit(appraise)
+        self._settle, self._look_ahead, self._appraise = jit(settle), jit(look_ahead), jit(appraise)
         self._append, self._imprint_all = jit(append), jit(imprint_all)
 
     @property
@@ -129,8 +131,8 @@ class Finemoe(Policy):
         """The `Rows` by name, and what is known of all iterations.
 
         `usual` `[L, E]`, of how many `iterations` `[L]`; `number` `[1]` of rows ever taken in; `active` `[1]`, K;
-        `lookahead` `[3]`, how far the gates ahead are trusted; `openings` and `opened`, of prompts, where these have
-        embeddings.
+        `lookahead` `[3 n]`, how far the gates 1 to n layers ahead are trusted; `openings` and `opened`, of prompts,
+        where these have embeddings.
         """
         if self.trail is None:
             return {}
@@ -144,7 +146,7 @@ class Finemoe(Policy):
             "iterations": self._usual.iterations.copy(),
             "number": np.array([self.number]),
             "active": np.array([self.active.count]),
-            "lookahead": self._weights.copy(),
+            "lookahead": self._weights.flatten(),
         } | self.openings.knowledge()
 
     def recall(self, knowledge: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -156,7 +158,8 @@ class Finemoe(Policy):
         self.trail = trail_of(rows, self.experts, self.capacity, self.number)
         self._usual.share[:], self._usual.iterations[:] = knowledge["usual"], knowledge["iterations"]
         self.active.see(int(knowledge["active"][0]))
-        self._weights[:] = knowledge["lookahead"]
+        trusted = knowledge["lookahead"].reshape(-1, 3)[: self.lookahead]
+        self._weights[: len(trusted)] = trusted
         self.openings.recall(knowledge)
         self._running, self._steps = {}, ()
 
@@ -179,7 +182,7 @@ class Finemoe(Policy):
             running = before.pop(step.request, None)
             if running is None:
                 opening = step.embedding if step.phase == PREFILL and "prompts" not in self.without else None
-                running = Running(self.capacity, self.constants, self._usual, opening, self.openings)
+                running = Running(self.capacity, self.constants, self._usual, opening, self.openings, self.lookahead)
             self._running[step.request] = running
             running.known = 0
             running.named.experts[:] = False
@@ -270,16 +273,13 @@ class Finemoe(Policy):
             running.tokens += tokens
 
     def _hear_ahead(self, layer: int, running: Running, executed: Flags | None, ahead: Floats) -> None:
-        """Fuses what the next layer's gate says of this layer's hidden states, `[n, E]`, into its chances."""
+        """Fuses what the next layers' gates say of this layer's hidden states, `[n, E]`, into their chances."""
         if "lookahead" in self.without:
             return
-        if executed is None:  # nothing to learn from
-            running.named.experts[:] = False
-            executed = running.named.experts
-        following = min(layer + 1, self.layers - 1)
-        told = ahead[0] if len(ahead) and following > layer and not self.behind else _NOTHING
-        chances = running.search.chances[0, following]
-        self._look_ahead(self._weights, running.named, executed, told, self.active.count, chances)
+        nothing = np.zeros(self.experts, np.bool_)
+        self._settle(self._weights, running.named, layer, nothing if executed is None else executed)
+        if not self.behind:
+            self._look_ahead(self._weights, running.named, layer, ahead, self.active.count, running.search.chances[0])
 
     def _value(self, now: int) -> None:
         """Brings the scores up to date. Of several requests, any may need an expert."""

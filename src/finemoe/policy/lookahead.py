@@ -1,7 +1,8 @@
-"""What the next layer's gate makes of this layer's hidden states, and how far that can be trusted. Kernels.
+"""What the next layers' gates make of this layer's hidden states, and how far that can be trusted. Kernels.
 
-The gate names K of E experts. Of a chance p that was there without it, it makes `logit p' = a * logit p + b * [named] +
-c`, learned as it goes by logistic regression: what both the store and the gate know counts once.
+A gate names K of E experts. Of a chance p that was there without it, it makes `logit p' = a * logit p + b * [named] +
+c`, learned as it goes by logistic regression, for each number of layers ahead: what both the store and the gate know
+counts once.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ _STEP = 0.02  # of the learning
 
 
 class Named(NamedTuple):
-    """What was named for the next layer of a request."""
+    """What gates named for layers ahead of a request: by how many layers ahead, less one, and by layer."""
 
-    experts: Flags  # [E]; none where no gate was asked
-    before: Scores  # [E], the chances without it
-
-
-def make_weights() -> Scores:
-    """`[3]`, a, b and c, before anything was learned: as for a recall of about 0.8. Soon outweighed."""
-    return np.array([0.8, 2.5, -0.8])
+    experts: Flags  # [n, L, E]; none where no gate was asked
+    before: Scores  # [n, L, E], the chances without it
 
 
-def make_named(experts: int) -> Named:
+def make_weights(distances: int) -> Scores:
+    """`[n, 3]`, a, b and c, before anything was learned: as for a recall of about 0.8. Soon outweighed."""
+    return np.tile(np.array([0.8, 2.5, -0.8]), (distances, 1))
+
+
+def make_named(distances: int, layers: int, experts: int) -> Named:
     """Of a request of which nothing was asked yet."""
-    return Named(np.zeros(experts, np.bool_), np.zeros(experts))
+    return Named(np.zeros((distances, layers, experts), np.bool_), np.zeros((distances, layers, experts)))
 
 
 @kernel
@@ -71,21 +72,40 @@ def fuse(weights: Scores, named: Flags, chances: Scores) -> None:
 
 
 @kernel
-def look_ahead(weights: Scores, named: Named, executed: Flags, ahead: Floats, active: int, chances: Scores) -> None:
-    """A layer is known, and what the gate of the next one says of its hidden states.
+def settle(weights: Scores, named: Named, layer: int, executed: Flags) -> None:
+    """A layer is known: learns from what was named of it.
 
     Args:
-        weights: `[3]`; learn from what was named of this layer.
-        named: of this layer; becomes that of the next one.
-        executed: `[E]`, of this layer.
-        ahead: `[E]`, of the next one; nothing, or all 0, where its gate was not asked.
-        active: K.
-        chances: `[E]`, of the next one; are revised.
+        weights: `[n, 3]`.
+        named: of the request; that of this layer is forgotten.
+        layer: the one that is known.
+        executed: `[E]`; of none, nothing is learned.
     """
-    if named.experts.any():
-        learn(weights, named.experts, named.before, executed)
-    named.experts[:] = False
-    if ahead.any():
-        named.experts[:] = likeliest(ahead.reshape(1, len(ahead)), active) > 0
-        named.before[:] = chances
-        fuse(weights, named.experts, chances)
+    known = executed.any()
+    for distance in range(len(weights)):
+        experts = named.experts[distance, layer]
+        if known and experts.any():
+            learn(weights[distance], experts, named.before[distance, layer], executed)
+        experts[:] = False
+
+
+@kernel
+def look_ahead(weights: Scores, named: Named, layer: int, ahead: Floats, active: int, chances: Scores) -> None:
+    """Revises the chances of the next layers by what their gates say of this layer's hidden states.
+
+    Args:
+        weights: `[n, 3]`.
+        named: of the request; becomes what these gates name.
+        layer: the one that is known.
+        ahead: `[m, E]`, of the layers after it; 0 where a gate was not asked.
+        active: K.
+        chances: `[L, E]`; those of the layers ahead are revised.
+    """
+    for distance in range(min(len(weights), len(ahead))):
+        target = layer + 1 + distance
+        if target >= len(chances) or not ahead[distance].any():
+            continue
+        experts = named.experts[distance, target]
+        experts[:] = likeliest(ahead[distance : distance + 1], active) > 0
+        named.before[distance, target] = chances[target]
+        fuse(weights[distance], experts, chances[target])

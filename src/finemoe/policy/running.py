@@ -63,6 +63,7 @@ class Running:
         usual: what is known of iterations.
         opening: `[D]`, the embedding of its prompt, where known.
         openings: of requests that ended.
+        ahead: n, for how many layers ahead gates are asked.
 
     Attributes:
         habits: how often it uses each expert.
@@ -71,12 +72,18 @@ class Running:
         known: layers of it of which we know what the request used, none left out.
         last: the number of its last iteration in the store.
         kept_back: iterations that enter the store when it ends: token, gates, executed.
-        named: what the last layer's lookahead says of the next one.
+        named: what gates said of the layers ahead.
         tokens: that ran.
     """
 
     def __init__(
-        self, capacity: int, constants: Constants, usual: Usual, opening: Floats | None, openings: Openings
+        self,
+        capacity: int,
+        constants: Constants,
+        usual: Usual,
+        opening: Floats | None,
+        openings: Openings,
+        ahead: int,
     ) -> None:
         count, (layers, experts) = constants.neighbours, usual.share.shape
         self.opening = opening
@@ -93,7 +100,7 @@ class Running:
         self.known = 0
         self.last = NOBODY
         self.kept_back: list[tuple[int, Floats, Flags]] = []
-        self.named = make_named(experts)
+        self.named = make_named(ahead, layers, experts)
         self.tokens = 0
 
     def expect_by_frequency(self, now: int, tokens: int) -> None:

@@ -95,7 +95,7 @@ class Row:
 def runnable(config: SimulateConfig, header: TraceHeader) -> tuple[tuple[str, ...], dict[str, str]]:
     """The policies that this trace has enough for, and why the others are left out."""
     recorded = set(header.fields) | ({"gates"} if {"probs", "weights"} & set(header.fields) else set())
-    if config.gate_recall is not None:
+    if config.gate_recalls:
         recorded.add("lookahead")
     if config.predictors is not None:
         recorded.add("predictors")
@@ -183,8 +183,8 @@ def run_cell(trace: str, config: SimulateConfig, cell: Cell, progress: Callable[
         seed=config.seed, **{name: getattr(config, name) for name in TIMING},
     )  # fmt: skip
     outcome = Replay(schedule, subject.evidence, policy, machine, jit).run(progress)
-    emulates = config.gate_recall is not None and "lookahead" in policy.needs | policy.uses
-    emulated = f"lookahead, recall {config.gate_recall}" if emulates else None
+    seen = config.gate_recalls[: policy.lookahead] if "lookahead" in policy.needs | policy.uses else ()
+    emulated = f"lookahead, recall {', '.join(map(str, seen))}" if seen else None
     low, high = interval(schedule, outcome, config.seed)
     return replace(summarise(cell, machine, outcome, emulated), time_per_layer_low=low, time_per_layer_high=high)
 
@@ -264,7 +264,7 @@ class _Subject:
 def _subject(path: str, config: SimulateConfig) -> _Subject:
     jit = compiler()
     trace = open_trace(path)
-    evidence = Evidence(trace, config.gate_recall, config.seed, jit)
+    evidence = Evidence(trace, config.gate_recalls, config.seed, jit)
     if config.store is not None:
         store_trace = open_trace(config.store)
         _, replayed = split(len(trace), 0.0, config.seed)

@@ -13,7 +13,6 @@ from finemoe.sim.presets import HARDWARE, SHAPES
 
 T = TypeVar("T")
 _LEAST = {"requests": 1, "interleave": 1, "devices": 1, "tokens_per_unit": 1, "workers": 1, "seed": 0, "chunks": 0}
-_SHARES = ("gate_recall", "before_gate")
 _MOST_DEVICES = 255  # the book numbers them in a byte, and one number is nowhere
 
 
@@ -89,15 +88,18 @@ class SimulateConfig:
         default=0.0, metadata={"help": "the same of the time to move an expert; drawn by --seed, as all of these"}
     )
     lag_spread: float = field(default=0.0, metadata={"help": "the same of the lag"})
-    gate_recall: float | None = field(
+    gate_recall: str | None = field(
         default=None,
-        metadata={"help": "emulate gate lookahead from the truth, this share of it right; marked in the output"},
+        metadata={
+            "help": "emulate gate lookahead from the truth, this share of it right; for several layers ahead, shares "
+            "separated by commas; marked in the output"
+        },
     )
     predictors: str | None = field(default=None, metadata={"help": "what finemoe trace train wrote, for promoe"})
     workers: int | None = field(default=None, metadata={"help": "processes (default: one per core)"})
 
     def __post_init__(self) -> None:
-        _ = self.policies, self.shares, self.link_ratios
+        _ = self.policies, self.shares, self.link_ratios, self.gate_recalls
         if not 0 <= self.store_split < 1:
             raise ConfigError(f"--store-split: {self.store_split} is not a share from 0 to below 1")
         for name in ("gap", "lag", "begin_lag", "compute_spread", "link_spread", "lag_spread"):
@@ -105,10 +107,8 @@ class SimulateConfig:
                 raise ConfigError(f"--{name.replace('_', '-')}: {getattr(self, name)} is not a number of at least 0")
         if not 0 < self.prefetch_slowdown < float("inf"):
             raise ConfigError(f"--prefetch-slowdown: {self.prefetch_slowdown} is not a number above 0")
-        for name in _SHARES:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"--{name.replace('_', '-')}: {value} is not a share from 0 to 1")
+        if not 0 <= self.before_gate <= 1:
+            raise ConfigError(f"--before-gate: {self.before_gate} is not a share from 0 to 1")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -167,9 +167,29 @@ class SimulateConfig:
 
         return _list("link-ratio", "1" if self.link_ratio is None else self.link_ratio, ratio)
 
+    @property
+    def gate_recalls(self) -> tuple[float, ...]:
+        """Of emulated lookahead, one layer ahead, two, ..; empty without."""
+
+        def recall(word: str) -> float:
+            try:
+                value = float(word)
+            except ValueError:
+                value = -1.0
+            if not 0 <= value <= 1:
+                raise ConfigError(f"--gate-recall: {word!r} is not a share from 0 to 1")
+            return value
+
+        return () if self.gate_recall is None else tuple(_words("gate-recall", self.gate_recall, recall))
+
 
 def _list(flag: str, text: str, read: Callable[[str], T]) -> tuple[T, ...]:
+    """Each value once."""
+    return tuple(dict.fromkeys(_words(flag, text, read)))
+
+
+def _words(flag: str, text: str, read: Callable[[str], T]) -> list[T]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
         raise ConfigError(f"--{flag}: nothing given")
-    return tuple(dict.fromkeys(map(read, words)))
+    return [read(word) for word in words]

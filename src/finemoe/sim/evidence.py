@@ -20,17 +20,17 @@ class Evidence:
     """A trace as policies see it.
 
     Args:
-        recall: with a share here, lookahead is emulated from the truth: that share of the next layer's experts is
-            named, the others are replaced by wrong ones. `None` shows what was recorded.
+        recalls: with shares here, lookahead is emulated from the truth, one layer ahead, two, ..: that share of a
+            layer's experts is named, the others are replaced by wrong ones. Without any, what was recorded is shown.
         seed: of the emulation.
     """
 
-    def __init__(self, trace: Trace, recall: float | None = None, seed: int = 0, jit: Jit[Any] = interpreted) -> None:
+    def __init__(self, trace: Trace, recalls: Sequence[float] = (), seed: int = 0, jit: Jit[Any] = interpreted) -> None:
         self.trace = trace
-        self.recall = recall
+        self.recalls = tuple(recalls)
         self._seed = seed
         self._mean_gates = jit(mean_gates)
-        self._kept: dict[int, npt.NDArray[np.intp]] = {}  # emulated lookahead by request
+        self._kept: dict[int, list[npt.NDArray[np.intp]]] = {}  # emulated lookahead by request
 
     @property
     def fields(self) -> frozenset[str]:
@@ -38,7 +38,7 @@ class Evidence:
         recorded = set(self.trace.header.fields)
         if recorded & {"probs", "weights"}:
             recorded.add("gates")
-        if self.recall is not None:
+        if self.recalls:
             recorded.add("lookahead")
         return frozenset(recorded & {"gates", "probs", "embeddings", "lookahead"})
 
@@ -55,7 +55,7 @@ class Evidence:
     def lookahead(self, schedule: Schedule, iteration: int) -> Floats | None:
         """`[B, L, n, E]`: what layer l's hidden states say of layers l + 1 to l + n; zeros past the last layer."""
         begin, end = schedule.steps[iteration], schedule.steps[iteration + 1]
-        if self.recall is not None:
+        if self.recalls:
             steps = zip(schedule.request[begin:end], schedule.rows[begin:end], strict=True)
             return np.stack([self._emulated(int(request), int(a), int(b)) for request, (a, b) in steps])
         column = self.trace.column("lookahead")
@@ -135,33 +135,37 @@ class Evidence:
         return executed[:, :, : header.experts]
 
     def _emulated(self, request: int, first: int, last: int) -> Floats:
-        """`[L, 1, E]`, one layer ahead, the mean over tokens."""
+        """`[L, n, E]`, the mean over tokens."""
         header = self.trace.header
         begin = int(self.trace.row_offsets[request])
-        named = self._named(request)[first - begin : last - begin]  # [T, L - 1, K]
-        ahead = np.zeros((header.layers, header.experts + 1), np.float32)
-        layers = np.arange(header.layers - 1)[None, :, None]
-        np.add.at(ahead, (np.broadcast_to(layers, named.shape), named), 1.0 / (named.shape[0] * named.shape[2]))
-        return ahead[:, None, : header.experts]
+        ahead = np.zeros((header.layers, len(self.recalls), header.experts + 1), np.float32)
+        for distance, everything in enumerate(self._named(request), 1):
+            named = everything[first - begin : last - begin]  # [T, L - distance, K]
+            layers = np.arange(header.layers - distance)[None, :, None]
+            at = np.broadcast_to(layers, named.shape), np.full(named.shape, distance - 1), named
+            np.add.at(ahead, at, 1.0 / (named.shape[0] * named.shape[2]))
+        return ahead[:, :, : header.experts]
 
-    def _named(self, request: int) -> npt.NDArray[np.intp]:
-        """`[n, L - 1, K]`: what a gate of this recall says of layers 1 on; `E` for nobody.
+    def _named(self, request: int) -> list[npt.NDArray[np.intp]]:
+        """For each distance, `[n, L - distance, K]`: what a gate of this recall says of layers `distance` on.
 
-        The same for every policy and budget.
+        `E` stands for nobody. The same for every policy and budget.
         """
-        if request in self._kept:
-            return self._kept[request]
-        assert self.recall is not None
+        if request not in self._kept:
+            if len(self._kept) == _KEPT:
+                self._kept.clear()
+            chance = np.random.default_rng((self._seed, request))
+            distances = range(1, min(len(self.recalls), self.trace.header.layers - 1) + 1)
+            self._kept[request] = [self._mistaken(request, distance, chance) for distance in distances]
+        return self._kept[request]
+
+    def _mistaken(self, request: int, distance: int, chance: np.random.Generator) -> npt.NDArray[np.intp]:
         nobody = self.trace.header.experts
-        chance = np.random.default_rng((self._seed, request))
-        truth = np.minimum(self.trace.request(request).expert_ids[:, 1:], nobody).astype(np.intp)
+        truth = np.minimum(self.trace.request(request).expert_ids[:, distance:], nobody).astype(np.intp)
         rank = chance.random((*truth.shape[:2], nobody + 1), dtype=np.float32)  # who takes the place of one that errs
-        right = (chance.random(truth.shape) < self.recall) | (truth == nobody)
+        right = (chance.random(truth.shape) < self.recalls[distance - 1]) | (truth == nobody)
         np.put_along_axis(rank, truth, -1.0, axis=2)
         rank[:, :, nobody] = -1.0
         wrong = np.argsort(-rank, axis=2)[:, :, : truth.shape[2]]
         wrong[np.take_along_axis(rank, wrong, axis=2) < 0] = nobody  # fewer than K experts are wrong
-        if len(self._kept) == _KEPT:
-            self._kept.clear()
-        self._kept[request] = np.where(right, truth, wrong)
-        return self._kept[request]
+        return np.where(right, truth, wrong)
