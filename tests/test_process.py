@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -59,3 +60,33 @@ def test_threads_of_parallel_regions_end_and_come_back() -> None:
 def test_idle_code_is_unmapped_and_comes_back() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+SPINNING = """
+import os, sys
+from finemoe.process import share_cores
+
+assert "torch" not in sys.modules
+share_cores()
+print(os.environ.get("GOMP_SPINCOUNT"))
+"""
+
+
+def run(program: str, **given: str) -> list[str]:
+    """The words that a program prints, without what this environment says of OpenMP."""
+    own = {name: value for name, value in os.environ.items() if name not in {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}}
+    return subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60, env=own | given
+    ).stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("given", "count"), [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_openmp_spins_briefly_unless_the_user_has_said_how(given: dict[str, str], count: str) -> None:
+    assert run(SPINNING, **given) == [count]
+
+
+def test_a_command_has_openmp_spin_briefly() -> None:
+    program = "import os\nfrom finemoe.cli import main\nmain(['--version'])\nprint(os.environ['GOMP_SPINCOUNT'])"
+    assert run(program)[-1] == "5000"

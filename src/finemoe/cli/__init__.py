@@ -13,7 +13,7 @@ from typing import Any
 from finemoe.cli.flags import Parser
 from finemoe.cli.interrupts import Interrupts
 from finemoe.errors import FinemoeError, FinemoeWarning
-from finemoe.process import return_freed_memory
+from finemoe.process import return_freed_memory, share_cores
 
 COMMANDS = {
     "generate": "answer one prompt",
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in given if not word.startswith("-")), None)
     _quieten()  # first: these libraries look when they are imported
+    share_cores()
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == chosen:
