@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from finemoe.policy.finemoe import Finemoe
-from finemoe.policy.lookahead import fuse, learn, look_ahead, make_named, make_weights, settle
+from finemoe.policy.lookahead import anticipate, fuse, learn, make_named, make_weights, settle
 from finemoe.types import DECODE, Routed, Step
 
 LAYERS, EXPERTS = 4, 8
@@ -28,7 +28,7 @@ def test_a_lookahead_is_trusted_as_far_as_it_was_right(distance: int) -> None:
         weights, named = make_weights(2), make_named(2, LAYERS, EXPERTS)
         for _ in range(2000):
             chances = np.full((LAYERS, EXPERTS), 0.25)
-            look_ahead(weights, named, 0, ahead, 2, chances)
+            anticipate(weights, named, 0, ahead, 2, chances)
             assert (named.experts[distance - 1, distance] == (gate(0, 1) > 0)).all()
             settle(weights, named, distance, executed)
         assert ((chances[distance, :2] > 0.9) == kept).all()
@@ -41,7 +41,7 @@ def test_without_a_gate_ahead_chances_stay_and_nothing_is_learned_later() -> Non
     weights, named = make_weights(1), make_named(1, LAYERS, EXPERTS)
     chances = np.full((LAYERS, EXPERTS), 0.25)
     for ahead in (np.zeros((0, EXPERTS), np.float32), np.zeros((1, EXPERTS), np.float32)):
-        look_ahead(weights, named, 0, ahead, 1, chances)
+        anticipate(weights, named, 0, ahead, 1, chances)
         assert (chances == 0.25).all() and not named.experts.any()
         settle(weights, named, 1, gate(0) > 0)
     assert (weights == make_weights(1)).all()
@@ -50,7 +50,7 @@ def test_without_a_gate_ahead_chances_stay_and_nothing_is_learned_later() -> Non
 def test_what_a_layer_used_is_learned_from_once_and_only_where_it_is_known() -> None:
     for executed, learned in ((gate(0) > 0, True), (NOBODY, False)):
         weights, named = make_weights(1), make_named(1, LAYERS, EXPERTS)
-        look_ahead(weights, named, 0, gate(0)[None], 1, np.full((LAYERS, EXPERTS), 0.25))
+        anticipate(weights, named, 0, gate(0)[None], 1, np.full((LAYERS, EXPERTS), 0.25))
         settle(weights, named, 1, executed)
         assert (weights != make_weights(1)).any() == learned
         assert not named.experts.any()
@@ -62,9 +62,9 @@ def test_what_a_layer_used_is_learned_from_once_and_only_where_it_is_known() -> 
 def test_gates_beyond_the_last_layer_say_nothing() -> None:
     weights, named = make_weights(3), make_named(3, LAYERS, EXPERTS)
     chances = np.full((LAYERS, EXPERTS), 0.25)
-    look_ahead(weights, named, LAYERS - 2, np.stack([gate(0)] * 3), 1, chances)
+    anticipate(weights, named, LAYERS - 2, np.stack([gate(0)] * 3), 1, chances)
     assert (chances[:-1] == 0.25).all() and (chances[-1] != 0.25).all()
-    look_ahead(weights, named, LAYERS - 1, np.stack([gate(0)] * 3), 1, chances)
+    anticipate(weights, named, LAYERS - 1, np.stack([gate(0)] * 3), 1, chances)
     assert named.experts.sum() == 1
 
 

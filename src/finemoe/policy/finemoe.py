@@ -12,7 +12,7 @@ from finemoe.policy.active import Active
 from finemoe.policy.base import Knowledge, Policy
 from finemoe.policy.book import Scores
 from finemoe.policy.kernel import Jit, interpreted
-from finemoe.policy.lookahead import look_ahead, make_weights, settle
+from finemoe.policy.lookahead import look_ahead, make_weights
 from finemoe.policy.neighbours import CONSTANTS, Constants, begin_search, extend_search
 from finemoe.policy.openings import Openings
 from finemoe.policy.outlook import appraise
@@ -115,7 +115,7 @@ class Finemoe(Policy):
         self._running: dict[int, Running] = {}
         self._steps: tuple[Step, ...] = ()
         self._use, self._begin_search, self._extend_search = jit(use), jit(begin_search), jit(extend_search)
-        self._settle, self._look_ahead, self._appraise = jit(settle), jit(look_ahead), jit(appraise)
+        self._look_ahead, self._appraise = jit(look_ahead), jit(appraise)
         self._append, self._imprint_all = jit(append), jit(imprint_all)
 
     @property
@@ -276,10 +276,10 @@ class Finemoe(Policy):
         """Fuses what the next layers' gates say of this layer's hidden states, `[n, E]`, into their chances."""
         if "lookahead" in self.without:
             return
-        nothing = np.zeros(self.experts, np.bool_)
-        self._settle(self._weights, running.named, layer, nothing if executed is None else executed)
-        if not self.behind:
-            self._look_ahead(self._weights, running.named, layer, ahead, self.active.count, running.search.chances[0])
+        known = np.zeros(self.experts, np.bool_) if executed is None else executed
+        told = ahead[:0] if self.behind else ahead
+        chances = running.search.chances[0]
+        self._look_ahead(self._weights, running.named, layer, known, told, self.active.count, chances)
 
     def _value(self, now: int) -> None:
         """Brings the scores up to date. Of several requests, any may need an expert."""

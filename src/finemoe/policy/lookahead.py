@@ -90,7 +90,7 @@ def settle(weights: Scores, named: Named, layer: int, executed: Flags) -> None:
 
 
 @kernel
-def look_ahead(weights: Scores, named: Named, layer: int, ahead: Floats, active: int, chances: Scores) -> None:
+def anticipate(weights: Scores, named: Named, layer: int, ahead: Floats, active: int, chances: Scores) -> None:
     """Revises the chances of the next layers by what their gates say of this layer's hidden states.
 
     Args:
@@ -109,3 +109,12 @@ def look_ahead(weights: Scores, named: Named, layer: int, ahead: Floats, active:
         experts[:] = likeliest(ahead[distance : distance + 1], active) > 0
         named.before[distance, target] = chances[target]
         fuse(weights[distance], experts, chances[target])
+
+
+@kernel
+def look_ahead(
+    weights: Scores, named: Named, layer: int, executed: Flags, ahead: Floats, active: int, chances: Scores
+) -> None:
+    """A layer is known, and what the gates of the next ones say of its hidden states: `settle`, then `anticipate`."""
+    settle(weights, named, layer, executed)
+    anticipate(weights, named, layer, ahead, active, chances)
