@@ -48,6 +48,8 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
             raise UnsupportedModelError(
                 f"{folder} needs modelling code of its own; if you trust it, give --trust-remote-code"
             )
+        if model_type is None:
+            raise CheckpointError(f"{folder / 'config.json'}: names no model_type; is this a transformers checkpoint?")
         raise CheckpointError(
             f"{folder / 'config.json'}: transformers {transformers.__version__} knows no model type {model_type!r}"
         )
