@@ -30,8 +30,8 @@ _CHUNK_BYTES = 1 << 20
 # hit rate of lfru by share of resident experts: gpt-oss-20b, decoding (tests/policy/test_real_traces.py)
 LOCAL_HITS = ((0.0, 0.0), (0.1, 0.28), (0.25, 0.66), (0.5, 0.915), (0.75, 0.985), (1.0, 1.0))
 
-# what a run takes beyond a process that has loaded the libraries only, by the peak of `finemoe generate` on a tiny model:
-# some 15 MiB with lru (reader threads, activations), and 115 MiB more with the default policy (numba)
+# what a run takes beyond a process that has only loaded the libraries, by the peak of `generate` on a tiny model: some
+# 15 MiB with lru (reader threads, activations), and 115 MiB more with the default policy (numba)
 RUN_BYTES = 130 << 20
 STORE_BYTES = 128 << 20  # what the default policy may fill with what it learns (`policy.finemoe`)
 

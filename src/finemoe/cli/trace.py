@@ -116,7 +116,7 @@ def _stats(arguments: argparse.Namespace) -> int:
             from finemoe.trace.plot import draw
 
             draw(stats, trace.header, Path(arguments.plot))
-    print(json.dumps(stats.as_dict()) if arguments.json else stats)
+    print(json.dumps(stats.as_dict(), allow_nan=False) if arguments.json else stats)
     return 0
 
 
