@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,14 +14,14 @@ _CHUNK_BYTES = 64 << 20
 _HALF_INFINITE = 0x7C00  # float16 without its sign: this and above is no number
 
 
-def fault(name: str, values: NDArray[np.generic], header: TraceHeader) -> str | None:
+def fault(name: str, values: NDArray[Any], header: TraceHeader) -> str | None:
     """What is wrong with values of the column of this name; `None` if nothing is."""
     rows = max(1, _CHUNK_BYTES // max(1, values[:1].nbytes))
     stretches = (values[first : first + rows] for first in range(0, len(values), rows))
     return next((wrong for each in stretches if (wrong := _fault(name, each, header)) is not None), None)
 
 
-def _fault(name: str, values: NDArray[np.generic], header: TraceHeader) -> str | None:
+def _fault(name: str, values: NDArray[Any], header: TraceHeader) -> str | None:
     if values.dtype == np.float16:
         bits = values.view(np.uint16) & 0x7FFF
         return "values that are not finite numbers" if (bits >= _HALF_INFINITE).any() else None
@@ -30,7 +32,7 @@ def _fault(name: str, values: NDArray[np.generic], header: TraceHeader) -> str |
     return _ids_fault(values, header) if name == "expert_ids" else None
 
 
-def _ids_fault(ids: NDArray[np.generic], header: TraceHeader) -> str | None:
+def _ids_fault(ids: NDArray[Any], header: TraceHeader) -> str | None:
     ordered = np.sort(ids.reshape(-1, header.active), axis=1)
     real = ordered < header.experts
     if (~real & (ordered != header.sentinel)).any():
