@@ -159,8 +159,8 @@ def refuse_existing(path: Path, *, append: bool, overwrite: bool) -> None:
     """What `TraceWriter` would refuse about a path, ahead of the work that is to be written.
 
     Raises:
-        TraceError: there is no such folder, or it can't be written; the path is a folder itself; or something is there and
-            neither flag says what to do with it.
+        TraceError: there is no such folder, or it can't be written; the path is a folder itself; or something is
+            there and neither flag says what to do with it.
     """
     if wrong := unwritable(path):
         raise TraceError(f"{path}: {wrong}")
