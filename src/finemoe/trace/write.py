@@ -163,7 +163,7 @@ def refuse_existing(path: Path, *, append: bool, overwrite: bool) -> None:
             there and neither flag says what to do with it.
     """
     if wrong := unwritable(path):
-        raise TraceError(f"{path}: {wrong}")
+        raise TraceError(wrong)
     if append and path.exists():
         read_head(path)
     if append or overwrite:
