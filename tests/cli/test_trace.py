@@ -159,6 +159,19 @@ def test_ctrl_c_keeps_the_finished_requests(
     assert not (tmp_path / "it.trace.partial").exists()
 
 
+def test_a_trace_is_said_to_keep_requests_only_if_it_does(
+    capsys: Capture, model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: TraceWriter) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TraceWriter, "_assemble", full)
+    assert main(record(model, prompts, tmp_path / "it.trace", "--limit", "2")) == 2
+    errors = capsys.readouterr().err
+    assert "the finished requests wait in" in errors
+    assert "keeps the" not in errors
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
