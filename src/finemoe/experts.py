@@ -43,7 +43,7 @@ class ExpertLayer:
 
     Args:
         engine: hands out slots.
-        lock: held while a layer runs; shared by all layers of a model, and by whoever closes it.
+        lock: held while a layer runs; shared by all layers of a model, its passes, and whoever closes it.
         layer: index of this MoE layer.
         layout: how an expert lies in a slot.
         dtypes: of the module's parameters, by name; a slot in another dtype is cast on use.

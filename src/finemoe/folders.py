@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from finemoe.errors import ConfigError
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -33,6 +35,26 @@ def user_maps() -> Path | None:
 def user_experts() -> Path:
     """Where quantised copies of experts are kept."""
     return user_cache() / "experts"
+
+
+def refuse_unwritable(flag: str, path: Path) -> None:
+    """Ahead of the work whose result is to be written to a file that a user named.
+
+    Raises:
+        ConfigError: its folder is missing (a mistyped one is not made), it is a folder, or can't be written.
+    """
+    if wrong := unwritable(path):
+        raise ConfigError(f"{flag}: {wrong}")
+
+
+def unwritable(path: Path) -> str | None:
+    """Why a file can't be written there; `None` if it seems that it can."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        return f"there is no folder {folder}; make it, or give another"
+    if path.is_dir():
+        return f"{path} is a folder; give a file in it"
+    return None if os.access(folder, os.W_OK | os.X_OK) else f"{path} can't be written (no permission in {folder})"
 
 
 def replace_file(path: Path, content: bytes) -> None:

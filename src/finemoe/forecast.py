@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import torch
 from torch.nn import functional as F  # noqa: N812 - the name that torch users know
 
@@ -29,6 +30,11 @@ _CHUNK_BYTES = 1 << 20
 # hit rate of lfru by share of resident experts: gpt-oss-20b, decoding (tests/policy/test_real_traces.py)
 LOCAL_HITS = ((0.0, 0.0), (0.1, 0.28), (0.25, 0.66), (0.5, 0.915), (0.75, 0.985), (1.0, 1.0))
 
+# what a run takes beyond a process that has only loaded the libraries, by the peak of `generate` on a tiny model: some
+# 15 MiB with lru (reader threads, activations), and 115 MiB more with the default policy (numba)
+RUN_BYTES = 130 << 20
+STORE_BYTES = 128 << 20  # what the default policy may fill with what it learns (`policy.finemoe`)
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -36,7 +42,8 @@ class Rates:
 
     disk_bytes_s: float  # random 1 MiB reads past the page cache
     memory_bytes_s: float  # weights streamed through a matmul with one row, as decoding does
-    available_bytes: int
+    available_bytes: int  # beside this process
+    resident_bytes: int  # what this process takes: interpreter, torch, transformers
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ class Forecast:
     share: float
     slots: int
     expert_memory_bytes: int
-    total_bytes: int  # with the dense part
+    process_bytes: int  # the process itself: interpreter, libraries, activations, the policy and what it learns
+    total_bytes: int  # with the dense part and the process
     fits: bool
     raised: bool  # the budget asked for is below what a load accepts; this is the least
     tok_s_uniform: float  # routing without locality
@@ -77,13 +85,15 @@ def forecast(sizes: Sizes, rates: Rates, share: float) -> Forecast:
         return 1.0 / (compute_s + (1.0 - hit_rate) * active_bytes / rates.disk_bytes_s)
 
     pool_bytes = slots * sizes.slot_bytes
-    total_bytes = sizes.dense_bytes + pool_bytes
+    process_bytes = rates.resident_bytes + RUN_BYTES + STORE_BYTES
+    total_bytes = sizes.dense_bytes + pool_bytes + process_bytes
     return Forecast(
         share=resident,
         slots=slots,
         expert_memory_bytes=pool_bytes,
+        process_bytes=process_bytes,
         total_bytes=total_bytes,
-        fits=total_bytes <= rates.available_bytes,
+        fits=total_bytes - rates.resident_bytes <= rates.available_bytes,  # this process has its part already
         raised=int(share * sizes.experts + 1e-9) < sizes.least_slots,
         tok_s_uniform=tok_s(resident),
         tok_s_local=tok_s(_interpolate(resident)),
@@ -107,7 +117,8 @@ def measure(folder: Path | None = None, sample_bytes: int = 256 << 20) -> Rates:
     Raises:
         FinemoeError: there is no room for the sample on that disk.
     """
-    return Rates(_disk_bytes_s(folder, sample_bytes), _memory_bytes_s(sample_bytes), available_bytes())
+    resident = int(psutil.Process().memory_info().rss)  # before the samples
+    return Rates(_disk_bytes_s(folder, sample_bytes), _memory_bytes_s(sample_bytes), available_bytes(), resident)
 
 
 def _memory_bytes_s(sample_bytes: int) -> float:

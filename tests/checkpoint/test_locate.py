@@ -20,9 +20,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def refused(model: Path | str) -> str:
+def refused(model: Path | str, revision: str | None = None) -> str:
     with pytest.raises(CheckpointError) as caught:
-        locate(str(model))
+        locate(str(model), revision)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -84,3 +84,8 @@ def test_an_empty_index_is_refused(folder: Path) -> None:
 def test_what_is_neither_folder_nor_hub_id_is_refused_in_one_line(model: str) -> None:
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert refused(model).startswith("--model: ")
+
+
+def test_a_revision_of_a_folder_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").touch()
+    assert refused(folder, "main").startswith(f"--revision: {folder} is a folder on this machine")

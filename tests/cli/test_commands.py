@@ -252,6 +252,7 @@ def test_plan_has_a_row_for_each_budget(capsys: Capture, model: str) -> None:
     rows = table["rows"]
     assert [row["slots"] for row in rows] == [4, 12, 24]  # the least that works, half, all
     assert all(row["fits"] for row in rows)
+    assert all(row["total_bytes"] > row["process_bytes"] > table["rates"]["resident_bytes"] > 0 for row in rows)
     assert rows[1]["tok_s_local"] <= rows[2]["tok_s_local"]
     assert [row["raised"] for row in rows] == [True, False, False]
     assert main(["plan", "--model", model, "--expert-memory", "10%"]) == 0

@@ -86,11 +86,29 @@ def test_bad_input_is_refused_in_one_line(capsys: Capture, one: str, tmp_path: P
         (("prune", one, "--keep", "3", "--out", one), "--out: .*exists"),
         (("prune", one, "--keep", "3", "--out", str(tmp_path)), "--out: .*is a folder"),
         (("learn", str(tmp_path / "t"), *out), "t: has no gate distributions"),
+        (("learn", str(tmp_path / "t"), "--out", str(tmp_path / "no" / "out")), "--out: there is no folder .*no"),
         (("learn", str(tmp_path / "t"), *out, "--policy", "lru"), "--policy: lru learns no maps"),
         (("learn", str(tmp_path / "t"), *out, "--policy", "fifo"), "--policy: unknown policy 'fifo'"),
     ):
         assert re.search(named, refused(capsys, "maps", *arguments))
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "no").exists()
+
+
+def test_outputs_that_could_not_be_written_are_refused_before_the_work(
+    capsys: Capture, one: str, two: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_trace(tmp_path / "t")
+    monkeypatch.setattr("finemoe.folders.os.access", lambda *_: False)
+    monkeypatch.setattr("finemoe.maps.file.replace_file", lambda *_: pytest.fail("the work was done"))
+    out = "--out", str(tmp_path / "out")
+    for arguments, named in (
+        (("merge", one, two, *out), "--out: .*out can't be written"),
+        (("prune", one, "--keep", "3"), "FILE: .*one can't be written"),
+        (("learn", str(tmp_path / "t"), *out), "--out: .*out can't be written"),
+        (("show", str(tmp_path / "t"), "--request", "0", "--plot", str(tmp_path / "it.png")), "--plot: .*it.png can't"),
+    ):
+        assert re.search(named, refused(capsys, "maps", *arguments))
 
 
 def test_generate_takes_a_store(capsys: Capture, tmp_path: Path) -> None:
@@ -115,12 +133,16 @@ def test_show_tells_and_draws_what_was_expected(tmp_path: Path, capsys: Capture)
     pytest.importorskip("matplotlib")
     trace = str(recorded_trace(tmp_path, requests=5).path)
     command = ("maps", "show", trace, "--request", "2")
-    told = answered(capsys, *command, "--json", "--plot", str(tmp_path / "map.png"))
+    drawing = "--plot", str(tmp_path / "map.png")
+    told = answered(capsys, *command, "--json", *drawing)
     assert 0 < told["recall"] <= 1
     assert len(told["recall_by_layer"]) == LAYERS
     assert (tmp_path / "map.png").stat().st_size > 0
-    assert main([*command, "--iteration", "1"]) == 0
-    assert "foreseen by finemoe" in capsys.readouterr().out
+    assert main([*command, "--iteration", "1", *drawing]) == 0
+    output, errors = capsys.readouterr()
+    assert "foreseen by finemoe" in output
+    assert re.findall(r"layer +(\d+)", output) == [str(layer) for layer in range(LAYERS)]
+    assert f"drawn to {drawing[1]}" in errors
     for wrong, culprit in (
         (("--iteration", "999"), "--iteration: 999"),
         (("--policy", "lru"), "--policy"),

@@ -108,6 +108,7 @@ def test_a_plot_is_drawn(capsys: Capture, trace: str, tmp_path: Path) -> None:
     assert main(["simulate", trace, "--policy", "lru,oracle", "--plot", str(out), *ALONE]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
     assert [each.name for each in tmp_path.iterdir()] == ["it.png"]
+    assert f"drawn to {out}" in capsys.readouterr().err
 
 
 def test_every_setting_is_a_flag_with_its_default(capsys: Capture) -> None:
@@ -158,7 +159,10 @@ def test_every_setting_is_a_flag_with_its_default(capsys: Capture) -> None:
         (["TRACE", "--before-gate", "-0.1"], "--before-gate: -0.1 is not a share"),
         (["TRACE", "--gap", "-1"], "--gap: -1.0 is not a number of at least 0"),
         (["TRACE", "--gap", "nan"], "--gap"),
-        (["TRACE", "--link-spread", "-1"], "--link-spread: -1.0 is not a number of at least 0"),
+        (["TRACE", "--link-spread", "-1"], "--link-spread: -1.0 is not a number from 0 to 3"),
+        (["TRACE", "--compute-spread", "1000"], "--compute-spread: 1000.0 is not a number from 0 to 3"),
+        (["TRACE", "--lag-spread", "nan"], "--lag-spread"),
+        (["TRACE", "--store", "TRACE", "--store-split", "0.7"], "--store-split: contradicts --store"),
         (["TRACE", "--prefetch-slowdown", "0"], "--prefetch-slowdown: 0.0 is not a number above 0"),
         (["TRACE", "--workers", "0"], "--workers"),
         (["TRACE", "--hardware", "h100-pcie5"], "--shape"),

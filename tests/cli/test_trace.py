@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from finemoe.cli import INTERRUPTED, main
-from finemoe.trace import open_trace
+from finemoe.trace import TraceWriter, open_trace
 from finemoe.trace.record import Recorder
 from tests.chat_model import make_chat_model
 from tests.cli.test_commands import Capture, answered, refused
-from tests.trace.make import make_header, make_trace
+from tests.trace.make import make_header, make_request, make_trace
 from tests.trace.test_importing import arrays, simllm, write_lines
 
 pytestmark = pytest.mark.usefixtures("own_process")
@@ -158,6 +159,19 @@ def test_ctrl_c_keeps_the_finished_requests(
     assert not (tmp_path / "it.trace.partial").exists()
 
 
+def test_a_trace_is_said_to_keep_requests_only_if_it_does(
+    capsys: Capture, model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: TraceWriter) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TraceWriter, "_assemble", full)
+    assert main(record(model, prompts, tmp_path / "it.trace", "--limit", "2")) == 2
+    errors = capsys.readouterr().err
+    assert "the finished requests wait in" in errors
+    assert "keeps the" not in errors
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -171,6 +185,8 @@ def test_ctrl_c_keeps_the_finished_requests(
         (["trace", "stats", "TRACE", "--sort"], "--sort"),
         (["trace", "import", "/no/where", "--out", "it"], "no such file"),
         (["trace", "import", "/no/where"], "--out"),
+        (["trace", "train", "TRACE", "--out", "no/it"], "--out: there is no folder"),
+        (["record", "--prompts", "TRACE", "--out", ".", "--force"], "is a folder"),
         (["trace", "import", "TRACE", "--out", "it", "--experts", "0"], "--experts"),
         (["trace", "import", "TRACE", "--out", "it"], "known are"),
         (["record", "--out", "it"], "--prompts"),
@@ -198,3 +214,18 @@ def test_importing_the_command_needs_no_torch(trace: str) -> None:
     command = f"main(['trace', 'info', {trace!r}])"
     check = f"import sys; from finemoe.cli import main; {command}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False, capture_output=True).returncode == 0
+
+
+def test_a_trace_that_a_killed_recording_has_not_written_yet_says_what_waits(capsys: Capture, tmp_path: Path) -> None:
+    header, out = make_header(), tmp_path / "it.trace"
+    writer = TraceWriter(out, header)
+    for _ in range(2):
+        writer.add(make_request(header, np.random.default_rng(0)))
+    writer._spool.commit()
+    writer._spool.close()  # and no more, as by a kill
+    error = refused(capsys, "trace", "info", str(out))
+    assert "there is no such trace, but 2 finished requests" in error
+    assert f"finemoe record --append --out {out} takes them up" in error
+    with TraceWriter(out, header, append=True) as again:
+        assert len(again) == 2
+    assert len(open_trace(out)) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,20 @@ def test_threads_may_share_a_model(offloaded: Any, whole: Any) -> None:
         thread.join(120)
     assert len(outputs) == 4
     assert all(torch.equal(output, expected[batch]) for batch, output in outputs)
+
+
+@pytest.mark.parametrize("policy", ["finemoe", "finemoe/lookahead=2", "expert-map", "moe-infinity"])
+def test_threads_that_share_a_model_under_a_policy_that_listens_get_the_answers_of_one(
+    chat_folder: Path, whole: Any, policy: str
+) -> None:
+    batches = (1, 3, 2, 1, 4)
+    expected = {batch: answer(whole, batch=batch) for batch in set(batches)}
+    with finemoe.load(chat_folder, expert_memory="40%", policy=policy, map_store="none") as model:
+        for _ in range(3):
+            with ThreadPoolExecutor(len(batches)) as pool:
+                outputs = list(pool.map(lambda batch: answer(model, batch=batch), batches))
+            assert all(torch.equal(got, expected[batch]) for batch, got in zip(batches, outputs, strict=True))
+        model.finemoe.check_integrity()
 
 
 def test_statistics_add_up(offloaded: Any) -> None:

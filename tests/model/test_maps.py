@@ -127,6 +127,8 @@ def test_a_chosen_file_that_does_not_fit_is_refused(chat_folder: Path, tmp_path:
         finemoe.load(chat_folder, policy="finemoe", map_store=tmp_path / "diary")
     with pytest.raises(ConfigError, match=r"--map-store: .*is a folder"):
         finemoe.load(chat_folder, policy="finemoe", map_store=tmp_path)
+    with pytest.raises(ConfigError, match=r"--map-store: there is no folder .*nowhere; make it"):
+        finemoe.load(chat_folder, policy="finemoe", map_store=tmp_path / "nowhere" / "maps")
     with pytest.raises(ConfigError, match="--map-store: --policy lru learns no maps"):
         finemoe.load(chat_folder, policy="lru", map_store=foreign)
     finemoe.load(chat_folder, policy="lru", map_store="none").close()
@@ -172,9 +174,11 @@ def test_a_file_of_another_shape_than_the_model_is_not_recalled(chat_folder: Pat
 
 
 def test_what_can_not_be_written_is_a_warning(chat_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    model = finemoe.load(chat_folder, policy="finemoe", map_store=tmp_path / "file" / "maps")
+    (tmp_path / "gone").mkdir()
+    model = finemoe.load(chat_folder, policy="finemoe", map_store=tmp_path / "gone" / "maps")
     generate(model)
+    (tmp_path / "gone").rmdir()
+    (tmp_path / "gone").write_text("")
     with pytest.warns(FinemoeWarning, match="can't be written .*what was learned is lost"):
         model.close()
 

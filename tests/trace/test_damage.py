@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from safetensors.numpy import save_file
 
 from finemoe.errors import TraceError
 from finemoe.trace import open_trace
-from tests.trace.make import make_trace
+from finemoe.trace.columns import columns
+from finemoe.trace.file import read_head
+from finemoe.trace.header import OPTIONAL
+from tests.trace.make import make_header, make_request, make_trace
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +116,53 @@ def test_any_other_file_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_no_file_and_no_permission_are_told_apart(tmp_path: Path) -> None:
     assert "no such trace" in refused(tmp_path / "none")
     assert "can't be read" in refused(tmp_path)
+
+
+def spoiled(path: Path, column: str, value: float, *, everywhere: bool = False) -> Path:
+    """A trace with this value in a column's last row, or in all of it."""
+    make_trace(path, header=make_header(OPTIONAL))
+    head = read_head(path)
+    about = next(each for each in columns(head.header) if each.name == column)
+    first = 0 if everywhere else head.counts[about.table] - 1
+    content = bytearray(path.read_bytes())
+    size = (head.counts[about.table] - first) * about.row_bytes
+    begin = head.offsets_bytes[column] + first * about.row_bytes
+    content[begin : begin + size] = np.full(size // about.dtype.itemsize, value, about.dtype).tobytes()
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("expert_ids", 8), ("expert_ids", 254), ("expert_ids", 3), ("token_ids", -1), ("phases", 2),
+     ("weights", np.nan), ("weights", np.inf), ("embeddings", np.nan)],
+)  # fmt: skip
+def test_values_that_can_not_be_are_refused_with_the_name_of_their_column(
+    tmp_path: Path, column: str, value: float
+) -> None:
+    assert f"column {column} " in refused(spoiled(tmp_path / "it.trace", column, value))
+
+
+def test_tokens_that_executed_nothing_are_no_damage(tmp_path: Path) -> None:
+    path = spoiled(tmp_path / "it.trace", "expert_ids", make_header().sentinel, everywhere=True)
+    with open_trace(path) as trace:
+        assert len(trace) == 3
+
+
+@pytest.mark.parametrize("column", ["probs", "lookahead"])
+def test_large_columns_are_refused_when_they_are_read(tmp_path: Path, column: str) -> None:
+    with open_trace(spoiled(tmp_path / "it.trace", column, np.nan)) as trace:
+        assert trace.column("expert_ids") is not None
+        trace.request(0)
+        for read in (lambda: trace.column(column), lambda: trace.request(2)):
+            with pytest.raises(TraceError, match=rf"it\.trace: damaged: its column {column} has values"):
+                read()
+
+
+@pytest.mark.parametrize(("column", "value"), [("weights", np.nan), ("expert_ids", 3), ("token_ids", -1)])
+def test_values_that_can_not_be_are_never_written(tmp_path: Path, column: str, value: float) -> None:
+    header = make_header()
+    request = make_request(header, np.random.default_rng(0))
+    wrong = replace(request, **{column: np.full_like(getattr(request, column), value)})
+    with pytest.raises(TraceError, match=rf"a request's {column} have "):
+        wrong.check(header)

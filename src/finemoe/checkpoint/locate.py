@@ -29,9 +29,12 @@ def locate(model: str, revision: str | None = None) -> Checkpoint:
     """Find a model's files, downloading them if `model` is a hub id.
 
     Raises:
-        CheckpointError: no such folder or hub id, no safetensors weights, or a shard of the index is missing.
+        CheckpointError: no such folder or hub id, no safetensors weights, or a shard of the index is missing; or a
+            revision of a folder.
     """
     folder = Path(model).expanduser()
+    if revision is not None and folder.is_dir():
+        raise CheckpointError(f"--revision: {model} is a folder on this machine, it has no revisions; leave it out")
     if not folder.is_dir():
         if folder.exists():
             raise CheckpointError(f"--model: {model} is a file; give the folder that holds config.json")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from finemoe.cli.flags import Parser
 from finemoe.config import format_bytes
 from finemoe.errors import ConfigError
+from finemoe.folders import refuse_unwritable
 from finemoe.maps import Maps, merge, prune, read_maps, write_maps
 
 
@@ -76,6 +78,8 @@ def _prune(arguments: argparse.Namespace) -> int:
     out = path if arguments.out is None else _out(arguments)
     _at_least_one("--keep", arguments.keep)
     maps = read_maps(path)
+    if arguments.out is None:
+        refuse_unwritable("FILE", path)
     return _written(prune(maps, arguments.keep, tick=arguments.interrupts.check), out, arguments, len(maps))
 
 
@@ -149,11 +153,12 @@ def _show(arguments: argparse.Namespace) -> int:
         which = "" if arguments.iteration is None else f", iteration {arguments.iteration}"
         title = f"{header.model}, request {arguments.request}{which}: {arguments.policy}"
         draw_guess(found, title, Path(arguments.plot), arguments.iteration)
+        print(f"drawn to {arguments.plot}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(told))
     else:
         print(f"foreseen by {arguments.policy}, of what each layer needed: {recall.mean():.1%}")
-        for layer, share in enumerate(recall, 1):
+        for layer, share in enumerate(recall):
             print(f"layer {layer:3}  {share:6.1%}  {'#' * round(40 * share)}")
     return 0
 
@@ -189,8 +194,7 @@ def _written(maps: Maps, out: Path, arguments: argparse.Namespace, before: int) 
 
 def _out(arguments: argparse.Namespace) -> Path:
     out = Path(arguments.out)
-    if out.is_dir():
-        raise ConfigError(f"--out: {out} is a folder; give a file in it")
+    refuse_unwritable("--out", out)
     if out.exists() and not arguments.force:
         raise ConfigError(f"--out: {out} exists; give --force to replace it")
     return out

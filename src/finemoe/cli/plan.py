@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{description.name}: experts {experts}, stored as {stored_as(description)}; dense {dense}")
     print(f"this machine: {format_bytes(rates.available_bytes)} of memory available")
     print(f"disk {disk}/s, weights through a matmul {matmul}/s")
+    print(f"process: {format_bytes(rows[0].process_bytes)} (interpreter, libraries, the default policy and its store)")
     print(f"\n{'experts in memory':>24}  {'total memory':>12}  {'fits':4}  {'tok/s expected':>14}")
     for row in rows:
         held = f"{'*' if row.raised else ''}{row.slots} ({row.share:.0%}), {format_bytes(row.expert_memory_bytes)}"
@@ -65,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     if any(row.raised for row in rows):
         print("* less was asked for; this is the least that a load accepts")
     print(
+        "\ntotal memory: experts in memory, the dense part and the process"
         "\ntok/s while decoding: the first figure if routing has no locality, the second if it is as local as "
         "gpt-oss-20b's"
     )

@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
                         recorded += 1
                         bar.update()
         except BaseException:
-            if recorded:
+            if recorded and not left_behind(out):  # else the error says where they are
                 print(f"\n{out} keeps the {recorded} requests that were finished; --append adds to it", file=sys.stderr)
             raise
         if load_config.explain:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from finemoe.cli.flags import add_flags, read_flags
 from finemoe.errors import ConfigError
+from finemoe.folders import refuse_unwritable
 from finemoe.sim.config import SimulateConfig
 
 
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         check(Path(arguments.plot))
     if arguments.json not in {None, "-"}:
-        _check(Path(arguments.json))
+        refuse_unwritable("--json", Path(arguments.json))
     from tqdm import tqdm
 
     from finemoe.sim.cells import Cell, count_iterations, run_cells, runnable
@@ -81,16 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
         from finemoe.sim.plot import draw
 
         draw(rows, f"{header.model}: {header.layers} layers of {header.experts} experts", Path(arguments.plot))
+        print(f"drawn to {arguments.plot}", file=sys.stderr)
     return 0
-
-
-def _check(path: Path) -> None:
-    """Refuses what can't be written to, before time is spent on replays."""
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise ConfigError(f"--json: there is no folder {folder}")
-    if path.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"--json: {path} can't be written ({'Is a directory' if path.is_dir() else 'no permission'})")
 
 
 def _write(path: Path, text: str) -> None:

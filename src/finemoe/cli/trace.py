@@ -11,6 +11,7 @@ from typing import Any
 from finemoe.cli.flags import Parser
 from finemoe.config import format_bytes
 from finemoe.errors import ConfigError
+from finemoe.folders import refuse_unwritable
 from finemoe.trace import Trace, open_trace
 
 
@@ -116,7 +117,8 @@ def _stats(arguments: argparse.Namespace) -> int:
             from finemoe.trace.plot import draw
 
             draw(stats, trace.header, Path(arguments.plot))
-    print(json.dumps(stats.as_dict()) if arguments.json else stats)
+            print(f"drawn to {arguments.plot}", file=sys.stderr)
+    print(json.dumps(stats.as_dict(), allow_nan=False) if arguments.json else stats)
     return 0
 
 
@@ -128,6 +130,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from finemoe.trace.split import split
 
     out = Path(arguments.out)
+    refuse_unwritable("--out", out)
     if out.exists() and not arguments.force:
         raise ConfigError(f"--out: {out} exists; give --force to replace it")
     if not 0 < arguments.store_split < 1:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from finemoe.errors import ConfigError, DamagedMapsError, FinemoeWarning, MapsError
-from finemoe.folders import locked, user_maps
+from finemoe.folders import locked, unwritable, user_maps
 from finemoe.maps.file import read_maps, write_maps
 from finemoe.maps.maps import ROW_ARRAYS, Maps
 from finemoe.maps.news import counted_once
@@ -132,15 +132,15 @@ def open_keeper(choice: str | None, policy: str, model: str, name: str) -> Keepe
         name: of the model, for people.
 
     Raises:
-        ConfigError: a file is named that does not fit, or is a folder.
+        ConfigError: a file is named that does not fit, is a folder, or can't be written.
     """
     folder, policy = user_maps(), policy.partition("/")[0]  # settings do not change what maps are
     if choice == NOWHERE or not policy_class(policy).remembers or (choice is None and folder is None):
         return None
     if choice is not None:
         path = Path(choice).expanduser()
-        if path.is_dir():
-            raise ConfigError(f"--map-store: {path} is a folder; give a file in it, or none")
+        if wrong := unwritable(path):
+            raise ConfigError(f"--map-store: {wrong}, or none")
         return Keeper(path, policy, model, name, chosen=True)
     assert folder is not None
     return Keeper(folder / f"{model}-{policy}.safetensors", policy, model, name, chosen=False)

@@ -306,6 +306,11 @@ class Offload:
             policy.recall(maps.arrays)
         return True
 
+    @property
+    def lock(self) -> threading.RLock:
+        """Held by the pass that runs, by its layers, and by whoever empties the pool or closes it."""
+        return self._lock
+
     def evict_all(self) -> None:
         """Empty the pool, as after loading. For measurements of a cold start."""
         with self._lock:
@@ -316,7 +321,7 @@ class Offload:
         self._engine.check_integrity()
 
     def close(self) -> None:
-        """Free the pool, the reader threads and the open files, once no layer runs; keep what the policy learned.
+        """Free the pool, the reader threads and the open files, once no pass runs; keep what the policy learned.
 
         The model can't run any more. The interpreter's exit closes what is still open.
         """
@@ -347,8 +352,8 @@ class OffloadedModel:
     finemoe: Offload
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model, without gradients: offloaded experts have none."""
-        with torch.no_grad():
+        """Run the model, without gradients: offloaded experts have none. Threads take turns, a pass at a time."""
+        with self.finemoe.lock, torch.no_grad():  # what listens to a pass keeps its state until that ends
             return super().__call__(*args, **kwargs)  # type: ignore[misc] # the transformers model's
 
     def close(self) -> None:

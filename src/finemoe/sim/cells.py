@@ -272,7 +272,7 @@ def _subject(path: str, config: SimulateConfig) -> _Subject:
         if (store_trace.header.layers, store_trace.header.experts) != (trace.header.layers, trace.header.experts):
             raise ConfigError(f"--store: {config.store} has another shape than {path}")
     else:
-        kept, replayed = split(len(trace), config.store_split, config.seed)
+        kept, replayed = split(len(trace), config.learned_share, config.seed)
         store, stored = evidence, kept.tolist()
     chosen = replayed.tolist()[: config.requests]
     if not chosen:

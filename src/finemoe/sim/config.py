@@ -13,6 +13,8 @@ from finemoe.sim.presets import HARDWARE, SHAPES
 
 T = TypeVar("T")
 _LEAST = {"requests": 1, "interleave": 1, "devices": 1, "tokens_per_unit": 1, "workers": 1, "seed": 0, "chunks": 0}
+_STORE_SHARE = 0.7
+_MOST_SPREAD = 3.0  # of a logarithm: beyond it hardly any draw comes near the mean
 _MOST_DEVICES = 255  # the book numbers them in a byte, and one number is nowhere
 
 
@@ -32,8 +34,12 @@ class SimulateConfig:
         default=None, metadata={"help": f"instead of --link-ratio, with --shape: {', '.join(HARDWARE)}, or this disk"}
     )
     shape: str | None = field(default=None, metadata={"help": f"the model's shape: {', '.join(SHAPES)}"})
-    store_split: float = field(
-        default=0.7, metadata={"help": "share of the requests, shuffled by the seed, that policies learn from"}
+    store_split: float | None = field(
+        default=None,
+        metadata={
+            "help": "share of the requests, shuffled by the seed, that policies learn from "
+            f"(default: {_STORE_SHARE}; all of --store)"
+        },
     )
     store: str | None = field(
         default=None, metadata={"help": "a trace to learn from instead; then all of TRACE is replayed"}
@@ -100,11 +106,11 @@ class SimulateConfig:
 
     def __post_init__(self) -> None:
         _ = self.policies, self.shares, self.link_ratios, self.gate_recalls
-        if not 0 <= self.store_split < 1:
+        if not 0 <= self.learned_share < 1:
             raise ConfigError(f"--store-split: {self.store_split} is not a share from 0 to below 1")
-        for name in ("gap", "lag", "begin_lag", "compute_spread", "link_spread", "lag_spread"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"--{name.replace('_', '-')}: {getattr(self, name)} is not a number of at least 0")
+        if self.store is not None and self.store_split is not None:
+            raise ConfigError("--store-split: contradicts --store, all of which is learned from; leave one out")
+        self._check_times()
         if not 0 < self.prefetch_slowdown < float("inf"):
             raise ConfigError(f"--prefetch-slowdown: {self.prefetch_slowdown} is not a number above 0")
         if not 0 <= self.before_gate <= 1:
@@ -116,6 +122,20 @@ class SimulateConfig:
         if self.devices > _MOST_DEVICES:
             raise ConfigError(f"--devices: {self.devices} is more than {_MOST_DEVICES}")
         self._check_hardware()
+
+    def _check_times(self) -> None:
+        for name in ("gap", "lag", "begin_lag"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"--{name.replace('_', '-')}: {getattr(self, name)} is not a number of at least 0")
+        for name in ("compute_spread", "link_spread", "lag_spread"):
+            if not 0 <= getattr(self, name) <= _MOST_SPREAD:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag}: {getattr(self, name)} is not a number from 0 to {_MOST_SPREAD:g}")
+
+    @property
+    def learned_share(self) -> float:
+        """Of the trace's own requests, those that policies learn from."""
+        return _STORE_SHARE if self.store_split is None else self.store_split
 
     def _check_hardware(self) -> None:
         if (self.hardware is None) != (self.shape is None):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finemoe.errors import ConfigError
+from finemoe.folders import refuse_unwritable
 from finemoe.sim.cells import Row
 
 # colours that stay apart for colour-blind readers; bounds are grey
@@ -16,8 +17,7 @@ _BOUNDS = {"belady": ("#777777", "--"), "oracle": ("#222222", "--")}
 
 def check(path: Path) -> None:
     """Raises `ConfigError` where a plot can't be drawn to `path`, before time is spent on replays."""
-    if not path.parent.is_dir():
-        raise ConfigError(f"--plot: there is no folder {path.parent}")
+    refuse_unwritable("--plot", path)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -16,6 +16,7 @@ import numpy as np
 from finemoe.errors import TraceError
 from finemoe.trace.columns import Column, columns
 from finemoe.trace.header import TraceHeader
+from finemoe.trace.spool import left_behind, spool_folder
 
 FORMAT, VERSION = "finemoe-trace", 1
 _LIMIT_BYTES = 100_000_000  # safetensors' own limit for a head
@@ -90,7 +91,12 @@ def _parse(path: Path) -> tuple[dict[str, Any], int, int]:
                 raise TraceError(f"{path}: not a finemoe trace, or cut off in its header")
             raw = file.read(length)
     except FileNotFoundError as error:
-        raise TraceError(f"{path}: there is no such trace") from error
+        waiting = left_behind(path)
+        hint = (
+            f", but {waiting} finished requests of a recording that was killed, or still runs, wait in "
+            f"{spool_folder(path)}; finemoe record --append --out {path} takes them up"
+        )
+        raise TraceError(f"{path}: there is no such trace{hint if waiting else ''}") from error
     except OSError as error:
         raise TraceError(f"{path}: can't be read ({error.strerror or error})") from error
     try:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from finemoe.errors import ConfigError
+from finemoe.folders import refuse_unwritable
 from finemoe.trace.header import TraceHeader
 from finemoe.trace.stats import TraceStats
 
@@ -16,8 +17,7 @@ _MISSING = "--plot: matplotlib is not installed; pip install 'finemoe[plots]'"
 
 def check(path: Path) -> None:
     """Raises `ConfigError` where a plot can't be drawn to `path`, before time is spent on measuring."""
-    if not path.parent.is_dir():
-        raise ConfigError(f"--plot: there is no folder {path.parent}")
+    refuse_unwritable("--plot", path)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

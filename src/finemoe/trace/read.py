@@ -16,6 +16,9 @@ from finemoe.trace.columns import columns
 from finemoe.trace.file import read_head
 from finemoe.trace.header import TraceHeader
 from finemoe.trace.request import PREFILL, RequestTrace
+from finemoe.trace.values import fault
+
+_LARGE = ("probs", "lookahead")  # checked when they are asked for: many replays need neither
 
 
 class Trace:
@@ -48,6 +51,10 @@ class Trace:
         sound = self._starts[-1] == self.iterations and self._rows[-1] == self.tokens
         if not sound or (np.diff(self._starts) < 1).any() or (np.diff(self._rows) < 1).any():
             raise TraceError(f"{self.path}: damaged: its counts of iterations and rows contradict each other")
+        self._unchecked = {name for name in _LARGE if name in self._columns}
+        for name, values in self._columns.items():
+            if name not in _LARGE:
+                self._check(name, values)
 
     def __len__(self) -> int:
         """Requests."""
@@ -57,8 +64,16 @@ class Trace:
         return (self.request(index) for index in range(len(self)))
 
     def column(self, name: str) -> NDArray[Any] | None:
-        """A whole column, a view; `None` if it was not recorded. See docs/trace-format.md for their names."""
-        return self._columns.get(name)
+        """A whole column, a view; `None` if it was not recorded. See docs/trace-format.md for their names.
+
+        Raises:
+            TraceError: it has values that can't be.
+        """
+        values = self._columns.get(name)
+        if name in self._unchecked and values is not None:
+            self._check(name, values)
+            self._unchecked.discard(name)
+        return values
 
     @property
     def row_offsets(self) -> NDArray[np.int64]:
@@ -81,6 +96,7 @@ class Trace:
 
         Raises:
             IndexError: there is no such request.
+            TraceError: it has values that can't be.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: there is no request {index}, there are {len(self)}")
@@ -89,6 +105,8 @@ class Trace:
 
         def token(name: str) -> Any:
             column = self._columns.get(name)
+            if column is not None and name in self._unchecked:
+                self._check(name, column[begin:end])
             return None if column is None else column[begin:end]
 
         embeddings, batch = self._columns.get("embeddings"), self._columns.get("batch")
@@ -103,6 +121,10 @@ class Trace:
             lookahead=token("lookahead"),
             batch=None if batch is None else int(batch[index]),
         )
+
+    def _check(self, name: str, values: NDArray[Any]) -> None:
+        if wrong := fault(name, values, self.header):
+            raise TraceError(f"{self.path}: damaged: its column {name} has {wrong}; record or import it anew")
 
     def close(self) -> None:
         """Let go of the file. Views that were handed out stay valid."""
@@ -122,7 +144,8 @@ def open_trace(path: str | os.PathLike[str]) -> Trace:
     """Open a recorded trace.
 
     Raises:
-        TraceError: missing, not a trace, of a newer version, cut off or damaged; one line that names the file.
+        TraceError: missing, not a trace, of a newer version, cut off or damaged; one line that names the file, and
+            the column whose values can't be.
     """
     return Trace(path)
 

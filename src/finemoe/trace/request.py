@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from finemoe.errors import TraceError
 from finemoe.trace.columns import columns
 from finemoe.trace.header import OPTIONAL, TraceHeader
+from finemoe.trace.values import fault
 
 PREFILL, DECODE = 0, 1
 
@@ -70,7 +71,14 @@ class RequestTrace:
         ids = table["expert_ids"]
         if not np.array_equal(ids, self.expert_ids) or ((ids >= header.experts) & (ids != header.sentinel)).any():
             raise TraceError(f"a request's expert_ids must be below {header.experts}, or the sentinel")
+        _check_values(table, header)
         return table
+
+
+def _check_values(table: dict[str, NDArray[Any]], header: TraceHeader) -> None:
+    for name, array in table.items():
+        if wrong := fault(name, array, header):
+            raise TraceError(f"a request's {name} have {wrong}")
 
 
 def _has(request: RequestTrace, name: str) -> str:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from finemoe.errors import TraceError
+from finemoe.folders import unwritable
 from finemoe.trace.columns import columns
 from finemoe.trace.file import Head, encode_head, read_head
 from finemoe.trace.header import TraceHeader
@@ -158,10 +159,11 @@ def refuse_existing(path: Path, *, append: bool, overwrite: bool) -> None:
     """What `TraceWriter` would refuse about a path, ahead of the work that is to be written.
 
     Raises:
-        TraceError: there is no such folder, or something is there and neither flag says what to do with it.
+        TraceError: there is no such folder, or it can't be written; the path is a folder itself; or something is
+            there and neither flag says what to do with it.
     """
-    if not path.parent.is_dir():
-        raise TraceError(f"{path}: there is no folder {path.parent}")
+    if wrong := unwritable(path):
+        raise TraceError(wrong)
     if append and path.exists():
         read_head(path)
     if append or overwrite:
