@@ -31,7 +31,7 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run a command. Returns the exit status: 0, 1 if a part of the work failed, 2 for bad input, 130 after Ctrl-C."""
     parser = Parser(prog="finemoe", description="Mixture-of-Experts models from a device too small for them.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
