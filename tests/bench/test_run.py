@@ -66,7 +66,7 @@ def test_disk_offload_alone_has_no_memory_to_match(tiny: Make, tmp_path: Path) -
 def test_a_budget_that_no_row_could_load_with_is_refused_before_anything_runs(tiny: Make, expert_dtype: str) -> None:
     config = settings(tiny(dtype="bfloat16"), expert_memory="50%,1B", expert_dtype=expert_dtype, baselines="none")
     log: list[str] = []
-    with pytest.raises(BudgetError, match="^--expert-memory: 1B .* at least"):
+    with pytest.raises(BudgetError, match=r"^--expert-memory: 1B .* at least"):
         run_bench(config, log.append)
     assert not log
 
@@ -75,8 +75,8 @@ def test_a_budget_that_no_row_could_load_with_is_refused_before_anything_runs(ti
 def test_a_failed_row_is_shown_and_told_by_the_exit_status(
     tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = "--new-tokens 2 --link-probe-mib 1 --baselines none --expert-memory 50% --json".split()
-    given = ["bench", "--model", str(tiny()), *arguments]
+    small = ["--new-tokens", "2", "--link-probe-mib", "1", "--baselines", "none", "--expert-memory", "50%"]
+    given = ["bench", "--model", str(tiny()), *small, "--json"]
     assert main([*given, "--policy", "lru,finemoe", "--map-store", no_maps(tmp_path)]) == 1
     errors = [row["error"] for row in json.loads(capsys.readouterr().out)["rows"]]
     assert errors[0] is None

@@ -29,7 +29,7 @@ from finemoe.bench.subject import Measured, Order, Subject, subjects
 from finemoe.checkpoint import Catalog, Checkpoint, locate, read_headers
 from finemoe.checkpoint.headers import evict_from_page_cache
 from finemoe.errors import CheckpointError
-from finemoe.model import describe, read_config, reference_model
+from finemoe.model import chosen_model, describe, read_config
 from finemoe.model.find import pool_slots
 from finemoe.process import available_cores
 from finemoe.quantise import SCHEMES, ExpertCopy, copy_folder
@@ -48,7 +48,7 @@ def run_bench(config: BenchConfig, log: Log) -> BenchReport:
     Raises:
         FinemoeError: there is nothing to measure: no such model, policy or weights; or a budget is below the minimum.
     """
-    checkpoint = locate(config.model or reference_model(), config.revision)
+    checkpoint = locate(chosen_model(config.model), config.revision)
     described = describe(str(checkpoint.folder), trust_remote_code=config.trust_remote_code)
     catalog = described.catalog
     refuse_budgets(config, checkpoint)
