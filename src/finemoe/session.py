@@ -148,7 +148,9 @@ def _templated(tokenizer: Any, turns: list[dict[str, str]]) -> Any:
         return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{where}: its chat template fails ({reason}); mend it, or give --raw") from error
+        raise CheckpointError(
+            f"{where}: its chat template fails ({reason}); mend it, or use finemoe generate --raw"
+        ) from error
 
 
 class Session:
