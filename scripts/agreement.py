@@ -35,7 +35,7 @@ from finemoe.checkpoint import locate
 from finemoe.compiled import compiler
 from finemoe.config import GenerateConfig, parse_budget
 from finemoe.errors import FinemoeError
-from finemoe.model import reference_model
+from finemoe.model import chosen_model
 from finemoe.policy import BOUNDS, any_class, foresee, make_policy, policy_class
 from finemoe.session import Session
 from finemoe.sim.evidence import Evidence
@@ -115,7 +115,7 @@ def record(given: argparse.Namespace, trace: Path) -> None:
     `finemoe record` answers by `generate`, and was seen to say something else now and then.
     """
     config = bench_config(given, given.policies[0], given.budgets[0])
-    checkpoint = locate(config.model or reference_model(), config.revision)
+    checkpoint = locate(chosen_model(config.model), config.revision)
     requests = read_requests(config, checkpoint, say).measured
     ahead = any("lookahead" in policy_class(name).needs | policy_class(name).uses for name in given.policies)
     if given.threads:

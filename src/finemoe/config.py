@@ -41,6 +41,23 @@ class Budget:
         return min(experts, self.size_bytes // slot_bytes)
 
 
+def budget_text(given: object, flag: str = "--expert-memory") -> str:
+    """A budget as its flag has it: of Python's numbers an `int` is bytes, a `float` a share.
+
+    Raises:
+        BudgetError: a float that is no share, or something else altogether; the message names the flag.
+    """
+    if isinstance(given, float):
+        if not 0 < given <= 1:
+            raise BudgetError(f"{flag}: {given!r} is not a share above 0 and at most 1.0; bytes are an int")
+        return f"{(Decimal(repr(float(given))) * 100).normalize():f}%"
+    if isinstance(given, bool) or not isinstance(given, str | int):
+        raise BudgetError(
+            f"{flag}: can't use {given!r}; give bytes ('2GiB' or an int), a share ('25%' or the float 0.25) or 'all'"
+        )
+    return str(given)
+
+
 def parse_budget(text: str, flag: str = "--expert-memory") -> Budget:
     """Reads `2GiB`, `25%`, `all` or a plain count of bytes.
 
@@ -63,6 +80,14 @@ def parse_budget(text: str, flag: str = "--expert-memory") -> Budget:
     if size < 1:
         raise BudgetError(f"{flag}: {text!r} is no memory at all; give bytes (2GiB), a share (25%) or all")
     return Budget(size_bytes=int(size))
+
+
+def refuse_undecodable(text: str, name: str) -> None:
+    """Raises `ConfigError` for text that was no UTF-8 where it came from: such bytes are lone surrogates in Python."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{name}: is not valid UTF-8") from error
 
 
 def parse_bytes(text: str, flag: str) -> int:
@@ -250,6 +275,9 @@ class LoadConfig:
             raise ConfigError("--link-bandwidth: is for experiments on the CPU; give --device cpu too")
 
 
+_MOST_SEED = 2**63 - 1  # that torch takes everywhere
+
+
 @dataclass(frozen=True)
 class GenerateConfig:
     """How to continue a prompt. Greedy unless a temperature is given."""
@@ -265,6 +293,8 @@ class GenerateConfig:
             raise ConfigError(f"--max-new-tokens: {self.max_new_tokens} is not at least 1")
         if not 0 <= self.temperature <= 100:
             raise ConfigError(f"--temperature: {self.temperature} is not between 0 and 100")
+        if not 0 <= self.seed <= _MOST_SEED:
+            raise ConfigError(f"--seed: {self.seed} is not between 0 and {_MOST_SEED}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"--top-p: {self.top_p} is not above 0 and at most 1")
         if self.top_p < 1 and self.temperature == 0:
@@ -279,7 +309,8 @@ class PrefillConfig:
         default=None,
         metadata={
             "help": "read a prompt so many tokens at a time: less memory for a long one, but every piece needs its "
-            "experts again (default: whole)"
+            "experts again, and in bfloat16 tokens may differ by rounding from those of a prompt read whole, as with "
+            "transformers' own chunked prefill (default: whole)"
         },
     )
 

@@ -11,7 +11,8 @@ from finemoe.bench import BenchConfig
 from finemoe.bench.run import run_bench, run_order
 from finemoe.bench.subject import Order, Subject
 from finemoe.bench.table import render
-from finemoe.errors import CheckpointError, ConfigError
+from finemoe.cli import main
+from finemoe.errors import BudgetError, CheckpointError, ConfigError
 from finemoe.model import describe
 from tests.tiny import Make
 from tests.trace.make import make_header, make_trace
@@ -22,13 +23,26 @@ def settings(folder: Path, **values: object) -> BenchConfig:
     return BenchConfig(model=str(folder), threads=1, **small | values)  # type: ignore[arg-type]
 
 
+def no_maps(folder: Path) -> str:
+    """A file that a row of a policy that learns fails on, and others do not read."""
+    (folder / "maps").write_text("no maps")
+    return str(folder / "maps")
+
+
 @pytest.mark.slow
-def test_rows_are_measured_and_agree_and_one_that_fails_does_not_stop_the_others(tiny: Make) -> None:
+def test_rows_are_measured_and_agree_and_one_that_fails_does_not_stop_the_others(tiny: Make, tmp_path: Path) -> None:
     log: list[str] = []
-    config = settings(tiny(dtype="bfloat16"), expert_memory="1B,50%", baselines="eager,disk-offload")
+    config = settings(
+        tiny(dtype="bfloat16"),
+        expert_memory="50%",
+        policy="finemoe,lru",
+        map_store=no_maps(tmp_path),
+        baselines="eager,disk-offload",
+    )
     report = run_bench(config, log.append)
     refused, *rows = report.rows
-    assert "at least" in (refused.error or "")
+    assert "--map-store" in (refused.error or "")
+    assert report.failed
     assert [row.error for row in rows] == [None] * 3
     assert all(row.tokens_equal and row.logits_equal for row in rows), render(report)
     assert report.fastest_resident == "transformers eager"
@@ -43,9 +57,31 @@ def test_rows_are_measured_and_agree_and_one_that_fails_does_not_stop_the_others
 
 
 @pytest.mark.usefixtures("in_process")
-def test_disk_offload_alone_has_no_memory_to_match(tiny: Make) -> None:
-    report = run_bench(settings(tiny(), expert_memory="1B", baselines="disk-offload"), lambda _: None)
-    assert "no finemoe row" in (report.rows[1].error or "")
+def test_disk_offload_alone_has_no_memory_to_match(tiny: Make, tmp_path: Path) -> None:
+    report = run_bench(settings(tiny(), map_store=no_maps(tmp_path), baselines="disk-offload"), lambda _: None)
+    assert "no finemoe row" in (report.rows[-1].error or "")
+
+
+@pytest.mark.parametrize("expert_dtype", ["stored", "int8"])
+def test_a_budget_that_no_row_could_load_with_is_refused_before_anything_runs(tiny: Make, expert_dtype: str) -> None:
+    config = settings(tiny(dtype="bfloat16"), expert_memory="50%,1B", expert_dtype=expert_dtype, baselines="none")
+    log: list[str] = []
+    with pytest.raises(BudgetError, match=r"^--expert-memory: 1B .* at least"):
+        run_bench(config, log.append)
+    assert not log
+
+
+@pytest.mark.usefixtures("in_process", "own_process")
+def test_a_failed_row_is_shown_and_told_by_the_exit_status(
+    tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--new-tokens", "2", "--link-probe-mib", "1", "--baselines", "none", "--expert-memory", "50%"]
+    given = ["bench", "--model", str(tiny()), *small, "--json"]
+    assert main([*given, "--policy", "lru,finemoe", "--map-store", no_maps(tmp_path)]) == 1
+    errors = [row["error"] for row in json.loads(capsys.readouterr().out)["rows"]]
+    assert errors[0] is None
+    assert "--map-store: " in errors[1]
+    assert main([*given, "--policy", "lru"]) == 0
 
 
 def test_a_row_that_takes_too_long_is_given_up(tmp_path: Path) -> None:

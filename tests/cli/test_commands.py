@@ -5,19 +5,24 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import runpy
+import signal
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from finemoe import __version__
 from finemoe.cli import COMMANDS, INTERRUPTED, main
 from finemoe.config import GenerateConfig, LoadConfig
 from finemoe.store import DiskStore
 from tests.chat_model import make_chat_model
+from tests.tiny import configured, edited
 from tests.trace.make import make_header, make_trace
 
 pytestmark = pytest.mark.usefixtures("own_process")
@@ -31,6 +36,12 @@ CONTRACT = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_chat_model(tmp_path_factory.mktemp("cli") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def short(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same, with room for 40 tokens."""
+    return str(configured(Path(model), tmp_path_factory.mktemp("cli") / "short", max_position_embeddings=40))
 
 
 def refused(capsys: Capture, *arguments: str) -> str:
@@ -114,6 +125,10 @@ def test_every_setting_is_a_flag_with_its_default(capsys: Capture, command: str)
         (["generate", "Hi", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["generate", "Hi", "--temperature", "-1"], "--temperature"),
         (["generate", "Hi", "--top-p", "0.5"], "--top-p"),
+        (["generate", "Hi", "--seed", "99999999999999999999999", "--temperature", "1"], "--seed"),
+        (["chat", "--seed", "-1"], "--seed"),
+        (["generate", "\udcff"], "PROMPT"),
+        (["chat", "--system", "\udcff"], "--system"),
         (["generate", "Hi", "--prefill-chunk", "0"], "--prefill-chunk"),
         (["generate", "Hi", "--expert-memory", "0"], "--expert-memory"),
         (["generate", "Hi", "--expert-memory", "101%"], "--expert-memory"),
@@ -125,6 +140,10 @@ def test_every_setting_is_a_flag_with_its_default(capsys: Capture, command: str)
         (["generate", "Hi", "--dtype", "int3"], "--dtype"),
         (["generate", "Hi", "--policy", "fifo", "--model", "/no/where"], "--policy"),
         (["generate", "Hi", "--model", "/no/where"], "--model"),
+        (["generate", "Hi", "--model", ""], "--model: is empty"),
+        (["inspect", "--model", ""], "--model: is empty"),
+        (["plan", "--model", " "], "--model: is empty"),
+        (["bench", "--model", ""], "--model: is empty"),
         (["chat", "--model", "/no/where"], "--model"),
         (["inspect", "--model", "/no/where"], "--model"),
         (["plan", "--model", "/no/where"], "--model"),
@@ -205,6 +224,61 @@ def test_an_empty_prompt_is_refused(capsys: Capture, model: str) -> None:
     assert refused(capsys, "generate", "", "--raw", "--model", model).startswith("PROMPT: ")
 
 
+def test_input_that_is_no_text_is_refused(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    assert refused(capsys, "generate", "-", "--model", "/no/where") == "PROMPT: is not valid UTF-8"
+
+
+def test_a_turn_that_is_no_text_or_too_long_is_refused_and_the_conversation_goes_on(
+    capsys: Capture, short: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = b"\xff\n" + b"x" * 64 + b"\nHi\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
+    assert main(["chat", "--model", short, "--max-new-tokens", "2", "--json"]) == 0
+    output, errors = capsys.readouterr()
+    assert len(output.splitlines()) == 1
+    assert "PROMPT: is not valid UTF-8; this turn is forgotten" in errors
+    assert "PROMPT: has 81 tokens, and the model's context holds 40" in errors
+
+
+def test_a_prompt_that_fills_the_context_is_refused(capsys: Capture, short: str) -> None:
+    line = refused(capsys, "generate", "x" * 40, "--raw", "--model", short)
+    assert line.startswith("PROMPT: has 40 tokens, and the model's context holds 40, ")
+
+
+def test_a_broken_chat_template_is_named(capsys: Capture, model: str, tmp_path: Path) -> None:
+    folder = configured(Path(model), tmp_path / "broken")
+    (folder / "chat_template.jinja").write_text("{% for turn in messages %}")
+    assert refused(capsys, "generate", "Hi", "--model", str(folder)).startswith(f"{folder}: its chat template fails (")
+    flags = "--model", str(folder), "--max-new-tokens", "1", "--json"
+    assert answered(capsys, "generate", "Hi", "--raw", *flags)["tokens"] == 1
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
+    assert "its chat template fails (no such role)" in refused(capsys, "generate", "Hi", "--model", str(folder))
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_logits_that_are_not_finite_end_an_answer(
+    capsys: Capture, model: str, tmp_path: Path, temperature: str
+) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"].fill_(float("nan"))
+
+    folder = str(edited(Path(model), tmp_path / "damaged", damage))
+    line = refused(capsys, "generate", "Hi", "--model", folder, "--temperature", temperature)
+    assert line.startswith(f"{folder}: the model's logits are not finite; ")
+    assert "--dtype" in line
+
+
+def test_a_recording_of_logits_that_are_not_finite_is_refused(capsys: Capture, model: str, tmp_path: Path) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"].fill_(float("inf"))
+
+    folder = str(edited(Path(model), tmp_path / "damaged", damage))
+    (tmp_path / "prompts.txt").write_text("Hi\n")
+    given = "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "trace"), "--model", folder
+    assert "the model's logits are not finite" in refused(capsys, "record", *given)
+
+
 def test_a_read_error_is_one_line_with_status_2(capsys: Capture, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, left = DiskStore.read, [200]
 
@@ -227,6 +301,24 @@ def test_ctrl_c_ends_a_command_with_status_130(capsys: Capture, model: str, monk
     monkeypatch.setattr("finemoe.model.load_config", interrupted)
     assert main(["generate", "Hi", "--model", model]) == INTERRUPTED
     assert capsys.readouterr().err.endswith("finemoe: interrupted\n")
+
+
+@pytest.mark.parametrize("becomes", [None, ImportError])
+def test_ctrl_c_while_a_command_is_imported_ends_with_status_130(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, becomes: type[Exception] | None
+) -> None:
+    def interrupted(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            if becomes is not None:
+                raise becomes from None
+            raise
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    assert main(["generate", "Hi"]) == INTERRUPTED
+    assert capsys.readouterr().err == "\nfinemoe: interrupted\n"
 
 
 def test_inspect_tells_the_model_from_its_headers(capsys: Capture, model: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from finemoe.config import Budget, GenerateConfig, LoadConfig, format_bytes, parse_budget
+from finemoe.config import Budget, GenerateConfig, LoadConfig, budget_text, format_bytes, parse_budget
 from finemoe.errors import BudgetError, ConfigError
 
 
@@ -57,6 +57,30 @@ def test_any_text_is_a_budget_or_a_budget_error(text: str) -> None:
     assert (budget.size_bytes is None) != (budget.share is None)
     assert budget.share is None or 0 < budget.share <= 1
     assert budget.size_bytes is None or budget.size_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("number", "budget"),
+    [
+        (0.5, Budget(share=0.5)),
+        (1.0, Budget(share=1.0)),
+        (0.07, Budget(share=0.07)),
+        (0.00001, Budget(share=0.00001)),
+        (1 << 30, Budget(size_bytes=1 << 30)),
+        (1, Budget(size_bytes=1)),
+        ("25%", Budget(share=0.25)),
+    ],
+)
+def test_of_numbers_an_int_is_bytes_and_a_float_a_share(number: object, budget: Budget) -> None:
+    read = parse_budget(budget_text(number))
+    assert read.size_bytes == budget.size_bytes
+    assert read.share == pytest.approx(budget.share)
+
+
+@pytest.mark.parametrize("number", [0, -1, 0.0, -0.5, 1.5, float("nan"), float("inf"), None, True, ["25%"]])
+def test_what_is_neither_bytes_nor_a_share_is_refused_by_name(number: object) -> None:
+    with pytest.raises(BudgetError, match=r"^--host-memory: "):
+        parse_budget(budget_text(number, "--host-memory"), "--host-memory")
 
 
 @given(st.integers(1, 100), st.integers(1, 1 << 20), st.integers(1, 10_000))
@@ -115,6 +139,8 @@ def test_a_bad_setting_is_refused_by_the_name_of_its_flag(settings: dict[str, ob
         ({"top_p": 1.1, "temperature": 1}, "--top-p"),
         ({"top_p": float("nan"), "temperature": 1}, "--top-p"),
         ({"top_p": 0.5}, "--top-p"),
+        ({"seed": -1}, "--seed"),
+        ({"seed": 1 << 63}, "--seed"),
     ],
 )
 def test_a_bad_sampling_setting_is_refused_by_the_name_of_its_flag(settings: dict[str, object], flag: str) -> None:

@@ -13,10 +13,11 @@ from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 
 import finemoe
 from finemoe.config import GenerateConfig
+from finemoe.errors import BudgetError, ConfigError, FinemoeWarning
 from finemoe.policy import POLICIES, policy_class
 from finemoe.session import Session
 from tests.chat_model import make_tokenizer
-from tests.tiny import Make, answer, eager, logits
+from tests.tiny import Make, answer, configured, eager, logits
 
 
 @pytest.mark.parametrize("policy", [name for name in POLICIES if "predictors" not in policy_class(name).needs])
@@ -134,6 +135,32 @@ def test_a_reply_tells_what_it_took(offloaded: Any) -> None:
         "expert_memory_bytes", "peak_rss_bytes", "policy", "model",
     )  # fmt: skip
     assert set(contract) <= set(table)
+
+
+def test_an_answer_ends_where_the_context_does_and_says_so(chat_folder: Path, tmp_path: Path) -> None:
+    short = configured(chat_folder, tmp_path / "short", max_position_embeddings=20, eos_token_id=None)
+    with finemoe.load(short, expert_memory=0.5, map_store="none") as model:
+        session = Session(model)
+        model.generation_config.eos_token_id = None
+        with pytest.warns(FinemoeWarning, match=r"^--max-new-tokens: 30 do not fit .* of 20 tokens"):
+            reply = session.reply("x" * 12, GenerateConfig(max_new_tokens=30, raw=True))
+        assert (len(reply.token_ids), reply.finish_reason) == (8, "length")
+        reply = session.reply("x" * 12, GenerateConfig(max_new_tokens=8, raw=True))
+        assert len(reply.token_ids) == 8
+        with pytest.raises(ConfigError, match=r"^PROMPT: has 20 tokens"):
+            session.reply("x" * 20, GenerateConfig(raw=True))
+
+
+@pytest.mark.parametrize("memory", [0.5, "50%", 24 * 3 * 64 * 96 * 2])
+def test_expert_memory_is_text_a_share_or_bytes(chat_folder: Path, memory: str | float) -> None:
+    with finemoe.load(chat_folder, expert_memory=memory, map_store="none") as model:
+        assert model.finemoe.stats().slots == (24 if isinstance(memory, int) else 12)
+
+
+@pytest.mark.parametrize("memory", [None, 1.5, True])
+def test_expert_memory_that_is_none_of_these_is_refused_by_name(chat_folder: Path, memory: Any) -> None:
+    with pytest.raises(BudgetError, match=r"^--expert-memory: "):
+        finemoe.load(chat_folder, expert_memory=memory)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])

@@ -50,6 +50,12 @@ def test_a_named_field_is_taken(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "it.jsonl", field="goal").texts == ("this",)
 
 
+def test_half_a_character_is_no_prompt(tmp_path: Path) -> None:
+    (tmp_path / "it.jsonl").write_text('{"prompt": "hi"}\n{"prompt": "\\ud83d"}')
+    with pytest.raises(ConfigError, match=r"^--prompts: .*it.jsonl:2: is not valid UTF-8$"):
+        read_prompts(tmp_path / "it.jsonl")
+
+
 def test_what_holds_no_prompt_is_left_out_and_counted(tmp_path: Path) -> None:
     lines = [{"conversations": [{"from": "gpt", "value": "no"}]}, {"prompt": " "}, {"prompt": "hi"}]
     (tmp_path / "it.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -79,6 +79,11 @@ class BenchReport:
         return all(said) if said else None
 
     @property
+    def failed(self) -> bool:
+        """Whether a row has no figures."""
+        return any(row.error is not None for row in self.rows)
+
+    @property
     def tokens_digests(self) -> tuple[str, ...]:
         """Of real prompts, the distinct digests of all output tokens: a single one, or something is wrong.
 

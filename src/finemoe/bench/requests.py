@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from finemoe.bench.config import BenchConfig
 from finemoe.checkpoint import Checkpoint
 from finemoe.errors import ConfigError
-from finemoe.model import read_config
+from finemoe.model import context_tokens, read_config
 from finemoe.session import encode, load_tokenizer
 from finemoe.trace import open_trace
 from finemoe.trace.prompts import PromptFlags, read_prompts
@@ -36,8 +36,7 @@ def read_requests(config: BenchConfig, checkpoint: Checkpoint, log: Callable[[st
     if config.prompts is None:
         return Requests(())
     tokenizer = load_tokenizer(checkpoint.folder)
-    text = read_config(checkpoint.folder, trust_remote_code=config.trust_remote_code).get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
+    positions = context_tokens(read_config(checkpoint.folder, trust_remote_code=config.trust_remote_code))
     longest = None if positions is None else positions - config.new_tokens
 
     def read(file: str, limit: int | None, flag: str) -> tuple[Request, ...]:

@@ -29,7 +29,8 @@ from finemoe.bench.subject import Measured, Order, Subject, subjects
 from finemoe.checkpoint import Catalog, Checkpoint, locate, read_headers
 from finemoe.checkpoint.headers import evict_from_page_cache
 from finemoe.errors import CheckpointError
-from finemoe.model import describe, read_config, reference_model
+from finemoe.model import chosen_model, describe, read_config
+from finemoe.model.find import pool_slots
 from finemoe.process import available_cores
 from finemoe.quantise import SCHEMES, ExpertCopy, copy_folder
 from finemoe.replay import check_fit, open_routing
@@ -45,11 +46,12 @@ def run_bench(config: BenchConfig, log: Log) -> BenchReport:
         log: takes a line about what goes on.
 
     Raises:
-        FinemoeError: there is nothing to measure: no such model, policy or weights.
+        FinemoeError: there is nothing to measure: no such model, policy or weights; or a budget is below the minimum.
     """
-    checkpoint = locate(config.model or reference_model(), config.revision)
+    checkpoint = locate(chosen_model(config.model), config.revision)
     described = describe(str(checkpoint.folder), trust_remote_code=config.trust_remote_code)
     catalog = described.catalog
+    refuse_budgets(config, checkpoint)
     if config.replay_routing is not None:
         experts = [layout.experts for layout in catalog.layouts]
         with open_routing(config.replay_routing) as trace:
@@ -75,6 +77,21 @@ def run_bench(config: BenchConfig, log: Log) -> BenchReport:
         requests=_sizes(requests) if requests.measured else None,
         perplexity_tokens=len(text),
     )
+
+
+def refuse_budgets(config: BenchConfig, checkpoint: Checkpoint) -> None:
+    """Looks at headers only.
+
+    Raises:
+        BudgetError: a row could never load its model with one of the budgets; the message names the minimum.
+    """
+    model_config = read_config(checkpoint.folder, trust_remote_code=config.trust_remote_code)
+    for expert_dtype in config.expert_dtypes:
+        described = describe(
+            str(checkpoint.folder), trust_remote_code=config.trust_remote_code, expert_dtype=expert_dtype
+        )
+        for budget in config.budgets:
+            pool_slots(described.catalog, model_config, budget, described.catalog.slot_bytes)
 
 
 def make_copies(config: BenchConfig, checkpoint: Checkpoint, catalog: Catalog, log: Log) -> None:

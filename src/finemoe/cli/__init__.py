@@ -8,10 +8,14 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from errno import EPIPE
+from io import TextIOWrapper
 from typing import Any
 
 from finemoe.cli.flags import Parser
 from finemoe.cli.interrupts import Interrupts
+from finemoe.cli.output import LostOutputError, Output
 from finemoe.errors import FinemoeError, FinemoeWarning
 from finemoe.process import return_freed_memory, share_cores
 
@@ -31,11 +35,45 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run a command.
+
+    Returns:
+        The exit status: 0, 1 if a part of the work failed, 2 for bad input, 130 after Ctrl-C.
+    """
+    interrupts = Interrupts()  # first: imports take seconds
+    given = list(sys.argv[1:] if argv is None else argv)
+    _take_any_text()
+    output = Output(sys.stdout)
+    try:
+        with redirect_stdout(output):
+            try:
+                status = _run(given, interrupts)
+            except SystemExit:  # help was shown
+                output.flush()
+                raise
+            output.flush()  # what can't be written shows here, not at exit, where nobody can tell of it
+    except FinemoeError as error:
+        print(f"finemoe: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return _interrupted()
+    except LostOutputError as error:
+        output.give_up()
+        if error.errno == EPIPE:  # the reader of our output went away: nothing is left to tell it
+            return 0
+        print(f"finemoe: error: standard output: {error.strerror}", file=sys.stderr)
+        return 2
+    except Exception:
+        if not interrupts.pending:
+            raise
+        return _interrupted()  # what a Ctrl-C came to in the middle of an import
+    return status
+
+
+def _run(given: list[str], interrupts: Interrupts) -> int:
     parser = Parser(prog="finemoe", description="Mixture-of-Experts models from a device too small for them.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    given = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in given if not word.startswith("-")), None)
     _quieten()  # first: these libraries look when they are imported
     share_cores()
@@ -53,19 +91,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     return_freed_memory()
-    arguments.interrupts = Interrupts()
-    try:
-        status: int = importlib.import_module(f"finemoe.cli.{arguments.command}").run(arguments)
-    except FinemoeError as error:
-        print(f"finemoe: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nfinemoe: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away: nothing is left to tell it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    arguments.interrupts = interrupts
+    status: int = importlib.import_module(f"finemoe.cli.{arguments.command}").run(arguments)
     return status
+
+
+def _interrupted() -> int:
+    print("\nfinemoe: interrupted", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _take_any_text() -> None:
+    """No character ends a command: what can't be shown is a `?`, input that is no text is refused where it is used."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def _quieten() -> None:

@@ -17,11 +17,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs the command; returns the exit status."""
+    """Runs the command; returns the exit status: 1 if a row failed."""
     config = read_flags(arguments, BenchConfig)
     from finemoe.bench.run import run_bench
     from finemoe.bench.table import render
 
     report = run_bench(config, lambda line: print(line, file=sys.stderr))
     print(json.dumps(report.as_dict()) if arguments.json else render(report))
-    return 0
+    return 1 if report.failed else 0

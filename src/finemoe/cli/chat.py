@@ -5,12 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
 
 from finemoe.cli.flags import add_flags, read_flags
 from finemoe.cli.generate import say_lossy, summary
-from finemoe.config import GenerateConfig, LoadConfig, PrefillConfig
+from finemoe.config import GenerateConfig, LoadConfig, PrefillConfig, refuse_undecodable
+from finemoe.errors import ConfigError
 from finemoe.process import unmap_idle_code
+
+if TYPE_CHECKING:
+    from finemoe.session import Reply
 
 _HELP = "/reset forgets the conversation, /stats tells what the last answer took, /exit or Ctrl-D leaves"
 
@@ -38,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.json:
             print(text, end="", flush=True)
 
+    refuse_undecodable(arguments.system or "", "--system")
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
     with load(load_config) as model:
         session = Session(model)
@@ -56,15 +64,24 @@ def run(arguments: argparse.Namespace) -> int:
                 print(f"no command {line}; {_HELP}", file=sys.stderr)
             elif line:
                 asked = [*turns, {"role": "user", "content": line}]
-                try:
-                    reply = session.reply(asked, generate_config, show, prefill_chunk=chunk)
-                except KeyboardInterrupt:  # ends the answer, not the conversation
-                    arguments.interrupts.clear()
-                    print("\n(interrupted; this turn is forgotten)", file=sys.stderr)
-                    continue
-                print(json.dumps(reply.as_dict()) if arguments.json else "", flush=True)
-                turns = [*asked, {"role": "assistant", "content": reply.text}]
+                answered = _reply(partial(session.reply, asked, generate_config, show, prefill_chunk=chunk), arguments)
+                if answered is not None:
+                    reply = answered
+                    print(json.dumps(reply.as_dict()) if arguments.json else "", flush=True)
+                    turns = [*asked, {"role": "assistant", "content": reply.text}]
     return 0
+
+
+def _reply(ask: Callable[[], Reply], arguments: argparse.Namespace) -> Reply | None:
+    """The answer; `None`, and a line on standard error, where only this turn came to nothing."""
+    try:
+        return ask()
+    except KeyboardInterrupt:  # ends the answer, not the conversation
+        arguments.interrupts.clear()
+        print("\n(interrupted; this turn is forgotten)", file=sys.stderr)
+    except ConfigError as error:  # of this turn: it is too long, or no text
+        print(f"finemoe: error: {error}; this turn is forgotten", file=sys.stderr)
+    return None
 
 
 def _ask() -> str | None:

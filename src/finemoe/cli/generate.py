@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from finemoe.cli.flags import add_flags, read_flags
-from finemoe.config import GenerateConfig, LoadConfig, PrefillConfig, ReplayConfig, format_bytes
+from finemoe.config import GenerateConfig, LoadConfig, PrefillConfig, ReplayConfig, format_bytes, refuse_undecodable
 from finemoe.errors import ConfigError
 from finemoe.explain import explain_table
 from finemoe.maps import NOWHERE
@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     if trace is not None and chunk is not None:
         raise ConfigError("--prefill-chunk: a recorded prompt was read whole; leave it out with --replay-routing")
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    refuse_undecodable(prompt, "PROMPT")
     from finemoe.model import load_config as load
     from finemoe.replay import open_routing, replay_routing
     from finemoe.session import Session

@@ -31,11 +31,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def describe_model(arguments: argparse.Namespace) -> Description:
     """The model that the flags name."""
-    from finemoe.model import describe, reference_model
+    from finemoe.model import chosen_model, describe
 
-    model = arguments.model or reference_model()
     return describe(
-        model,
+        chosen_model(arguments.model),
         arguments.revision,
         trust_remote_code=arguments.trust_remote_code,
         expert_dtype=arguments.expert_dtype,

@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _encoded(session: Session, texts: tuple[str, ...], config: GenerateConfig, longest: int | None) -> list[Tensor]:
     """The prompts' token ids, each `[1, T]`; those that are too long are left out, and said to be."""
-    limit = getattr(session.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = session.context_tokens
     most = min(
         (most for most in (longest, limit and limit - config.max_new_tokens) if most is not None), default=sys.maxsize
     )

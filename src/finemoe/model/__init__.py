@@ -1,8 +1,8 @@
 """Loads models with their experts left out, and describes them without loading."""
 
 from finemoe.model.describe import Description, describe
-from finemoe.model.find import active_experts, find_experts, model_class, read_config
-from finemoe.model.load import load, load_config, reference_model
+from finemoe.model.find import active_experts, context_tokens, find_experts, model_class, read_config
+from finemoe.model.load import chosen_model, load, load_config, reference_model
 from finemoe.model.offload import Offload, OffloadedModel
 
 __all__ = [
@@ -10,6 +10,8 @@ __all__ = [
     "Offload",
     "OffloadedModel",
     "active_experts",
+    "chosen_model",
+    "context_tokens",
     "describe",
     "find_experts",
     "load",

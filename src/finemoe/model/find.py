@@ -162,6 +162,11 @@ def active_experts(config: PreTrainedConfig) -> int:
     return active
 
 
+def context_tokens(config: PreTrainedConfig) -> int | None:
+    """The longest prompt and answer together; `None` if the config names no bound."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or None
+
+
 def pool_slots(catalog: Catalog, config: PreTrainedConfig, expert_memory: str, slot_bytes: int) -> tuple[int, int]:
     """`C`: how many experts the budget pays for; and how many a step needs.
 

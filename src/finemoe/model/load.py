@@ -9,7 +9,7 @@ import torch
 
 from finemoe.checkpoint import Checkpoint, TensorHeader, locate, read_headers
 from finemoe.checkpoint.fingerprint import fingerprint
-from finemoe.config import LoadConfig
+from finemoe.config import LoadConfig, budget_text
 from finemoe.device import open_devices
 from finemoe.errors import ConfigError
 from finemoe.experts import IMPLEMENTATION
@@ -24,9 +24,9 @@ from finemoe.process import release_threads
 def load(
     model: str | Path | None = None,
     *,
-    expert_memory: str = "25%",
+    expert_memory: str | float = "25%",
     device: str = "auto",
-    host_memory: str | None = None,
+    host_memory: str | float | None = None,
     expert_kernel: Literal["auto", "eager", "grouped_mm"] = "auto",
     host_compute: Literal["off", "auto"] = "off",
     expert_dtype: str = "stored",
@@ -50,7 +50,8 @@ def load(
 
     Args:
         model: folder or Hugging Face hub id; `None` is the built-in reference model.
-        expert_memory: hard limit for resident experts: bytes (`2GiB`), a share (`25%`) or `all`.
+        expert_memory: hard limit for resident experts: bytes (`2GiB`, or an int), a share (`25%`, or the float 0.25),
+            or `all`.
         device: where the model runs and its pool is: `cpu`, `cuda`, one or several devices (`cuda:0,cuda:1`), or
             `auto`: `cuda` where there is one.
         host_memory: on a GPU: pinned memory for experts between disk and GPU, like `expert_memory`; by default all of
@@ -85,9 +86,9 @@ def load(
             revision=revision,
             dtype=name,  # type: ignore[arg-type] # checked by LoadConfig
             trust_remote_code=trust_remote_code,
-            expert_memory=expert_memory,
+            expert_memory=budget_text(expert_memory),
             device=device,
-            host_memory=host_memory,
+            host_memory=None if host_memory is None else budget_text(host_memory, "--host-memory"),
             expert_kernel=expert_kernel,
             host_compute=host_compute,
             expert_dtype=expert_dtype,
@@ -118,7 +119,7 @@ def load_config(config: LoadConfig) -> Any:
         config.refuse_cpu_settings()
     else:
         config.refuse_gpu_settings()
-    checkpoint = locate(config.model or reference_model(), config.revision)
+    checkpoint = locate(chosen_model(config.model), config.revision)
     model_config = read_config(checkpoint.folder, trust_remote_code=config.trust_remote_code)
     headers = read_headers(checkpoint.files)
     loading = Loading(config, checkpoint, model_config, headers, devices)
@@ -164,6 +165,19 @@ def policy_options(config: LoadConfig, checkpoint: Checkpoint, headers: dict[str
         model = fingerprint(checkpoint.folder, headers)
         options["predictors"] = load_predictors(Path(config.predictors), model)
     return options
+
+
+def chosen_model(model: str | None) -> str:
+    """The model that `--model` names; where it is left out, the built-in one's folder, built on first use.
+
+    Raises:
+        ConfigError: the name is empty.
+    """
+    if model is None:
+        return reference_model()
+    if not model.strip():  # an unset variable of a script, perhaps
+        raise ConfigError("--model: is empty; give a folder or a hub id, or leave it out for the reference model")
+    return model
 
 
 def reference_model() -> str:

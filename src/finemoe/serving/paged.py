@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 
 from finemoe.config import format_bytes
 from finemoe.errors import ConfigError, UnsupportedModelError
+from finemoe.model import context_tokens
 
 PAGE_TOKENS = 32  # of a block; answers whose prompts begin alike share whole blocks
 _TRIED = "5.17 to 5.23"
@@ -183,7 +184,7 @@ def _processor(model: Any, config: Any, cache_bytes: int, max_batch_tokens: int,
         page = "page_size" if "page_size" in known else "block_size"
         mask_bytes = max_batch_tokens * model.dtype.itemsize  # of each token of the cache
         block_bytes = (token_bytes(model) + mask_bytes) * PAGE_TOKENS
-        context = getattr(config, "max_position_embeddings", None) or cache_bytes
+        context = context_tokens(config) or cache_bytes
         blocks = min(cache_bytes // block_bytes, max_running * ceil(context / PAGE_TOKENS))  # no more than can be used
         groups = 1
         while blocks > 0:

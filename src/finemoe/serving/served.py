@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finemoe.metrics import Stats
+from finemoe.model import context_tokens
 from finemoe.serving.config import ServeConfig
 from finemoe.serving.job import Worker
 from finemoe.serving.vocabulary import Vocabulary
@@ -81,7 +82,7 @@ def served(model: Any, tokenizer: Any, worker: Worker, config: ServeConfig, capa
         worker=worker,
         stats=model.finemoe.stats,
         stop_ids=stop_ids(model.generation_config.eos_token_id, tokenizer.eos_token_id),
-        context_tokens=min(getattr(text_config, "max_position_embeddings", None) or UNBOUNDED, capacity_tokens),
+        context_tokens=min(context_tokens(model.config) or UNBOUNDED, capacity_tokens),
         vocabulary_size=text_config.vocab_size,
         config=config,
     )

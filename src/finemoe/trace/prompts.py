@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from finemoe.config import refuse_undecodable
 from finemoe.errors import ConfigError
 
 # the fields that hold a prompt, in order of preference
@@ -55,6 +56,7 @@ def read_prompts(
         for place, entry in _entries(path, flags):
             text = _text(entry, field, place, flags)
             if text.strip():
+                refuse_undecodable(text, f"{flags.file}: {place}")  # JSON can escape half of a character
                 yield text
             else:
                 skipped += 1

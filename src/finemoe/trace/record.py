@@ -17,7 +17,7 @@ from finemoe.checkpoint.fingerprint import fingerprint
 from finemoe.config import GenerateConfig
 from finemoe.errors import UnsupportedModelError
 from finemoe.model.routers import Pass, RouterTap, Scale, scale_of
-from finemoe.session import Session, sampling_options
+from finemoe.session import Session, finite_logits, sampling_options
 from finemoe.trace.header import OPTIONAL, TraceHeader
 from finemoe.trace.request import DECODE, PREFILL, RequestTrace
 
@@ -80,6 +80,7 @@ class Recorder:
                 max_new_tokens=self._config.max_new_tokens,
                 pad_token_id=pad,
                 num_beams=1,
+                logits_processor=finite_logits(self._model),
                 stopping_criteria=StoppingCriteriaList([_EveryToken(on_token)]),
                 **sampling_options(self._config),
             )
