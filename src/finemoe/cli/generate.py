@@ -80,10 +80,9 @@ def _lossy(expert_dtype: str) -> str:
 def summary(reply: Reply) -> str:
     """What an answer took, in three lines for people; then, where it was asked for, why."""
     stats = reply.stats
-    tokens = (
-        f"{len(reply.token_ids)} tokens at {reply.tok_s:.2f} tok/s; first after {reply.ttft_s:.2f} s, "
-        f"then {reply.tpot_s * 1000:.0f} ms each"
-    )
+    count = len(reply.token_ids)
+    tokens = f"{count} tokens at {reply.tok_s:.2f} tok/s; first after {reply.ttft_s:.2f} s"
+    tokens = f"{tokens}, then {reply.tpot_s * 1000:.0f} ms each" if count > 1 else f"1 token after {reply.ttft_s:.2f} s"
     on_gpu = stats.device != "cpu"
     where = f"on {stats.device}" if on_gpu else "in memory"
     experts = (
@@ -94,7 +93,7 @@ def summary(reply: Reply) -> str:
     if stats.precision is not None:
         experts += f"; {stats.prefetched} prefetched, {stats.precision:.1%} of them used"
     if stats.paused:
-        experts += f"; paused for {stats.paused} tokens, as they did not pay"
+        experts += f"; prefetching rested for {stats.paused} tokens, as it did not pay"
     if stats.lossy:
         experts += f"\n{_lossy(stats.expert_dtype)}"
     held = stats.link_bandwidth_bytes_s

@@ -170,7 +170,10 @@ def describe(path: Path, maps: Maps) -> dict[str, Any]:
 
 def table(told: dict[str, Any]) -> str:
     """What a file holds, for people."""
-    stretches = "" if told["stretches"] is None else f", in {told['stretches']} stretches of successive iterations"
+    count = told["stretches"]
+    stretches = (
+        "" if count is None else f", in {count} {'stretch' if count == 1 else 'stretches'} of successive iterations"
+    )
     keys = f", embeddings of {told['embedding_width']} numbers" if told["embedding_width"] else ""
     return "\n".join(
         [

@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     ratios = link_ratios(config)
     if config.hardware:
         print(f"finemoe: {config.shape} on {config.hardware}: link ratio {ratios[0]:.3g}", file=sys.stderr)
+    _say_what_is_compiled()
     cells = [Cell(p, share, ratio) for share in config.shares for ratio in ratios for p in policies]
     total = len(cells) * count_iterations(arguments.trace, config)
     with tqdm(total=total, desc="Replaying", unit=" iterations", leave=False, delay=1, disable=None) as bar:
@@ -83,6 +84,13 @@ def run(arguments: argparse.Namespace) -> int:
         draw(rows, f"{header.model}: {header.layers} layers of {header.experts} experts", Path(arguments.plot))
         print(f"drawn to {arguments.plot}", file=sys.stderr)
     return 0
+
+
+def _say_what_is_compiled() -> None:
+    from finemoe.compiled import ready
+
+    if not ready():
+        print("finemoe: compiling what replays, once on this machine: half a minute", file=sys.stderr)
 
 
 def _write(path: Path, text: str) -> None:
