@@ -39,8 +39,13 @@ def share_cores() -> None:
     a token's hundreds of parallel regions. A region follows the last one within that fraction, so nothing is lost.
     Call it before torch is imported. What the user has set stays.
     """
-    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
-        os.environ["GOMP_SPINCOUNT"] = str(_SPINS)
+    os.environ.update(brief_spins())
+
+
+def brief_spins() -> dict[str, str]:
+    """The environment that `share_cores` makes, for a process to be started; empty where the user has said how."""
+    given = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
+    return {} if given else {"GOMP_SPINCOUNT": str(_SPINS)}
 
 
 def release_threads() -> None:

@@ -40,7 +40,7 @@ def name_of(folder: Path) -> str:
 
 @pytest.mark.parametrize("policy", REMEMBERING)
 def test_a_policy_starts_from_what_it_learned_last_time(chat_folder: Path, tmp_path: Path, policy: str) -> None:
-    path = tmp_path / "new" / "maps"
+    path = tmp_path / "maps"
     with finemoe.load(chat_folder, policy=policy, map_store=path) as model:
         generate(model)
         learned = knowledge(model)

@@ -150,7 +150,9 @@ def _kill(client: Client) -> dict[str, Any]:
         while threads[-1].is_alive() and not started:
             time.sleep(0.01)
         before |= set(started)
-    os.kill(_replica(), signal.SIGKILL)
+    victim = _replica()
+    spins = psutil.Process(victim).environ().get("GOMP_SPINCOUNT")
+    os.kill(victim, signal.SIGKILL)
     during: list[Answer] = []
     deadline_s = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline_s and {each.replica for each in during} <= before:
@@ -163,6 +165,7 @@ def _kill(client: Client) -> dict[str, Any]:
         "streams": [asdict(each) for each in streams],
         "during": [asdict(each) for each in during],
         "third": during[-1].replica,
+        "spins": spins,
     }
 
 

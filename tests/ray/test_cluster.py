@@ -47,6 +47,7 @@ def test_a_cluster_of_two_replicas(tmp_path: Path) -> None:
         requests_are_spread_over_both_replicas,
         a_killed_replica_is_replaced_and_only_what_ran_on_it_fails,
         a_new_replica_starts_warm,
+        a_replica_s_idle_threads_sleep_soon,
         a_client_that_goes_away_ends_its_answer,
         a_replica_without_its_model_s_thread_is_not_healthy,
         a_replica_that_is_taken_away_finishes_its_answer,
@@ -71,6 +72,10 @@ def a_killed_replica_is_replaced_and_only_what_ran_on_it_fails(seen: dict[str, A
 def a_new_replica_starts_warm(seen: dict[str, Any]) -> None:
     assert len(seen["first"]) == len(seen["cold"])
     assert seen["third_hit_rate"] > seen["cold_hit_rate"] + 0.05
+
+
+def a_replica_s_idle_threads_sleep_soon(seen: dict[str, Any]) -> None:
+    assert int(seen["spins"]) <= 5000
 
 
 def a_client_that_goes_away_ends_its_answer(seen: dict[str, Any]) -> None:

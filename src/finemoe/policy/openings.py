@@ -70,7 +70,8 @@ class Openings:
             return None
         keys = self.keys[: self.size]
         center = keys.mean(axis=0)
-        likeness = _unit(keys - center) @ _unit(embedding - center)
+        # without BLAS: its threads stop a model's, and lanes that it does not use can raise warnings
+        likeness = np.einsum("rd,d->r", _unit(keys - center), _unit(embedding - center))
         alike = np.argsort(-likeness, kind="stable")[:_ALIKE]
         u = np.exp((likeness[alike] - likeness[alike[0]]) / _SHARPNESS, dtype=np.float64)
         told = np.tensordot(u / u.sum(), self.usage[alike].astype(np.float64), axes=1)

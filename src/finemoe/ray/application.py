@@ -12,6 +12,7 @@ from ray import serve
 from finemoe.errors import ConfigError
 from finemoe.maps import NOWHERE
 from finemoe.policy import policy_class
+from finemoe.process import brief_spins
 from finemoe.ray.arguments import Arguments, read_arguments
 from finemoe.ray.replica import Replica
 from finemoe.ray.store import Store
@@ -62,7 +63,11 @@ def _store(arguments: Arguments) -> Any:
 
 def _replicas(arguments: Arguments) -> Any:
     ray, config = arguments.ray, arguments.serve
-    resources: dict[str, Any] = {"num_cpus": ray.cpus_per_replica, "num_gpus": ray.gpus_per_replica}
+    resources: dict[str, Any] = {
+        "num_cpus": ray.cpus_per_replica,
+        "num_gpus": ray.gpus_per_replica,
+        "runtime_env": {"env_vars": brief_spins()},
+    }
     if ray.memory_bytes is not None:
         resources["memory"] = ray.memory_bytes
     spread = {} if ray.max_replicas_per_node is None else {"max_replicas_per_node": ray.max_replicas_per_node}
