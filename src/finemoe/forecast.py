@@ -24,6 +24,7 @@ from torch.nn import functional as F  # noqa: N812 - the name that torch users k
 
 from finemoe.checkpoint.catalog import PAGE_BYTES
 from finemoe.errors import FinemoeError
+from finemoe.policy.finemoe import STORE_BYTES
 from finemoe.store import available_bytes
 
 _CHUNK_BYTES = 1 << 20
@@ -33,7 +34,6 @@ LOCAL_HITS = ((0.0, 0.0), (0.1, 0.28), (0.25, 0.66), (0.5, 0.915), (0.75, 0.985)
 # what a run takes beyond a process that has only loaded the libraries, by the peak of `generate` on a tiny model: some
 # 15 MiB with lru (reader threads, activations), and 115 MiB more with the default policy (numba)
 RUN_BYTES = 130 << 20
-STORE_BYTES = 128 << 20  # what the default policy may fill with what it learns (`policy.finemoe`)
 
 
 @dataclass(frozen=True)

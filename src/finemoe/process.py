@@ -14,7 +14,7 @@ _M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3
 _MADV_DONTNEED = 4
 _LARGE_BYTES = 1 << 20
 _OMP_PAUSE_HARD = 2
-_SPINS = 5000  # 0.3 ms where the processor's pause takes 140 cycles, less elsewhere
+_SPINS = 5000  # of those tried, the fewest that cost a model nothing that is alone (docs/results)
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+)")
 
 
@@ -34,9 +34,9 @@ def return_freed_memory() -> None:
 def share_cores() -> None:
     """Have idle threads of GNU's OpenMP wait awake for a fraction of a millisecond, and then sleep.
 
-    By default they spin for 300,000 turns, up to 15 ms. That keeps a core from whoever else needs it, readers and
-    neighbours alike; and while a neighbour has the core of one thread, the other spins for it in vain, in every one of
-    a token's hundreds of parallel regions. A region follows the last one within that fraction, so nothing is lost.
+    By default they spin for 300,000 turns, milliseconds on end. That keeps a core from whoever else needs it, readers
+    and neighbours alike; and while a neighbour has the core of one thread, the other spins for it in vain, in every one
+    of a token's hundreds of parallel regions. A region follows the last one within that fraction, so nothing is lost.
     Call it before torch is imported. What the user has set stays.
     """
     os.environ.update(brief_spins())

@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with redirect_stdout(output):
             try:
-                status = _run(given, interrupts)
+                with interrupts.told():
+                    status = _run(given, interrupts)
             except SystemExit:  # help was shown
                 output.flush()
                 raise
@@ -56,17 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"finemoe: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return _interrupted()
+        print("\nfinemoe: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except LostOutputError as error:
         output.give_up()
         if error.errno == EPIPE:  # the reader of our output went away: nothing is left to tell it
             return 0
         print(f"finemoe: error: standard output: {error.strerror}", file=sys.stderr)
         return 2
-    except Exception:
-        if not interrupts.pending:
-            raise
-        return _interrupted()  # what a Ctrl-C came to in the middle of an import
     return status
 
 
@@ -94,11 +92,6 @@ def _run(given: list[str], interrupts: Interrupts) -> int:
     arguments.interrupts = interrupts
     status: int = importlib.import_module(f"finemoe.cli.{arguments.command}").run(arguments)
     return status
-
-
-def _interrupted() -> int:
-    print("\nfinemoe: interrupted", file=sys.stderr)
-    return INTERRUPTED
 
 
 def _take_any_text() -> None:

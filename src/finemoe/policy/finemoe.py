@@ -20,7 +20,7 @@ from finemoe.policy.running import Running, Usual, use
 from finemoe.policy.trail import NOBODY, Flags, Floats, Rows, Trail, append, imprint_all, make_trail, rows_of, trail_of
 from finemoe.types import DECODE, PREFILL, Recorded, Routed, Step
 
-_STORE_BYTES = 128 << 20  # of a store's columns, unless told otherwise
+STORE_BYTES = 128 << 20  # of a store's columns, unless told otherwise
 _MOST_ROWS = 1 << 17  # a search takes time in proportion
 
 
@@ -58,7 +58,7 @@ class Finemoe(Policy):
     Args:
         layers: `L`.
         experts: the largest `E` of any layer.
-        capacity: `S`; by default as many rows as `_STORE_BYTES` of columns hold, and `_MOST_ROWS` at most.
+        capacity: `S`; by default as many rows as `STORE_BYTES` of columns hold, and `_MOST_ROWS` at most.
         active: K; by default learned from what layers need.
         lookahead: for how many layers ahead gates are asked.
         constants: what the formulas leave open.
@@ -99,7 +99,7 @@ class Finemoe(Policy):
             self.want = self.worth  # one scale
         self.pauses = "pause" not in without
         self.lookahead = lookahead
-        self.capacity = capacity or max(1, min(_MOST_ROWS, _STORE_BYTES // (layers * experts)))
+        self.capacity = capacity or max(1, min(_MOST_ROWS, STORE_BYTES // (layers * experts)))
         self.active = Active(active)
         self.constants = constants._replace(  # noqa: SLF001 - a named tuple's way
             neighbours=1 if "neighbours" in without else constants.neighbours,

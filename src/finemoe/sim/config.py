@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from finemoe.config import parse_budget
@@ -175,32 +177,24 @@ class SimulateConfig:
     @property
     def link_ratios(self) -> tuple[float, ...]:
         """As given; 1 if neither that nor hardware is."""
-
-        def ratio(word: str) -> float:
-            try:
-                value = float(word)
-            except ValueError:
-                value = -1.0
-            if not 0 <= value < float("inf"):
-                raise ConfigError(f"--link-ratio: {word!r} is not a number of at least 0")
-            return value
-
-        return _list("link-ratio", "1" if self.link_ratio is None else self.link_ratio, ratio)
+        read = partial(_number, "link-ratio", sys.float_info.max, "a number of at least 0")
+        return _list("link-ratio", "1" if self.link_ratio is None else self.link_ratio, read)
 
     @property
     def gate_recalls(self) -> tuple[float, ...]:
         """Of emulated lookahead, one layer ahead, two, ..; empty without."""
+        read = partial(_number, "gate-recall", 1.0, "a share from 0 to 1")
+        return () if self.gate_recall is None else tuple(_words("gate-recall", self.gate_recall, read))
 
-        def recall(word: str) -> float:
-            try:
-                value = float(word)
-            except ValueError:
-                value = -1.0
-            if not 0 <= value <= 1:
-                raise ConfigError(f"--gate-recall: {word!r} is not a share from 0 to 1")
-            return value
 
-        return () if self.gate_recall is None else tuple(_words("gate-recall", self.gate_recall, recall))
+def _number(flag: str, most: float, kind: str, word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= most:
+        raise ConfigError(f"--{flag}: {word!r} is not {kind}")
+    return value
 
 
 def _list(flag: str, text: str, read: Callable[[str], T]) -> tuple[T, ...]:
