@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from finemoe.errors import ExpertReadError, FinemoeError
 from finemoe.metrics import Counters
 from finemoe.policy import Controller
+from finemoe.policy.book import LOADING, RESIDENT
 from finemoe.store import DevicePool, Pool
 from finemoe.tempo import Tempo
 from finemoe.types import ExpertId, Landed, Plan, Routed, Step, Transfer, Withdrawn
@@ -133,7 +134,8 @@ class Engine:
                 with self._lock:
                     self.pool.unpin(expert)
                     self._execute(self.controller.used(expert))
-                ready.extend(self._settle(self.transfer.poll(), pending))
+                if landed := self.transfer.poll():
+                    ready.extend(self._settle(landed, pending))
                 self._nudge()
             self.tempo.end(event.layer, self._clock(), self.counters.stall_s - stalled_s)
         except BaseException:
@@ -198,12 +200,15 @@ class Engine:
         self, event: Routed, pending: dict[ExpertId, None], elsewhere: Elsewhere | None = None
     ) -> deque[tuple[ExpertId, int]]:
         """Books what a layer needs. Returns what is ready, pinned; `pending` becomes what is to come."""
-        self._settle(self.transfer.poll(), {})
+        if landed := self.transfer.poll():
+            self._settle(landed, {})
         ready: deque[tuple[ExpertId, int]] = deque()
         missing: list[int] = []
         with self._lock:
-            for needed in [ExpertId(event.layer, int(expert)) for expert in event.experts]:
-                if self.controller.is_resident(needed):
+            statuses = self.controller.statuses(event.layer)
+            for index in event.experts:
+                needed = ExpertId(event.layer, int(index))
+                if (status := statuses[needed.expert]) == RESIDENT:
                     slot = self.pool.pin(needed)
                     arrived = self.pool.settled(slot)
                     self.counters.hits += arrived
@@ -211,7 +216,7 @@ class Engine:
                     ready.append((needed, slot))
                     continue
                 pending[needed] = None
-                if self.controller.is_in_flight(needed):
+                if status == LOADING:
                     self.counters.late += 1
                     self._prefetching.pop(needed, None)
                     self._filling.discard(needed)
@@ -227,7 +232,8 @@ class Engine:
             for expert in self._prefetching:
                 if not self.controller.still_wanted(expert) or self.controller.short_of_slots:
                     self.transfer.withdraw(expert)
-            ready.extend(self._settle(self.transfer.poll(), pending))
+            if landed := self.transfer.poll():
+                ready.extend(self._settle(landed, pending))
         self._nudge()
         return ready
 

@@ -31,7 +31,7 @@ IMPLEMENTATION = "finemoe"
 HANDLE = "finemoe_layer"  # the attribute of an experts module that holds its ExpertLayer
 Accumulator = Literal["hidden", "weights", "float32"]
 Floats = npt.NDArray[np.float32]
-Listen = Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]  # ids, weights -> gates, lookahead
+Listen = Callable[[Tensor, Tensor], Tensor | None]  # ids, weights -> gates and lookahead [B, 1 + n, E]
 Kernel = Literal["eager", "grouped_mm"]  # whose arithmetic
 # a slot's bytes as tensors: by what fields lie in it, then by the slot and their offsets
 Views = dict[tuple[Any, ...], dict[tuple[int, tuple[int, ...]], dict[str, Tensor]]]
@@ -101,8 +101,15 @@ class ExpertLayer:
         """Take down what the policy wants to know of the gate."""
         del hidden
         if self.listen is not None:
-            gates, ahead = self.listen(index, weights)
-            self._said = None if gates is None else gates.numpy(), None if ahead is None else ahead.numpy()
+            self._take_down(self.listen(index, weights))
+
+    def _take_down(self, said: Tensor | None) -> None:
+        """Keep what a listener has said, in host memory."""
+        self._said = None, None
+        if said is not None:
+            rows = said.numpy()
+            gates, ahead = np.ascontiguousarray(rows[:, 0]), np.ascontiguousarray(rows[:, 1:])  # as kernels want them
+            self._said = gates, ahead if ahead.shape[1] else None
 
     def compute(
         self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor, accumulator: Accumulator

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from finemoe.durations import NEVER, Durations
+from finemoe.durations import Durations, Timings
 
 TOTALS = ("befores", "afters", "arounds")  # of Tempo
 
 
-@dataclass
 class Tempo:
     """Totals of one engine. On devices, which compute on their own time, all are 0.
 
@@ -19,14 +16,28 @@ class Tempo:
         layers: `L`.
     """
 
-    layers: int
-    befores: Durations = field(default=NEVER, init=False)  # from a layer's end to the gate of the next one
-    afters: Durations = field(default=NEVER, init=False)  # from a gate to the end of its layer
-    arounds: Durations = field(default=NEVER, init=False)  # from the last layer's end to the next pass's gate
-    _last: int | None = field(default=None, init=False)  # the layer that ran last
-    _after: Durations = field(default=NEVER, init=False)  # its part of `afters`
-    _end_s: float = field(default=0.0, init=False)  # when it ended
-    _gate_s: float = field(default=0.0, init=False)
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self._befores, self._afters, self._arounds = Timings(), Timings(), Timings()
+        self._last: int | None = None  # the layer that ran last
+        self._after_s: float | None = None  # its part of `afters`, once it has ended
+        self._end_s = 0.0  # when it did
+        self._gate_s = 0.0
+
+    @property
+    def befores(self) -> Durations:
+        """From a layer's end to the gate of the next one."""
+        return self._befores.so_far
+
+    @property
+    def afters(self) -> Durations:
+        """From a gate to the end of its layer."""
+        return self._afters.so_far
+
+    @property
+    def arounds(self) -> Durations:
+        """From the last layer's end to the next pass's gate."""
+        return self._arounds.so_far
 
     def gate(self, layer: int, now_s: float) -> None:
         """The gate of a layer has spoken. Again of the layer that ran last, if that asks expert by expert."""
@@ -34,17 +45,18 @@ class Tempo:
         if self._last is None:
             pass
         elif layer == 0 and self._last == self.layers - 1:
-            self.arounds += Durations.one(since_s)
+            self._arounds.add(since_s)
         elif layer == self._last + 1:
-            self.befores += Durations.one(since_s)
+            self._befores.add(since_s)
         elif layer == self._last:  # it goes on
-            self.afters -= self._after
-            self._gate_s -= self._after.total_s + since_s
+            if self._after_s is not None:
+                self._afters.take_back(self._after_s)
+            self._gate_s -= (self._after_s or 0.0) + since_s
 
     def end(self, layer: int, now_s: float, stalled_s: float) -> None:
         """The layer is done, after so much waiting."""
-        self._after = Durations.one(now_s - self._gate_s - stalled_s)
-        self.afters += self._after
+        self._after_s = now_s - self._gate_s - stalled_s
+        self._afters.add(self._after_s)
         self._last, self._end_s = layer, now_s
 
     def break_off(self) -> None:
@@ -53,4 +65,6 @@ class Tempo:
 
     def reset(self) -> None:
         """Start counting anew, in the middle of whatever runs."""
-        self.befores = self.afters = self.arounds = self._after = NEVER
+        for timings in (self._befores, self._afters, self._arounds):
+            timings.reset()
+        self._after_s = None

@@ -93,15 +93,13 @@ class DeviceExpertLayer(ExpertLayer):
 
     def _hear(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
         """One small copy, of the indices and of what the policy wants to know: all that the host waits for."""
-        said = self.listen(index, weights) if self.listen is not None else (None, None)
-        wanted = [each for each in said if each is not None]
+        said = None if self.listen is None else self.listen(index, weights)
         few = self.host is not None and 0 < len(hidden) <= MOST_TOKENS
-        ids, *heard = self.pool.devices[0].read_back([index, *wanted, *([hidden] if few else [])])
+        wanted = [*([] if said is None else [said]), *([hidden] if few else [])]
+        ids, *heard = self.pool.devices[0].read_back([index, *wanted])
         self._known = index, ids
         self._hidden = heard.pop() if few else None
-        given = iter(heard)
-        gates, ahead = (None if each is None else next(given).numpy() for each in said)
-        self._said = gates, ahead
+        self._take_down(heard[0] if heard else None)
         self._stalls.settle()
 
     def aside(self, module: nn.Module, tokens: Mapping[int, Sequence[int]]) -> Aside | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from finemoe.engine import Engine
 from finemoe.experts import ExpertLayer, Listen
 from finemoe.model.passes import read_pass
-from finemoe.model.routers import Router, Scale, find_routers, normalise, scale_of, scores_of
+from finemoe.model.routers import Router, Scale, ask, find_routers, normalise, scale_of, scores_of, with_linear
 from finemoe.types import DECODE, PREFILL, Step
 
 
@@ -63,6 +63,8 @@ class Observer:
         self._routers = find_routers(model, list(layers))
         alone = all(router is not None and router.alone for router in self._routers)
         self.lookahead = lookahead if alone else 0
+        if self.lookahead:
+            self._routers = [router and with_linear(router, model.dtype) for router in self._routers]
         self.experts = max(handle.layout.experts for handle in self._handles)
         self._numbers = itertools.count()
         self._requests: list[int] = []
@@ -153,28 +155,43 @@ class Observer:
             if not self._running or self._evidence is not None:
                 return
             self._scores[layer] = scores_of(router, output)
-            for distance in range(1, min(self.lookahead, len(self._handles) - 1 - layer) + 1):
-                later = self._routers[layer + distance]
+            for distance, later in enumerate(self._routers[layer + 1 : layer + 1 + self.lookahead], 1):
                 assert later is not None
-                with torch.no_grad():
-                    asked = later.module.forward(*arguments, **keywords)
-                self._ahead[layer, distance] = scores_of(later, asked)
+                self._ahead[layer, distance] = ask(later, arguments, keywords)
 
         return collect
 
     def _listener(self, layer: int) -> Listen:
-        def listen(ids: Tensor, weights: Tensor) -> tuple[Tensor | None, Tensor | None]:
-            """Gates `[B, E]` and lookahead `[B, n, E]` of a layer, for executed ids and weights `[T, K]`."""
+        def listen(ids: Tensor, weights: Tensor) -> Tensor | None:
+            """Gates and, after them, lookahead `[B, 1 + n, E]` of a layer, for executed ids and weights `[T, K]`."""
             if not self._running or self._mask is None or ids.shape[0] != self._mask.numel():
-                return None, None
+                return None
+            if (told := self._of_one_token(layer)) is not None:
+                return told
             gates = self._pool(self._distribution(layer, ids, weights))
-            if not self.lookahead:
-                return gates, None
-            told = (self._foreseen(layer, distance, ids.device) for distance in range(1, self.lookahead + 1))
-            pooled = [torch.zeros_like(gates) if each is None else self._pool(each) for each in told]
-            return gates, torch.stack(pooled, 1).float()
+            foreseen = (self._foreseen(layer, distance, ids.device) for distance in range(1, self.lookahead + 1))
+            pooled = [torch.zeros_like(gates) if each is None else self._pool(each) for each in foreseen]
+            return torch.stack([gates, *pooled], 1).float()
 
         return listen
+
+    def _of_one_token(self, layer: int) -> Tensor | None:
+        """What a listener says of a pass of one token, as in decoding; `None` where only the long way can tell.
+
+        The same as by that way, in three operations: beside a small model's experts, thirty take longer than a search.
+        """
+        assert self._mask is not None
+        scores = self._scores.get(layer)
+        if scores is None or self._mask.numel() != 1 or self._scale is None or self._evidence is not None:
+            return None
+        asked = min(self.lookahead, len(self._handles) - 1 - layer)
+        rows = [scores, *(self._ahead[layer, distance] for distance in range(1, asked + 1))]
+        if any(row.shape != (1, self.experts) for row in rows):
+            return None
+        told = normalise(torch.cat(rows) if len(rows) > 1 else scores, self._scale)
+        if asked < self.lookahead:  # the last layers have fewer after them
+            told = torch.cat([told, told.new_zeros(self.lookahead - asked, self.experts)])
+        return told[None]
 
     def _foreseen(self, layer: int, distance: int, device: torch.device) -> Tensor | None:
         """`[T, E]`: what the gate `distance` layers on says of this layer's hidden states."""

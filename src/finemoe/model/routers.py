@@ -29,6 +29,7 @@ class Router(NamedTuple):
     module: nn.Module
     place: int
     alone: bool  # false for a block that would run its experts too
+    linear: bool = False  # its scores are a linear map of the hidden states by its own weight, and nothing else
 
 
 @dataclass
@@ -128,9 +129,7 @@ class RouterTap:
                 for distance in range(1, min(self.lookahead, self.layers - 1 - layer) + 1):
                     later = self.routers[layer + distance]
                     assert later is not None
-                    with torch.no_grad():
-                        asked = later.module.forward(*arguments, **keywords)
-                    self._current.foreseen(layer, distance, scores_of(later, asked))
+                    self._current.foreseen(layer, distance, ask(later, arguments, keywords))
 
         return collect
 
@@ -292,7 +291,43 @@ def _shared(one: str, other: str) -> int:
     return next((count for count, (a, b) in enumerate(parts) if a != b), len(parts))
 
 
+def with_linear(router: Router, dtype: torch.dtype) -> Router:
+    """The same gate, after a try whether its scores are `F.linear` of the hidden states, bit for bit.
+
+    Args:
+        router: whose weights are loaded; may be called by itself.
+        dtype: of the hidden states.
+    """
+    weight = getattr(router.module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        return router
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, weight.shape[1], generator=generator).to(weight.device, dtype)
+    with torch.no_grad():
+        try:
+            told, asked = scores_of(router, router.module.forward(hidden)), _flat(_linear(router.module, hidden))
+        except (RuntimeError, TypeError, ValueError, AttributeError):  # wants something else than hidden states
+            return router
+    return router._replace(linear=torch.equal(told, asked))  # noqa: SLF001 - a named tuple's way
+
+
+def ask(router: Router, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+    """What a gate says of another one's input: scores `[T, E]`, as `scores_of`."""
+    with torch.no_grad():
+        if router.linear and len(arguments) == 1 and not keywords:
+            return _flat(_linear(router.module, arguments[0]))
+        return scores_of(router, router.module.forward(*arguments, **keywords))
+
+
+def _linear(module: Any, hidden: Tensor) -> Tensor:
+    return nn.functional.linear(hidden, module.weight, getattr(module, "bias", None))
+
+
 def scores_of(router: Router, output: Any) -> Tensor:
     """`[T, E]` out of a gate's output."""
-    scores: Tensor = output[router.place] if isinstance(output, tuple) else output
-    return scores.detach().float().reshape(-1, scores.shape[-1])
+    return _flat(output[router.place] if isinstance(output, tuple) else output)
+
+
+def _flat(scores: Tensor) -> Tensor:
+    scores = scores.detach().float()
+    return scores if scores.dim() == 2 else scores.reshape(-1, scores.shape[-1])

@@ -105,6 +105,13 @@ def need(book: Book, expert: int) -> int:
 
 
 @kernel
+def need_all(book: Book, experts: npt.NDArray[np.int64], statuses: npt.NDArray[np.uint8]) -> None:
+    """`need` of all that a layer needs, in order; `statuses` is filled in."""
+    for i in range(len(experts)):
+        statuses[i] = need(book, experts[i])
+
+
+@kernel
 def begin_prefetch(book: Book, worth: Scores, expert: int) -> int:
     """Takes a slot for a prefetch that `choose_prefetch` named. Returns the victim, or `FREE`."""
     victim = take_slot(book, worth, book.device[expert])
@@ -180,6 +187,16 @@ def choose_prefetch(book: Book, worth: Scores, want: Scores, margin: float, devi
     if margin == -np.inf:
         return best if want[best] > want[victim] else NONE
     return best if want[best] > worth[victim] + margin else NONE
+
+
+@kernel
+def next_prefetch(
+    book: Book, worth: Scores, want: Scores, margin: float, device: int, chosen: npt.NDArray[np.int64]
+) -> None:
+    """`choose_prefetch`, and `begin_prefetch` if there is one. `chosen` `[2]` becomes the expert and its victim."""
+    chosen[0] = choose_prefetch(book, worth, want, margin, device)
+    if chosen[0] != NONE:
+        chosen[1] = begin_prefetch(book, worth, chosen[0])
 
 
 @kernel

@@ -26,10 +26,10 @@ from finemoe.policy.book import (
     RESIDENT,
     WASTED,
     begin_prefetch,
-    choose_prefetch,
     give_up,
     make_book,
-    need,
+    need_all,
+    next_prefetch,
     review,
     still_wanted,
     take_slot,
@@ -38,6 +38,8 @@ from finemoe.policy.census import Census
 from finemoe.policy.kernel import Jit, interpreted
 from finemoe.policy.ledger import Ledger
 from finemoe.types import ExpertId, Fetch, Plan, Routed, Step
+
+_NOTHING = Plan()
 
 
 class Controller:
@@ -77,10 +79,11 @@ class Controller:
         self.census: Census | None = None
         self._experts = experts
         self._worth, self._want = policy.worth.reshape(-1), policy.want.reshape(-1)
-        self._review, self._need, self._take_slot, self._give_up = map(jit, (review, need, take_slot, give_up))
-        self._choose, self._begin_prefetch, self._still_wanted = map(
-            jit, (choose_prefetch, begin_prefetch, still_wanted)
+        self._review, self._need_all, self._take_slot, self._give_up = map(jit, (review, need_all, take_slot, give_up))
+        self._next_prefetch, self._begin_prefetch, self._still_wanted = map(
+            jit, (next_prefetch, begin_prefetch, still_wanted)
         )
+        self._chosen = np.zeros(2, np.int64)  # by `next_prefetch`
         self._waiting: deque[int] = deque()  # needed, not resident, no slot to be had yet
 
     def watch(self) -> None:
@@ -109,14 +112,13 @@ class Controller:
             self.policy.routed(event)
         if self.ledger is not None:
             self.ledger.gate(event.layer)
-        for expert in event.experts:
-            index = event.layer * self._experts + int(expert)
-            if self.ledger is not None:
-                self.ledger.access(index, int(self.book.status[index]), fresh=bool(self.book.fresh[index]))
-            if self.census is not None:
-                self.census.access(index, int(self.book.status[index]))
-            if expert not in elsewhere and self._need(self.book, index) == ABSENT:
-                self._waiting.append(index)
+        first = event.layer * self._experts
+        if self.ledger is not None or self.census is not None:
+            self._note_accesses([first + int(expert) for expert in event.experts])
+        needed = np.array([first + int(expert) for expert in event.experts if expert not in elsewhere], np.int64)
+        statuses = np.empty(len(needed), np.uint8)
+        self._need_all(self.book, needed, statuses)
+        self._waiting.extend(needed[statuses == ABSENT].tolist())
         return self._fill()
 
     def end(self) -> None:
@@ -151,11 +153,11 @@ class Controller:
 
     def prefetch(self, device: int = 0) -> Fetch | None:
         """The link of `device` is idle: what to bring in, if anything is worth its victim's slot."""
-        index = self._choose(self.book, self._worth, self._want, self.policy.margin, device)
+        wasted = self.book.tally[WASTED]
+        self._next_prefetch(self.book, self._worth, self._want, self.policy.margin, device, self._chosen)
+        index, victim = self._chosen.tolist()
         if index == NONE:
             return None
-        wasted = self.book.tally[WASTED]
-        victim = self._begin_prefetch(self.book, self._worth, index)
         self._note_waste(victim, wasted)
         if self.ledger is not None:
             self.ledger.prefetched(index)
@@ -198,6 +200,12 @@ class Controller:
         book.room[:] = make_book(1, 1, self.capacity, len(book.room)).room
         self._waiting.clear()
 
+    def statuses(self, layer: int) -> list[int]:
+        """Of each expert of a layer: `ABSENT`, `LOADING` or `RESIDENT`."""
+        first = layer * self._experts
+        known: list[int] = self.book.status[first : first + self._experts].tolist()
+        return known
+
     def is_resident(self, expert: ExpertId) -> bool:
         return bool(self.book.status[self._index(expert)] == RESIDENT)
 
@@ -220,10 +228,18 @@ class Controller:
         if not self.is_in_flight(expert):
             raise InvariantError(f"{expert} ended a flight that it was not on")
 
+    def _note_accesses(self, needed: list[int]) -> None:
+        for index in needed:
+            status = int(self.book.status[index])
+            if self.ledger is not None:
+                self.ledger.access(index, status, fresh=bool(self.book.fresh[index]))
+            if self.census is not None:
+                self.census.access(index, status)
+
     def _fill(self) -> Plan:
         """Plans as many waiting fetches as there are slots: free ones first, then those of the least worthy."""
         if not self._waiting:
-            return Plan()
+            return _NOTHING
         fetches: list[Fetch] = []
         stuck: deque[int] = deque()
         while self._waiting:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finemoe.policy.active import Active
+from finemoe.policy.alone import hear_alone
 from finemoe.policy.base import Knowledge, Policy
 from finemoe.policy.book import Scores
 from finemoe.policy.kernel import Jit, interpreted
@@ -117,6 +118,9 @@ class Finemoe(Policy):
         self._use, self._begin_search, self._extend_search = jit(use), jit(begin_search), jit(extend_search)
         self._look_ahead, self._appraise = jit(look_ahead), jit(appraise)
         self._append, self._imprint_all = jit(append), jit(imprint_all)
+        self._hear_alone = jit(hear_alone)
+        self._unsaid = np.zeros(experts, np.float32)  # instead of gates that nobody told
+        self._unasked = np.zeros((0, experts), np.float32)  # and of those ahead
 
     @property
     def size(self) -> int:
@@ -201,8 +205,10 @@ class Finemoe(Policy):
         self._value(-1)
 
     def routed(self, event: Routed) -> None:
-        layer, running = event.layer, list(self._running.values())
         self.active.hear(event)
+        if len(self._steps) == 1 and self._routed_alone(event):
+            return
+        layer, running = event.layer, list(self._running.values())
         gates = event.gates if event.gates is not None and len(event.gates) == len(running) else None
         needed = np.zeros(self.experts, np.bool_)
         needed[np.asarray(event.experts, np.int64)] = True
@@ -222,6 +228,24 @@ class Finemoe(Policy):
             if event.lookahead is not None and len(event.lookahead) == len(running) and _decodes(step):
                 self._hear_ahead(layer, request, executed, event.lookahead[b])
         self._value(layer)
+
+    def _routed_alone(self, event: Routed) -> bool:
+        """Hears of the one request that runs, if it decodes and no layer was left out. Returns whether it did."""
+        (step,), (running,), layer = self._steps, self._running.values(), event.layer
+        if self.trail is None or running.known != layer or not _decodes(step):
+            return False
+        gates = event.gates[0] if event.gates is not None and len(event.gates) == 1 else self._unsaid
+        told = self._unasked
+        if event.lookahead is not None and len(event.lookahead) == 1 and not self.behind:
+            told = told if "lookahead" in self.without else event.lookahead[0]
+        self._hear_alone(
+            self._usual, self.trail, self.size, running.state, self._weights, layer,
+            np.array(event.experts, np.int64), gates, told, self.active.count, self.constants, self.worth,
+            int(self.behind),
+        )  # fmt: skip
+        running.known += 1
+        running.tokens += layer == self.layers - 1
+        return True
 
     def end(self) -> None:
         for step, running in self._each():

@@ -8,7 +8,7 @@ import numpy as np
 
 from finemoe.policy.book import Scores
 from finemoe.policy.kernel import kernel
-from finemoe.policy.lookahead import make_named
+from finemoe.policy.lookahead import Named, make_named
 from finemoe.policy.neighbours import Constants, Iteration, Search
 from finemoe.policy.openings import Openings
 from finemoe.policy.trail import NOBODY, Flags, Floats
@@ -30,6 +30,15 @@ class Usual(NamedTuple):
 
     share: Scores  # [L, E], of the iterations
     iterations: Scores  # [L], of which that is the mean; of none, a guess
+
+
+class State(NamedTuple):
+    """What changes with every layer of a running request; see `Running`."""
+
+    habits: Habits
+    search: Search
+    iteration: Iteration
+    named: Named
 
 
 @kernel
@@ -73,6 +82,7 @@ class Running:
         last: the number of its last iteration in the store.
         kept_back: iterations that enter the store when it ends: token, gates, executed.
         named: what gates said of the layers ahead.
+        state: habits, search, iteration and named.
         tokens: that ran.
     """
 
@@ -101,6 +111,7 @@ class Running:
         self.last = NOBODY
         self.kept_back: list[tuple[int, Floats, Flags]] = []
         self.named = make_named(ahead, layers, experts)
+        self.state = State(self.habits, self.search, self.iteration, self.named)
         self.tokens = 0
 
     def expect_by_frequency(self, now: int, tokens: int) -> None:
