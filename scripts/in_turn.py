@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from serve_process import number
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from finemoe.trace.prompts import read_prompts
@@ -48,10 +48,18 @@ def by_generate(model: Any, prompt: list[int], new_tokens: int) -> Timed:
 
 
 def add_arguments(
-    parser: argparse.ArgumentParser, *, prompts: int, tokens: int, new_tokens: int, repeats: int, limit_s: float
+    parser: argparse.ArgumentParser,
+    *,
+    prompts: int,
+    tokens: int,
+    new_tokens: int,
+    repeats: int,
+    limit_s: float,
+    drawn: bool = False,
 ) -> None:
-    """Flags for what is asked, of which model, how often; these are the defaults."""
-    parser.add_argument("--prompts", required=True, help="a file as for finemoe record")
+    """Flags for what is asked, of which model, how often; these are the defaults. `drawn`: prompts may be left out."""
+    otherwise = "; without, random tokens" if drawn else ""
+    parser.add_argument("--prompts", required=not drawn, help=f"a file as for finemoe record{otherwise}")
     parser.add_argument("--prompts-limit", type=int, default=prompts)
     parser.add_argument("--model", help="folder (default: the reference model)")
     parser.add_argument("--prompt-tokens", type=int, default=tokens, help="prompts are cut to so many")
@@ -72,6 +80,10 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def prompts_of(given: argparse.Namespace) -> list[list[int]]:
     """Token ids."""
+    if given.prompts is None:
+        draws = np.random.default_rng(0)
+        vocabulary = AutoConfig.from_pretrained(given.model).get_text_config().vocab_size
+        return [draws.integers(0, vocabulary, given.prompt_tokens).tolist() for _ in range(given.prompts_limit)]
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     texts = read_prompts(Path(given.prompts), limit=given.prompts_limit).texts
     return [tokenizer(text)["input_ids"][: given.prompt_tokens] for text in texts]

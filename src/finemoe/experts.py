@@ -31,7 +31,7 @@ IMPLEMENTATION = "finemoe"
 HANDLE = "finemoe_layer"  # the attribute of an experts module that holds its ExpertLayer
 Accumulator = Literal["hidden", "weights", "float32"]
 Floats = npt.NDArray[np.float32]
-Listen = Callable[[Tensor, Tensor], Tensor | None]  # ids, weights -> gates and lookahead [B, 1 + n, E]
+Listen = Callable[[Tensor, Tensor], Tensor | None]  # ids, weights -> gates, lookahead [B, 1 + n, E]; B may be left out
 Kernel = Literal["eager", "grouped_mm"]  # whose arithmetic
 # a slot's bytes as tensors: by what fields lie in it, then by the slot and their offsets
 Views = dict[tuple[Any, ...], dict[tuple[int, tuple[int, ...]], dict[str, Tensor]]]
@@ -107,7 +107,7 @@ class ExpertLayer:
         """Keep what a listener has said, in host memory."""
         self._said = None, None
         if said is not None:
-            rows = said.numpy()
+            rows = said.numpy().reshape(-1, *said.shape[-2:])
             gates, ahead = np.ascontiguousarray(rows[:, 0]), np.ascontiguousarray(rows[:, 1:])  # as kernels want them
             self._said = gates, ahead if ahead.shape[1] else None
 

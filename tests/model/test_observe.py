@@ -33,13 +33,14 @@ def heard(folder: Path, monkeypatch: pytest.MonkeyPatch, policy: str, batch: int
         events.append(event)
         inner(self, event)
 
-    with monkeypatch.context() as patched, finemoe.load(folder, expert_memory="50%", policy=policy) as model:
-        patched.setattr(Finemoe, "routed", routed)
-        for length in (5, 1):
-            ids = torch.arange(3, 3 + batch * length).reshape(batch, length)
-            model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False
-            )
+    with monkeypatch.context() as patched:
+        patched.setattr(Finemoe, "deliberates", False)  # on the model's thread, so that no event is late
+        with finemoe.load(folder, expert_memory="50%", policy=policy, map_store="none") as model:
+            patched.setattr(Finemoe, "routed", routed)
+            for length in (5, 1):
+                ids = torch.arange(3, 3 + batch * length).reshape(batch, length)
+                mask = torch.ones_like(ids)
+                model.generate(ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     return events
 
 

@@ -163,7 +163,10 @@ class Observer:
 
     def _listener(self, layer: int) -> Listen:
         def listen(ids: Tensor, weights: Tensor) -> Tensor | None:
-            """Gates and, after them, lookahead `[B, 1 + n, E]` of a layer, for executed ids and weights `[T, K]`."""
+            """Gates and, after them, lookahead `[B, 1 + n, E]` of a layer, for executed ids and weights `[T, K]`.
+
+            Of one request, that of one token, it may be `[1 + n, E]`.
+            """
             if not self._running or self._mask is None or ids.shape[0] != self._mask.numel():
                 return None
             if (told := self._of_one_token(layer)) is not None:
@@ -176,9 +179,9 @@ class Observer:
         return listen
 
     def _of_one_token(self, layer: int) -> Tensor | None:
-        """What a listener says of a pass of one token, as in decoding; `None` where only the long way can tell.
+        """`[1 + n, E]`: what a listener says of one token, as in decoding; `None` where only the long way can tell.
 
-        The same as by that way, in three operations: beside a small model's experts, thirty take longer than a search.
+        The same as by that way, in two operations: beside a small model's experts, thirty take longer than a search.
         """
         assert self._mask is not None
         scores = self._scores.get(layer)
@@ -191,7 +194,7 @@ class Observer:
         told = normalise(torch.cat(rows) if len(rows) > 1 else scores, self._scale)
         if asked < self.lookahead:  # the last layers have fewer after them
             told = torch.cat([told, told.new_zeros(self.lookahead - asked, self.experts)])
-        return told[None]
+        return told
 
     def _foreseen(self, layer: int, distance: int, device: torch.device) -> Tensor | None:
         """`[T, E]`: what the gate `distance` layers on says of this layer's hidden states."""
@@ -212,7 +215,7 @@ class Observer:
             if self._scale is None:
                 order = weights.argsort(dim=1, descending=True)
                 own = ids.gather(1, order)[:, None], weights.float().gather(1, order)[:, None]
-                self._scale, _ = scale_of(scores[:, None], *own)
+                self._scale, _ = scale_of(scores.float()[:, None], *own)
             return normalise(scores, self._scale)
         spread = torch.zeros(ids.shape[0], self.experts + 1, device=ids.device)
         spread.scatter_add_(1, ids.clamp_max(self.experts).long(), weights.float().clamp_min(0))

@@ -125,11 +125,11 @@ class RouterTap:
     def _on_router(self, layer: int, router: Router) -> Callable[..., None]:
         def collect(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
             if self._current is not None:
-                self._current.scored(layer, scores_of(router, output))
+                self._current.scored(layer, scores_of(router, output).float())
                 for distance in range(1, min(self.lookahead, self.layers - 1 - layer) + 1):
                     later = self.routers[layer + distance]
                     assert later is not None
-                    self._current.foreseen(layer, distance, ask(later, arguments, keywords))
+                    self._current.foreseen(layer, distance, ask(later, arguments, keywords).float())
 
         return collect
 
@@ -249,10 +249,10 @@ def scale_of(scores: Tensor, ids: Tensor, weights: Tensor) -> tuple[Scale, bool]
 
 
 def normalise(scores: Tensor, scale: Scale) -> Tensor:
-    """Gate scores `[.., E]` as distributions. The one place where this is done."""
+    """Gate scores `[.., E]` as float32 distributions. The one place where this is done."""
     if scale == "softmax":
-        return scores.softmax(-1)
-    positive = scores.sigmoid() if scale == "sigmoid" else scores
+        return scores.softmax(-1, dtype=torch.float32)
+    positive = scores.float().sigmoid() if scale == "sigmoid" else scores.float()
     return positive / positive.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
@@ -324,10 +324,10 @@ def _linear(module: Any, hidden: Tensor) -> Tensor:
 
 
 def scores_of(router: Router, output: Any) -> Tensor:
-    """`[T, E]` out of a gate's output."""
+    """`[T, E]` out of a gate's output, in its own dtype."""
     return _flat(output[router.place] if isinstance(output, tuple) else output)
 
 
 def _flat(scores: Tensor) -> Tensor:
-    scores = scores.detach().float()
+    scores = scores.detach() if scores.requires_grad else scores  # each operation costs a small model's layer some 1%
     return scores if scores.dim() == 2 else scores.reshape(-1, scores.shape[-1])

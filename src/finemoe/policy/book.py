@@ -105,10 +105,13 @@ def need(book: Book, expert: int) -> int:
 
 
 @kernel
-def need_all(book: Book, experts: npt.NDArray[np.int64], statuses: npt.NDArray[np.uint8]) -> None:
-    """`need` of all that a layer needs, in order; `statuses` is filled in."""
+def need_all(book: Book, experts: npt.NDArray[np.int64], statuses: npt.NDArray[np.uint8]) -> int:
+    """`need` of all that a layer needs, in order; `statuses` is filled in. Returns how many are absent."""
+    absent = 0
     for i in range(len(experts)):
         statuses[i] = need(book, experts[i])
+        absent += statuses[i] == ABSENT
+    return absent
 
 
 @kernel

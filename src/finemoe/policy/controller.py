@@ -117,8 +117,8 @@ class Controller:
             self._note_accesses([first + int(expert) for expert in event.experts])
         needed = np.array([first + int(expert) for expert in event.experts if expert not in elsewhere], np.int64)
         statuses = np.empty(len(needed), np.uint8)
-        self._need_all(self.book, needed, statuses)
-        self._waiting.extend(needed[statuses == ABSENT].tolist())
+        if self._need_all(self.book, needed, statuses):
+            self._waiting.extend(needed[statuses == ABSENT].tolist())
         return self._fill()
 
     def end(self) -> None:
