@@ -28,8 +28,9 @@ def test_nothing_is_left_to_compile(tiny: Make) -> None:
         assert isinstance(beside, Beside)
         rehearsed = signatures(beside.inner)
         assert rehearsed and all(rehearsed.values())
-        for _ in range(2):
-            model.generate(torch.arange(4).view(1, -1) + 3, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        for rows in (1, 1, 2, 2):
+            ids = torch.arange(4).expand(rows, -1) + 3
+            model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
         beside.settle()
         assert signatures(beside.inner) == rehearsed
 

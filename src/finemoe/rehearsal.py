@@ -15,11 +15,12 @@ from finemoe.policy import Controller, make_policy, policy_class
 from finemoe.types import DECODE, PREFILL, ExpertId, Routed, Step
 
 _LAYERS, _EXPERTS, _WIDTH, _SLOTS = 3, 4, 8, 4
-_TOKENS = 3  # decoded by each request; what the second does is searched for among what the first did
+_TOKENS = 3  # decoded by each request; what later ones do is searched for among what the first did
+_REQUESTS = ((0,), (1, 2))  # alone, and two at a time: policies may do these in ways of their own
 
 
 def rehearse(policy: str, **options: Any) -> None:
-    """Runs two short requests through a tiny cache under that policy, with events of the same types as the engine's.
+    """Runs a few short requests through a tiny cache under that policy, with events of the same types as the engine's.
 
     Nothing is done for one that compiles nothing. One that is made for models of one shape runs in that.
 
@@ -33,15 +34,15 @@ def rehearse(policy: str, **options: Any) -> None:
     layers, experts = (_LAYERS, _EXPERTS) if predictors is None else (predictors.layers, predictors.experts)
     cache = Controller(layers, experts, _SLOTS, make_policy(policy, layers, experts, **options), jit=options["jit"])
     embedding = np.ones(_WIDTH, np.float32)
-    gates = np.full((1, experts), 1 / experts, np.float32)
-    iterations = [(request, iteration) for request in range(2) for iteration in range(1 + _TOKENS)]
+    iterations = [(requests, iteration) for requests in _REQUESTS for iteration in range(1 + _TOKENS)]
     quiet = True if ready() else None  # None: unless this is a terminal
-    for request, iteration in tqdm(iterations, "compiling the policy, once on this machine", disable=quiet):
+    for requests, iteration in tqdm(iterations, "compiling the policy, once on this machine", disable=quiet):
         phase, tokens = (PREFILL, 2) if iteration == 0 else (DECODE, 1)
-        cache.begin([Step(request, phase, np.ones(tokens, np.int32), embedding)])
+        cache.begin([Step(request, phase, np.ones(tokens, np.int32), embedding) for request in requests])
+        gates = np.full((len(requests), experts), 1 / experts, np.float32)
         for layer in range(layers):
             needed = (iteration + layer) % experts  # so that something is always missing
-            event = Routed(layer, (needed,), gates, gates[None] if layer + 1 < layers else None, 1)
+            event = Routed(layer, (needed,), gates, gates[:, None] if layer + 1 < layers else None, 1)
             _serve(cache, event, experts)
         cache.end()
     cache.begin(())
