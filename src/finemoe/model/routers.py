@@ -329,5 +329,5 @@ def scores_of(router: Router, output: Any) -> Tensor:
 
 
 def _flat(scores: Tensor) -> Tensor:
-    scores = scores.detach() if scores.requires_grad else scores  # each operation costs a small model's layer some 1%
+    scores = scores.detach() if scores.requires_grad else scores  # an operation less beside every layer
     return scores if scores.dim() == 2 else scores.reshape(-1, scores.shape[-1])

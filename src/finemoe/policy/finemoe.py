@@ -229,24 +229,6 @@ class Finemoe(Policy):
                 self._hear_ahead(layer, request, executed, event.lookahead[b])
         self._value(layer)
 
-    def _routed_alone(self, event: Routed) -> bool:
-        """Hears of the one request that runs, if it decodes and no layer was left out. Returns whether it did."""
-        (step,), (running,), layer = self._steps, self._running.values(), event.layer
-        if self.trail is None or running.known != layer or not _decodes(step):
-            return False
-        gates = event.gates[0] if event.gates is not None and len(event.gates) == 1 else self._unsaid
-        told = self._unasked
-        if event.lookahead is not None and len(event.lookahead) == 1 and not self.behind:
-            told = told if "lookahead" in self.without else event.lookahead[0]
-        self._hear_alone(
-            self._usual, self.trail, self.size, running.state, self._weights, layer,
-            np.array(event.experts, np.int64), gates, told, self.active.count, self.constants, self.worth,
-            int(self.behind),
-        )  # fmt: skip
-        running.known += 1
-        running.tokens += layer == self.layers - 1
-        return True
-
     def end(self) -> None:
         for step, running in self._each():
             if running.known < self.layers:
@@ -266,6 +248,24 @@ class Finemoe(Policy):
     def foresee(self, embedding: Floats) -> Scores | None:
         told = None if "prompts" in self.without else self.openings.expect(embedding)
         return None if told is None else np.asarray(told[1] * told[0] + (1.0 - told[1]) * self._usual.share)
+
+    def _routed_alone(self, event: Routed) -> bool:
+        """Hears of the one request that runs, if it decodes and no layer was left out. Returns whether it did."""
+        (step,), (running,), layer = self._steps, self._running.values(), event.layer
+        if self.trail is None or running.known != layer or not _decodes(step):
+            return False
+        gates = event.gates[0] if event.gates is not None and len(event.gates) == 1 else self._unsaid
+        told = self._unasked
+        if event.lookahead is not None and len(event.lookahead) == 1 and not self.behind:
+            told = told if "lookahead" in self.without else event.lookahead[0]
+        self._hear_alone(
+            self._usual, self.trail, self.size, running.state, self._weights, layer,
+            np.array(event.experts, np.int64), gates, told, self.active.count, self.constants, self.worth,
+            int(self.behind),
+        )  # fmt: skip
+        running.known += 1
+        running.tokens += layer == self.layers - 1
+        return True
 
     def _each(self) -> list[tuple[Step, Running]]:
         return list(zip(self._steps, self._running.values(), strict=True))
