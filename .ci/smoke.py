@@ -17,7 +17,7 @@ import finemoe
 assert Path(finemoe.__file__).is_relative_to(sys.prefix), finemoe.__file__
 assert finemoe.__version__ == version("finemoe")
 assert files("finemoe").joinpath("py.typed").is_file()
-assert files("finemoe.reference").joinpath("bundle.safetensors").is_file()
+assert files("finemoe.model.reference").joinpath("bundle.safetensors").is_file()
 assert callable(finemoe.load)
 """
 

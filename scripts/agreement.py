@@ -26,25 +26,23 @@ import torch
 
 import finemoe
 from finemoe.bench import BenchConfig
-from finemoe.bench.answering import answer_all
-from finemoe.bench.answers import Answered
-from finemoe.bench.requests import Request, read_requests
+from finemoe.bench.inputs import Request, read_requests
+from finemoe.bench.measurements import Answered, Phase
 from finemoe.bench.run import run_bench
-from finemoe.bench.subject import Phase
+from finemoe.bench.worker_process import answer_all
 from finemoe.checkpoint import locate
-from finemoe.compiled import compiler
 from finemoe.config import GenerateConfig, parse_budget
 from finemoe.errors import FinemoeError
+from finemoe.jit import compiler
 from finemoe.model import chosen_model
+from finemoe.model.generation import Session
 from finemoe.policy import BOUNDS, any_class, foresee, make_policy, policy_class
-from finemoe.session import Session
-from finemoe.sim.evidence import Evidence
-from finemoe.sim.machine import Machine
-from finemoe.sim.replay import Outcome, Replay
-from finemoe.sim.schedule import Schedule, make_schedule
+from finemoe.sim.hardware import Machine
+from finemoe.sim.simulator import Outcome, Replay
+from finemoe.sim.workload import Schedule, TraceView, make_schedule
 from finemoe.store.disk import CHUNK_BYTES
 from finemoe.trace import DECODE, TraceWriter, open_trace
-from finemoe.trace.record import Recorder
+from finemoe.trace.recorder import Recorder
 
 SEEDS = 5  # of times that vary
 EVERY = "lru,lfru,deepspeed,mixtral-offloading,moe-infinity,promoe,expert-map,finemoe"
@@ -61,8 +59,8 @@ class Simulator:
     def __init__(self, trace: Path, store: str | None, predictors: str | None) -> None:
         self._jit = compiler()
         self._trace = open_trace(trace)
-        self._evidence = Evidence(self._trace, jit=self._jit)
-        self._store = None if store is None else Evidence(open_trace(store), jit=self._jit)
+        self._evidence = TraceView(self._trace, jit=self._jit)
+        self._store = None if store is None else TraceView(open_trace(store), jit=self._jit)
         self._predictors = predictors
         self.schedule: Schedule = make_schedule(self._trace, range(len(self._trace)), 1, self._jit)
 
@@ -90,7 +88,7 @@ class Simulator:
         if any_class(name).clairvoyant:
             options["future"] = foresee(schedule.layers, schedule.experts, schedule.ptr, schedule.needs, self._jit)
         if "predictors" in any_class(name).needs:
-            from finemoe.predictors import load
+            from finemoe.learned.predictors import load
 
             options["predictors"] = load(Path(self._predictors or ""), header.fingerprint or header.model)
         policy = make_policy(name, header.layers, header.experts, jit=self._jit, **options)

@@ -31,8 +31,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 import finemoe
 from finemoe.serving.config import ServeConfig
-from finemoe.serving.job import Finished, Job, Token
-from finemoe.serving.worker import BatchingWorker
+from finemoe.serving.scheduler.job import Finished, Job, Token
+from finemoe.serving.scheduler.worker import BatchingWorker
 from finemoe.trace.prompts import read_prompts
 
 ALONE = "one at a time"

@@ -14,12 +14,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from finemoe.compiled import compiler
+from finemoe.jit import compiler
 from finemoe.policy import make_policy, policy_class
-from finemoe.sim.evidence import Evidence
-from finemoe.sim.machine import Machine
-from finemoe.sim.replay import Replay
-from finemoe.sim.schedule import make_schedule
+from finemoe.sim.hardware import Machine
+from finemoe.sim.simulator import Replay
+from finemoe.sim.workload import TraceView, make_schedule
 from finemoe.trace import open_trace
 
 
@@ -42,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     jit = compiler()
     with open_trace(arguments.trace) as trace:
-        header, evidence = trace.header, Evidence(trace, jit=jit)
+        header, evidence = trace.header, TraceView(trace, jit=jit)
         order = np.random.default_rng(arguments.seed).permutation(len(trace))[: arguments.requests]
         bounds = blocks(len(order))
         machine = Machine(int(arguments.expert_memory * header.layers * header.experts + 1e-9), arguments.link_ratio)

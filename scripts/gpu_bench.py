@@ -36,9 +36,10 @@ import transformers
 from gpu_subject import KINDS, make_config, write_checkpoint, write_routing
 
 import finemoe
-from finemoe.device import CpuDevice, Device, open_devices
+from finemoe.gpu.cpu_device import CpuDevice
+from finemoe.gpu.device import Device, open_devices
 from finemoe.model import model_class
-from finemoe.replay import replay_routing
+from finemoe.trace.forced_routing import replay_routing
 
 Row = dict[str, Any]
 

@@ -119,7 +119,7 @@ class Load:
         name, *own = shlex.split(policy)
         flags = ["--model", str(self.model), "--expert-memory", self.given.expert_memory, "--policy", name]
         flags += [*shlex.split(self.given.serve), *own]
-        if policy_class(name).remembers:
+        if policy_class(name).is_persistent:
             flags += ["--map-store", "none" if store is None else str(store)]
         return flags
 
@@ -166,7 +166,7 @@ class Load:
     def store(self, policy: str) -> Path | None:
         """What a policy starts from; `None` if it learns nothing."""
         warm, name = self.given.warm_requests, shlex.split(policy)[0]
-        if not policy_class(name).remembers or not (warm or self.given.store):
+        if not policy_class(name).is_persistent or not (warm or self.given.store):
             return None
         path = self.folder / f"{name.replace('/', '-')}.maps"
         if path.exists():  # the same policy, with other flags

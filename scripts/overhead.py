@@ -30,7 +30,7 @@ from serve_process import align, end_as_by_ctrl_c, number, tell, write_whole
 
 import finemoe
 from finemoe.serving.config import ServeConfig
-from finemoe.serving.job import Finished, Job, Token
+from finemoe.serving.scheduler.job import Finished, Job, Token
 
 WAYS = ("generate", "worker", "http")
 GOAL = 1.03  # of http against generate
@@ -47,7 +47,7 @@ def by_worker(parts: Parts, prompt: list[int], new_tokens: int) -> Timed:
             ended.set()
 
     start_s = time.perf_counter()
-    parts.worker.submit(Job("alone", prompt, new_tokens, stop=parts.house.served.stop_ids), listen)
+    parts.worker.submit(Job("alone", prompt, new_tokens, stop=parts.app_state.served.stop_ids), listen)
     ended.wait()
     return timed(start_s, times_s)
 
@@ -89,7 +89,7 @@ class Overhead:
             by: dict[str, Callable[[list[int], int], Timed]] = {
                 "worker": lambda prompt, tokens: by_worker(parts, prompt, tokens),
                 "http": lambda prompt, tokens: self.client.submit(
-                    ask_alone, parts.url, parts.house.served.name, prompt, tokens
+                    ask_alone, parts.url, parts.app_state.served.name, prompt, tokens
                 ).result(),
             }
             for way in by.values():

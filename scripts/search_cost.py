@@ -18,17 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from finemoe.compiled import compiler
+from finemoe.jit import compiler
 from finemoe.policy import Policy, make_policy
-from finemoe.sim.evidence import Evidence
-from finemoe.sim.schedule import make_schedule
+from finemoe.sim.workload import TraceView, make_schedule
 from finemoe.trace import open_trace
 from finemoe.types import Routed
 
 MOST_PASSES = 1000  # over the store's trace; a policy that keeps no more by then is full
 
 
-def fill(policy: Policy, store: Evidence, rows: int | None) -> int:
+def fill(policy: Policy, store: TraceView, rows: int | None) -> int:
     """Learns until nothing more is kept. Returns how many iterations the policy keeps."""
     kept = -1
     for _ in range(MOST_PASSES):
@@ -58,7 +57,7 @@ def live(policy: Policy, trace: str, requests: int, jit: Any) -> dict[str, list[
 
     with open_trace(trace) as held_out:
         schedule = make_schedule(held_out, range(min(requests, len(held_out))), 1, jit)
-        evidence, seen = Evidence(held_out, jit=jit), policy.needs | policy.uses
+        evidence, seen = TraceView(held_out, jit=jit), policy.needs | policy.uses
         for iteration in range(len(schedule)):
             gates = evidence.gates(schedule, iteration) if "gates" in seen else None
             ahead = evidence.lookahead(schedule, iteration) if "lookahead" in seen else None
@@ -91,7 +90,7 @@ def main() -> None:
     print(f"{'':14s}{'rows':>8s}{'MiB':>8s}{'begin us':>18s}{'layer us':>18s}{'end us':>18s}   mean (95th percentile)")
     for name in given.policy.split(","):
         with open_trace(given.store) as trace:
-            header, store = trace.header, Evidence(trace, jit=jit)
+            header, store = trace.header, TraceView(trace, jit=jit)
             policy = make_policy(name, header.layers, header.experts, jit=jit)
             before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             rows = fill(policy, store, given.rows)

@@ -9,18 +9,18 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from finemoe.serving.app import service_of
 from finemoe.serving.config import ServeConfig
-from finemoe.serving.house import House
+from finemoe.serving.scheduler.worker import BatchingWorker
 from finemoe.serving.server import Server, address_of, reserve
-from finemoe.serving.service import service_of
-from finemoe.serving.worker import BatchingWorker
+from finemoe.serving.state import AppState
 
 
 @dataclass(frozen=True)
 class Parts:
     """A server that does not run yet."""
 
-    house: House
+    app_state: AppState
     worker: BatchingWorker
     server: Server
     taken: socket.socket
@@ -34,7 +34,7 @@ class Parts:
 def server_parts(model: Any, config: ServeConfig) -> Iterator[Parts]:
     """As the command makes them, the live page included; the worker is closed in the end."""
     with closing(reserve(config)) as taken, service_of(model, config) as service:
-        yield Parts(service.house, service.worker, Server(service.app, service.house), taken)
+        yield Parts(service.app_state, service.worker, Server(service.app, service.app_state), taken)
 
 
 @contextmanager

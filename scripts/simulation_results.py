@@ -10,9 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
-from finemoe.sim.cells import Row
-from finemoe.sim.plot import draw
-from finemoe.sim.table import markdown
+from finemoe.sim.report import draw, markdown
+from finemoe.sim.sweep import Row
 
 
 def main() -> None:

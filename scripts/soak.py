@@ -240,9 +240,9 @@ def serve(arguments: Sequence[str]) -> None:
     from finemoe.cli.flags import add_flags, read_flags
     from finemoe.config import LoadConfig
     from finemoe.model import load_config
-    from finemoe.process import return_freed_memory, unmap_idle_code
     from finemoe.serving.config import ServeConfig
-    from finemoe.serving.logs import to_standard_error
+    from finemoe.serving.middleware import to_standard_error
+    from finemoe.system import return_freed_memory, unmap_idle_code
 
     return_freed_memory()
     parser = argparse.ArgumentParser()
@@ -253,7 +253,7 @@ def serve(arguments: Sequence[str]) -> None:
     with load_config(read_flags(flags, LoadConfig)) as model:
         with server_parts(model, read_flags(flags, ServeConfig)) as parts:
             unmap_idle_code()
-            name = parts.house.served.name
+            name = parts.app_state.served.name
             parts.server.run(parts.taken, lambda: print(f"{name} at {parts.url}", flush=True))
             load, failure = parts.worker.load(), parts.worker.failure()
         pinned = int(model.finemoe.experts().pinned.sum())

@@ -13,18 +13,17 @@ import argparse
 
 import numpy as np
 
-from finemoe.compiled import compiler
-from finemoe.policy.finemoe import Finemoe
-from finemoe.sim.evidence import Evidence
-from finemoe.sim.machine import Machine
-from finemoe.sim.replay import Replay
-from finemoe.sim.schedule import Schedule, make_schedule
+from finemoe.jit import compiler
+from finemoe.policy.finemoe.policy import FinemoePolicy
+from finemoe.sim.hardware import Machine
+from finemoe.sim.simulator import Replay
+from finemoe.sim.workload import Schedule, TraceView, make_schedule
 from finemoe.trace import open_trace, split
 
 TOLD: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (0, 1), (2, 3, 4, 5), (0, 1, 2, 3, 4, 5))
 
 
-class Told(Finemoe):
+class Told(FinemoePolicy):
     """Knows what the iterations at these distances (0: the running one) need."""
 
     def tell(self, schedule: Schedule, distances: tuple[int, ...]) -> None:
@@ -59,7 +58,7 @@ def main() -> None:
     trace = open_trace(arguments.trace)
     kept, _ = split(len(trace), 0.7, 0)
     learned, held = kept[: len(kept) * 4 // 5], kept[len(kept) * 4 // 5 :]
-    evidence = Evidence(trace, jit=jit)
+    evidence = TraceView(trace, jit=jit)
     schedule = make_schedule(trace, held[: arguments.requests].tolist(), 1, jit)
     layers, experts = trace.header.layers, trace.header.experts
     print("| told | " + " | ".join(f"r = {ratio:g}" for ratio in arguments.link_ratio) + " |")

@@ -29,10 +29,10 @@ from serve_process import align, end_as_by_ctrl_c, write_whole
 from transformers.generation.streamers import BaseStreamer
 
 import finemoe
-from finemoe import experts
-from finemoe.engine import Engine
-from finemoe.experts import ExpertLayer
-from finemoe.model.observe import Observer
+from finemoe.engine import expert_layer as experts
+from finemoe.engine.engine import Engine
+from finemoe.engine.expert_layer import ExpertLayer
+from finemoe.model.observer import Observer
 
 PARTS = {
     "arithmetic": "experts' arithmetic",

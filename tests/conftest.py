@@ -61,7 +61,8 @@ def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def reference_model() -> Path:
     """Folder of the built-in model, built if need be; tests that use it are skipped where it can't be had."""
-    from finemoe.reference import ReferenceModelError, ensure
+    from finemoe.errors import ReferenceModelError
+    from finemoe.model.reference import ensure
 
     try:
         return ensure(progress=False)

@@ -6,16 +6,16 @@ import threading
 from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import pairwise
 
-from finemoe.types import ExpertId, ExpertSource, Landed, Run, Withdrawn
+from finemoe.types import ByteRange, Cancelled, ExpertId, ExpertSource, Landed
 
 Choose = Callable[[int], int]  # of so many things in flight, which lands next
 
 
-def cut(data: bytes, pieces: int, file: int = 0, file_offset_bytes: int = 0) -> tuple[Run, ...]:
+def cut(data: bytes, pieces: int, file: int = 0, file_offset_bytes: int = 0) -> tuple[ByteRange, ...]:
     """`data` as runs that lie backwards in their file."""
     bounds = [len(data) * i // pieces for i in range(pieces + 1)]
     spans = [(a, b) for a, b in pairwise(bounds) if b > a]
-    return tuple(Run(file, file_offset_bytes + len(data) - b, b - a, a) for a, b in spans)
+    return tuple(ByteRange(file, file_offset_bytes + len(data) - b, b - a, a) for a, b in spans)
 
 
 class MemorySource:
@@ -25,7 +25,7 @@ class MemorySource:
         self,
         experts: Mapping[ExpertId, bytes],
         pieces: int = 1,
-        before: Callable[[ExpertId, Run, int], None] = lambda *_: None,
+        before: Callable[[ExpertId, ByteRange, int], None] = lambda *_: None,
     ) -> None:
         self.experts = dict(experts)
         self.before = before
@@ -35,10 +35,10 @@ class MemorySource:
         self._ids = sorted(experts)
         self._runs = {e: cut(data, pieces, file) for file, (e, data) in enumerate(sorted(experts.items()))}
 
-    def runs(self, expert: ExpertId) -> Sequence[Run]:
+    def byte_ranges(self, expert: ExpertId) -> Sequence[ByteRange]:
         return self._runs[expert]
 
-    def read(self, run: Run, start_bytes: int, into: memoryview) -> None:
+    def read(self, run: ByteRange, start_bytes: int, into: memoryview) -> None:
         expert = self._ids[run.file]
         with self._lock:
             self.reads.append(expert)
@@ -88,15 +88,15 @@ class ManualTransfer:
     def waited_bytes(self) -> float:
         return self._waited_bytes
 
-    def hasten(self, expert: ExpertId) -> None:
+    def promote(self, expert: ExpertId) -> None:
         self.in_flight = [(e, slot, urgent or e == expert) for e, slot, urgent in self.in_flight]
 
-    def withdraw(self, expert: ExpertId) -> None:
+    def cancel(self, expert: ExpertId) -> None:
         self.in_flight = [entry for entry in self.in_flight if entry[0] != expert]
         self.withdrawn.append(expert)
-        self._outcomes.append(Landed(expert, Withdrawn()))
+        self._outcomes.append(Landed(expert, Cancelled()))
 
-    def nudge(self) -> None:
+    def wake(self) -> None:
         if self.when_idle is not None and not self.in_flight:
             self.when_idle()
 
@@ -116,7 +116,7 @@ class ManualTransfer:
         self._waited_bytes += self._moved_bytes - before_bytes
         return [landed]
 
-    def cancel(self) -> None:
+    def cancel_all(self) -> None:
         self.cancels += 1
         self.in_flight.clear()
 
@@ -130,7 +130,7 @@ class ManualTransfer:
             return Landed(expert, error)
         if error is not None:
             raise error
-        for run in self.source.runs(expert):
+        for run in self.source.byte_ranges(expert):
             for start in range(0, run.length_bytes, 1 << 20):
                 end = min(run.length_bytes, start + (1 << 20))
                 begin = run.slot_offset_bytes

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from finemoe.durations import NEVER, Durations
+from finemoe.metrics import NEVER, Durations
 
 TIMES_S = [0.5, 2.0, 0.25, 1.0]
 

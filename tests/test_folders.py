@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finemoe.errors import ConfigError
-from finemoe.folders import refuse_unwritable, replace_file
+from finemoe.system import refuse_unwritable, replace_file
 
 
 def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path: Path) -> None:

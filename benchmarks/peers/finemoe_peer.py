@@ -15,7 +15,7 @@ def load(order: Order) -> Tokens:
 
     import finemoe
     from finemoe.model import describe
-    from finemoe.process import return_freed_memory, unmap_idle_code
+    from finemoe.system import return_freed_memory, unmap_idle_code
 
     return_freed_memory()
     torch.set_num_threads(order.threads)

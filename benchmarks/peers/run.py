@@ -22,15 +22,15 @@ from cap import Cap, CapError
 from peer import Order, Result, python_of
 from table import Row, render
 
-from finemoe.bench.link import cached_share, evict
+from finemoe.bench.disk_probe import cached_share, evict
 from finemoe.bench.run import describe_host
 from finemoe.checkpoint import locate, read_headers
-from finemoe.checkpoint.fingerprint import fingerprint
+from finemoe.checkpoint.headers import fingerprint
 from finemoe.config import format_bytes, parse_budget
 from finemoe.errors import ConfigError, FinemoeError
 from finemoe.model import read_config, reference_model
-from finemoe.process import available_cores
-from finemoe.session import encode, load_tokenizer
+from finemoe.model.generation import encode, load_tokenizer
+from finemoe.system import available_cores
 
 HERE = Path(__file__).parent
 PEERS = {  # name -> script; in the order of the table

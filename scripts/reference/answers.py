@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from finemoe.reference.dense import DenseSource, layer_tensors
+from finemoe.model.reference.dense import DenseSource, layer_tensors
 
 
 def dense_transformers(source: DenseSource) -> Any:

@@ -25,14 +25,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finemoe.reference.bundle import Bundle, load_bundle
+from finemoe.model.reference.bundle import Bundle, load_bundle
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", type=Path, required=True, help="the built checkpoint, as finemoe.reference.ensure() gives it"
+        "--model", type=Path, required=True, help="the built checkpoint, as finemoe.model.reference.ensure() gives it"
     )
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, required=True)

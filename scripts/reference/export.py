@@ -1,4 +1,4 @@
-"""Write a student as the bundle that `finemoe.reference` ships."""
+"""Write a student as the bundle that `finemoe.model.reference` ships."""
 
 from collections.abc import Mapping
 from pathlib import Path

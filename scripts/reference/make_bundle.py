@@ -25,9 +25,9 @@ from student import Dense, Student
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from finemoe.reference import wheel
-from finemoe.reference.dense import DenseSource
-from finemoe.reference.gguf_source import GgufSource
+from finemoe.model.reference import wheel
+from finemoe.model.reference.dense import DenseSource
+from finemoe.model.reference.gguf_source import GgufSource
 
 VERSION = "1"
 

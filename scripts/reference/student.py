@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from finemoe.reference.dense import DenseShape, DenseSource, layer_tensors
+from finemoe.model.reference.dense import DenseShape, DenseSource, layer_tensors
 
 PARTS = ("input_norm", "post_norm", "final_norm", "router", "scales")
 

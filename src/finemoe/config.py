@@ -5,6 +5,7 @@ A field's `metadata` holds its help text; a field called `expert_memory` is the 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
@@ -183,7 +184,7 @@ class LoadConfig:
     expert_dtype: str = field(
         default=STORED,
         metadata={
-            "help": f"one of {', '.join(EXPERT_DTYPES)}: int8 and int4 keep and move the experts of an unquantised "
+            "help": f"one of {', '.join(EXPERT_DTYPES)}: int8 and int4 keep and move the experts of an unquantized "
             "checkpoint in fewer bits, which is lossy; a copy is made once, in the cache folder; all output says so"
         },
     )
@@ -324,3 +325,27 @@ class ReplayConfig:
     """Routing from a file instead of the model's own."""
 
     replay_routing: str | None = field(default=None, metadata={"help": REPLAY_HELP})
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """Which prompts to record, how many together, and how far the gates look ahead."""
+
+    field: str | None = dataclasses.field(default=None, metadata={"help": "the JSON field that holds the prompt"})
+    limit: int | None = dataclasses.field(default=None, metadata={"help": "record at most this many prompts"})
+    skip: int = dataclasses.field(default=0, metadata={"help": "pass over this many prompts first"})
+    batch_size: int = dataclasses.field(default=1, metadata={"help": "prompts that run together"})
+    max_prompt_tokens: int | None = dataclasses.field(default=None, metadata={"help": "leave longer prompts out"})
+    lookahead: int = dataclasses.field(
+        default=0, metadata={"help": "record what the gates of this many later layers make of each layer's state"}
+    )
+    append: bool = dataclasses.field(default=False, metadata={"help": "add to the trace if it exists"})
+    force: bool = dataclasses.field(default=False, metadata={"help": "replace the trace if it exists"})
+
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 1), ("skip", 0), ("batch_size", 1), ("max_prompt_tokens", 1), ("lookahead", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"--{name.replace('_', '-')}: {value} is not at least {least}")
+        if self.append and self.force:
+            raise ConfigError("--force: replaces the trace, --append adds to it; give one of them")

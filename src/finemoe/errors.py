@@ -45,3 +45,7 @@ class DamagedMapsError(MapsError):
 
 class FinemoeWarning(UserWarning):
     """Something could not be done, and the work goes on without it; the message says what."""
+
+
+class ReferenceModelError(FinemoeError, RuntimeError):
+    """The reference model cannot be had; the message is one line naming the culprit and the way out."""

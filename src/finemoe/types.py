@@ -93,7 +93,7 @@ class Landed(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class ByteRange:
     """A contiguous stretch of a file that lands as a contiguous stretch of a slot."""
 
     file: int
@@ -105,10 +105,10 @@ class Run:
 class ExpertSource(Protocol):
     """A tier that can be read from: the disk now, host memory for a GPU's pool."""
 
-    def runs(self, expert: ExpertId) -> Sequence[Run]:
+    def byte_ranges(self, expert: ExpertId) -> Sequence[ByteRange]:
         """The stretches that make up `expert`. Does no I/O."""
 
-    def read(self, run: Run, start_bytes: int, into: memoryview) -> None:
+    def read(self, run: ByteRange, start_bytes: int, into: memoryview) -> None:
         """Fill `into` with the bytes of `run` from `start_bytes` on.
 
         Raises:
@@ -116,7 +116,7 @@ class ExpertSource(Protocol):
         """
 
 
-class Withdrawn(Exception):  # noqa: N818 - an outcome, not a fault
+class Cancelled(Exception):  # noqa: N818 - an outcome, not a fault
     """Reported for a prefetch that was withdrawn before it was complete."""
 
 
@@ -124,7 +124,7 @@ class Transfer(Protocol):
     """Moves experts into slots. Chooses nothing: urgent ones first, each kind in the order that it was given.
 
     When it has nothing to do it calls `when_idle`, from a thread of its own choice, which may `submit` a prefetch; it
-    asks again once that is under way, and after `nudge`. With several devices it names the one whose link is idle.
+    asks again once that is under way, and after `wake`. With several devices it names the one whose link is idle.
     """
 
     when_idle: Callable[..., None] | None
@@ -132,13 +132,13 @@ class Transfer(Protocol):
     def submit(self, expert: ExpertId, slot: Any, *, urgent: bool = True) -> None:
         """Start moving `expert` into `slot`, as its pool gives it. Returns at once; `wait` and `poll` tell of it."""
 
-    def hasten(self, expert: ExpertId) -> None:
+    def promote(self, expert: ExpertId) -> None:
         """A prefetch under way has become urgent: what is left of it goes before other prefetches."""
 
-    def withdraw(self, expert: ExpertId) -> None:
-        """A prefetch under way is not wanted any more. It is reported as `Withdrawn`, unless it was complete."""
+    def cancel(self, expert: ExpertId) -> None:
+        """A prefetch under way is not wanted any more. It is reported as `Cancelled`, unless it was complete."""
 
-    def nudge(self) -> None:
+    def wake(self) -> None:
         """What is worth prefetching may have changed: ask `when_idle` again."""
 
     def poll(self, which: Container[ExpertId] | None = None) -> list[Landed]:
@@ -147,7 +147,7 @@ class Transfer(Protocol):
     def wait(self) -> list[Landed]:
         """Like `poll`, but blocks until there is at least one. Must not be called with nothing in flight."""
 
-    def cancel(self) -> None:
+    def cancel_all(self) -> None:
         """Drop everything in flight; returns when no slot is written to any more."""
 
     @property

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from finemoe.bench import child
-from finemoe.bench.answers import Answered
-from finemoe.bench.subject import Measured, Order
+from finemoe.bench import worker_process as child
+from finemoe.bench.measurements import Answered, Measured, Order
 from finemoe.errors import FinemoeError
 
 

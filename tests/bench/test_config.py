@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from finemoe.bench import BenchConfig
-from finemoe.bench.subject import subjects
+from finemoe.bench.measurements import subjects
 from finemoe.errors import BudgetError, ConfigError
 
 

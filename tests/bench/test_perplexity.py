@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from finemoe.bench import BenchConfig
-from finemoe.bench.perplexity import perplexity, read_text
+from finemoe.bench.inputs import perplexity, read_text
 from finemoe.bench.run import run_bench
 from finemoe.bench.table import render
 from finemoe.checkpoint import locate
@@ -36,15 +36,15 @@ def test_it_is_that_of_the_models_own_loss(folder: Path) -> None:
 
 def test_the_text_is_cut_and_there_is_one_without_a_file(folder: Path, tmp_path: Path) -> None:
     checkpoint = locate(str(folder))
-    book = tmp_path / "book.txt"
-    book.write_text("so it goes " * 100)
-    config = BenchConfig(model=str(folder), perplexity=str(book), perplexity_tokens=40)
+    cache = tmp_path / "book.txt"
+    cache.write_text("so it goes " * 100)
+    config = BenchConfig(model=str(folder), perplexity=str(cache), perplexity_tokens=40)
     assert len(read_text(config, checkpoint)) == 40
     assert read_text(BenchConfig(model=str(folder)), checkpoint) == ()
     assert len(read_text(BenchConfig(model=str(folder), expert_dtype="int8"), checkpoint)) == 512
     with pytest.raises(ConfigError, match=r"^--perplexity: .*can't be read"):
         read_text(replace(config, perplexity=str(tmp_path / "none")), checkpoint)
-    book.write_text("")
+    cache.write_text("")
     with pytest.raises(ConfigError, match=r"^--perplexity: .*fewer than two tokens"):
         read_text(config, checkpoint)
 

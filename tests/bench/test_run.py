@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from finemoe.bench import BenchConfig
+from finemoe.bench.measurements import Order, Subject
 from finemoe.bench.run import run_bench, run_order
-from finemoe.bench.subject import Order, Subject
 from finemoe.bench.table import render
 from finemoe.cli import main
 from finemoe.errors import BudgetError, CheckpointError, ConfigError
@@ -104,7 +104,7 @@ def test_all_rows_replay_the_same_routing(tiny: Make, tmp_path: Path) -> None:
     folder, trace = tiny(dtype="bfloat16"), tmp_path / "trace"
     sizes = describe(str(folder))
     header = make_header(
-        ("weights",), layers=sizes.layers, experts=sizes.catalog.layouts[0].experts, active=sizes.active
+        ("weights",), layers=sizes.layers, experts=sizes.expert_index.layouts[0].experts, active=sizes.active
     )
     make_trace(trace, 2, header)
     config = settings(folder, expert_memory="75%", baselines="eager,grouped_mm,disk-offload", replay_routing=str(trace))

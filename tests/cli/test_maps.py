@@ -10,10 +10,10 @@ import pytest
 
 from finemoe.cli import _quieten, main
 from finemoe.errors import FinemoeWarning
-from finemoe.maps import read_maps
+from finemoe.learned import read_maps
 from tests.chat_model import make_chat_model
 from tests.cli.test_commands import Capture, answered, refused
-from tests.maps.make import make_file
+from tests.learned.make import make_file
 from tests.sim.traces import LAYERS
 from tests.sim.traces import make_trace as recorded_trace
 from tests.trace.make import make_header, make_trace
@@ -99,8 +99,8 @@ def test_outputs_that_could_not_be_written_are_refused_before_the_work(
     capsys: Capture, one: str, two: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_trace(tmp_path / "t")
-    monkeypatch.setattr("finemoe.folders.os.access", lambda *_: False)
-    monkeypatch.setattr("finemoe.maps.file.replace_file", lambda *_: pytest.fail("the work was done"))
+    monkeypatch.setattr("finemoe.system.os.access", lambda *_: False)
+    monkeypatch.setattr("finemoe.learned.file.replace_file", lambda *_: pytest.fail("the work was done"))
     out = "--out", str(tmp_path / "out")
     for arguments, named in (
         (("merge", one, two, *out), "--out: .*out can't be written"),

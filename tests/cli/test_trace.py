@@ -14,7 +14,7 @@ import pytest
 
 from finemoe.cli import INTERRUPTED, main
 from finemoe.trace import TraceWriter, open_trace
-from finemoe.trace.record import Recorder
+from finemoe.trace.recorder import Recorder
 from tests.chat_model import make_chat_model
 from tests.cli.test_commands import Capture, answered, refused
 from tests.trace.make import make_header, make_request, make_trace

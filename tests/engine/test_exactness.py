@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import finemoe
-from finemoe.engine import Engine
+from finemoe.engine.engine import Engine
+from finemoe.engine.expert_layer import ExpertLayer, LazyParameter, compute_as_ready, compute_reference
+from finemoe.engine.token_dispatch import OneToken, Tokens, group_rows, rows_of
 from finemoe.errors import ExpertReadError, FinemoeError
-from finemoe.experts import ExpertLayer, LazyParameter, run_ready_first, run_twin
-from finemoe.policy import POLICIES, make_controller
-from finemoe.rows import OneToken, Tokens, group_rows, rows_of
-from finemoe.store import DiskStore, Pool
+from finemoe.policy import POLICIES, make_cache_manager
+from finemoe.store import DiskStore, RamSlotPool
 from finemoe.types import ExpertId
 from tests.fakes import ManualTransfer
 from tests.tiny import Make, eager, experts_modules
@@ -47,14 +47,14 @@ def case(request: pytest.FixtureRequest, tiny: Make) -> Iterator[Case]:
         module = experts_modules(model)[0]
         whole = experts_modules(eager(folder))[0]
         offload = model.finemoe
-        yield Case(module, whole, offload._store, offload.catalog.slot_bytes, module.finemoe_layer, model.dtype)
+        yield Case(module, whole, offload._store, offload.expert_index.slot_bytes, module.finemoe_layer, model.dtype)
 
 
 def offloaded(case: Case, capacity: int, policy: str = "lru") -> tuple[ExpertLayer, ManualTransfer]:
     """The module's first layer over an engine of its own, swapped into the module's parameters too."""
     layouts, transfer = case.handle.layout, ManualTransfer(case.store)
-    controller = make_controller(policy, 1, layouts.experts, capacity)
-    engine = Engine(Pool(capacity, case.slot_bytes), controller, transfer)
+    cache_manager = make_cache_manager(policy, 1, layouts.experts, capacity)
+    engine = Engine(RamSlotPool(capacity, case.slot_bytes), cache_manager, transfer)
     layer = ExpertLayer(engine, threading.RLock(), 0, layouts, case.handle._dtypes)
     layer.accumulator = case.handle.accumulator
     for name, value in case.module.__dict__.items():
@@ -76,9 +76,9 @@ def inputs(case: Case, tokens: int, seed: int, active: int = 3) -> tuple[Tensor,
 
 def both_ways(case: Case, layer: ExpertLayer, given_inputs: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
     with torch.no_grad():
-        outputs = [run_twin(layer, case.module, *given_inputs)]
+        outputs = [compute_reference(layer, case.module, *given_inputs)]
         if layer.accumulator is not None:
-            outputs.append(run_ready_first(layer, case.module, *given_inputs, layer.accumulator))
+            outputs.append(compute_as_ready(layer, case.module, *given_inputs, layer.accumulator))
     return outputs
 
 
@@ -122,7 +122,7 @@ def test_indices_beyond_the_experts_belong_to_nobody(case: Case) -> None:
     without = hidden, index.masked_fill(nobody, 0), weights.masked_fill(nobody, 0)
     assert layer.accumulator is not None
     with torch.no_grad():
-        output = run_ready_first(layer, case.module, hidden, index, weights, layer.accumulator)
+        output = compute_as_ready(layer, case.module, hidden, index, weights, layer.accumulator)
     assert torch.equal(output, whole_output(case, without))
 
 
@@ -132,7 +132,7 @@ def test_tokens_that_need_no_expert_get_zeros(case: Case, tokens: int) -> None:
     hidden, _, weights = inputs(case, tokens or 1, 0)
     index = torch.full((tokens, 3), layer.layout.experts)
     with torch.no_grad():
-        output = run_ready_first(layer, case.module, hidden[:tokens], index, weights[:tokens], "hidden")
+        output = compute_as_ready(layer, case.module, hidden[:tokens], index, weights[:tokens], "hidden")
     assert output.shape == hidden[:tokens].shape
     assert not output.any()
     assert transfer.submitted == []
@@ -146,7 +146,7 @@ def test_resident_experts_are_computed_before_missing_ones_have_landed(
     assert layer.engine is not None
     hidden, _, weights = inputs(case, 1, 0)
     with torch.no_grad():
-        run_ready_first(layer, case.module, hidden, torch.tensor([[5, 6, 7]]), weights, layer.accumulator)
+        compute_as_ready(layer, case.module, hidden, torch.tensor([[5, 6, 7]]), weights, layer.accumulator)
         order: list[tuple[int, int]] = []
         parameters = layer.parameters
 
@@ -155,7 +155,7 @@ def test_resident_experts_are_computed_before_missing_ones_have_landed(
             return parameters(expert, slot)
 
         monkeypatch.setattr(layer, "parameters", note)
-        run_ready_first(layer, case.module, hidden, torch.tensor([[0, 5, 7]]), weights, layer.accumulator)
+        compute_as_ready(layer, case.module, hidden, torch.tensor([[0, 5, 7]]), weights, layer.accumulator)
     assert [in_flight for _, in_flight in order] == [1, 1, 0]
 
 
@@ -166,12 +166,12 @@ def test_a_call_that_breaks_off_leaves_the_next_one_exact(case: Case, way: str, 
     assert layer.engine is not None
     given_inputs = inputs(case, 6, 2)
     expected = whole_output(case, given_inputs)
-    fast: Callable[..., Tensor] = run_ready_first
+    fast: Callable[..., Tensor] = compute_as_ready
 
     def call() -> Tensor:
         with torch.no_grad():
             if way == "twin":
-                return run_twin(layer, case.module, *given_inputs)
+                return compute_reference(layer, case.module, *given_inputs)
             assert layer.accumulator is not None
             return fast(layer, case.module, *given_inputs, layer.accumulator)
 
@@ -197,15 +197,15 @@ def test_an_interrupt_while_an_expert_is_let_go_does_not_leave_a_stale_one(case:
     assert layer.engine is not None
     name = layer.layout.fields[0].name
     zero, one = (layer.hold(e)[name].clone() for e in (0, 1))
-    engine, used = layer.engine, layer.engine.controller.used
+    engine, used = layer.engine, layer.engine.cache_manager.used
 
     def interrupted(_: ExpertId) -> None:
         raise KeyboardInterrupt
 
-    engine.controller.used = interrupted  # type: ignore[method-assign, assignment]
+    engine.cache_manager.used = interrupted  # type: ignore[method-assign, assignment]
     with pytest.raises(KeyboardInterrupt):
         layer.release()
-    engine.controller.used = used  # type: ignore[method-assign]
+    engine.cache_manager.used = used  # type: ignore[method-assign]
     assert torch.equal(layer.hold(0)[name], zero)
     assert torch.equal(layer.hold(1)[name], one)
     layer.release()

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finemoe.durations import NEVER, Durations
-from finemoe.engine import Engine
+from finemoe.engine.engine import Engine
 from finemoe.errors import ExpertReadError, FinemoeError, InvariantError
-from finemoe.policy import POLICIES, Controller, make_controller
-from finemoe.policy.cache import LRU
-from finemoe.store import Pool
+from finemoe.metrics import NEVER, Durations
+from finemoe.policy import POLICIES, CacheManager, make_cache_manager
+from finemoe.policy.eviction import LRU
+from finemoe.store import RamSlotPool
 from finemoe.types import ExpertId, Routed
 from tests.fakes import ManualTransfer, MemorySource
 
@@ -27,7 +27,7 @@ SOURCE = MemorySource(
 
 def make(capacity: int, policy: str = "lru", transfer: ManualTransfer | None = None) -> tuple[Engine, ManualTransfer]:
     transfer = transfer or ManualTransfer(SOURCE)
-    engine = Engine(Pool(capacity, SLOT_BYTES), make_controller(policy, LAYERS, EXPERTS, capacity), transfer)
+    engine = Engine(RamSlotPool(capacity, SLOT_BYTES), make_cache_manager(policy, LAYERS, EXPERTS, capacity), transfer)
     return engine, transfer
 
 
@@ -93,7 +93,7 @@ def test_each_need_is_served_once_and_counted_once(
         accesses += len(experts)
     counters = engine.counters
     assert counters.hits + counters.late + counters.misses == counters.accesses == accesses
-    if engine.controller.policy.prefetches:
+    if engine.cache_manager.policy.prefetches:
         assert counters.misses <= len(transfer.submitted)
         return
     assert counters.misses == len(transfer.submitted)
@@ -115,14 +115,14 @@ class NextLayerToo(LRU):
 
     def routed(self, event: Routed) -> None:
         super().routed(event)
-        self.want[:] = 0
-        self.want[(event.layer + 1) % LAYERS, event.experts[0]] = 1
+        self.prefetch_priority[:] = 0
+        self.prefetch_priority[(event.layer + 1) % LAYERS, event.experts[0]] = 1
 
 
 def prefetching(capacity: int = 8) -> tuple[Engine, ManualTransfer]:
     transfer = ManualTransfer(SOURCE)
-    controller = Controller(LAYERS, EXPERTS, capacity, NextLayerToo(LAYERS, EXPERTS))
-    return Engine(Pool(capacity, SLOT_BYTES), controller, transfer), transfer
+    cache_manager = CacheManager(LAYERS, EXPERTS, capacity, NextLayerToo(LAYERS, EXPERTS))
+    return Engine(RamSlotPool(capacity, SLOT_BYTES), cache_manager, transfer), transfer
 
 
 def test_an_expert_in_flight_when_it_is_needed_is_late_and_not_fetched_again() -> None:
@@ -145,8 +145,8 @@ def test_a_prefetch_that_has_landed_by_then_is_a_hit() -> None:
 def test_stalls_are_the_time_and_bytes_of_waiting() -> None:
     ticks = iter(range(100))
     transfer = ManualTransfer(SOURCE)
-    controller = make_controller("lru", LAYERS, EXPERTS, 4)
-    engine = Engine(Pool(4, SLOT_BYTES), controller, transfer, clock=lambda: float(next(ticks)))
+    cache_manager = make_cache_manager("lru", LAYERS, EXPERTS, 4)
+    engine = Engine(RamSlotPool(4, SLOT_BYTES), cache_manager, transfer, clock=lambda: float(next(ticks)))
     run(engine, 0, [0, 1])
     run(engine, 0, [0, 1])
     assert engine.counters.stall_s == 2.0  # two waits of one tick each
@@ -156,8 +156,8 @@ def test_stalls_are_the_time_and_bytes_of_waiting() -> None:
 def ticking() -> Engine:
     """With a clock that goes on by 1 whenever it is read."""
     ticks = iter(range(1000))
-    controller = make_controller("lru", LAYERS, EXPERTS, 4)
-    return Engine(Pool(4, SLOT_BYTES), controller, ManualTransfer(SOURCE), clock=lambda: float(next(ticks)))
+    cache_manager = make_cache_manager("lru", LAYERS, EXPERTS, 4)
+    return Engine(RamSlotPool(4, SLOT_BYTES), cache_manager, ManualTransfer(SOURCE), clock=lambda: float(next(ticks)))
 
 
 def test_time_is_told_apart_by_layers_and_gates_and_waiting_is_left_out() -> None:
@@ -165,10 +165,10 @@ def test_time_is_told_apart_by_layers_and_gates_and_waiting_is_left_out() -> Non
     for _ in range(2):
         for layer in range(LAYERS):
             run(engine, layer, [0])  # reads the clock at the gate, twice for a wait, and at the end
-    tempo = engine.tempo
-    assert tempo.befores == sum([Durations.one(1)] * 4, NEVER)
-    assert tempo.afters == sum([Durations.one(2)] * 3 + [Durations.one(1)] * 3, NEVER)  # misses, then hits
-    assert tempo.arounds == Durations.one(1)
+    layer_timing = engine.layer_timing
+    assert layer_timing.befores == sum([Durations.one(1)] * 4, NEVER)
+    assert layer_timing.afters == sum([Durations.one(2)] * 3 + [Durations.one(1)] * 3, NEVER)  # misses, then hits
+    assert layer_timing.arounds == Durations.one(1)
 
 
 def test_a_layer_that_asks_expert_by_expert_is_one_layer() -> None:
@@ -176,8 +176,8 @@ def test_a_layer_that_asks_expert_by_expert_is_one_layer() -> None:
     for experts in ([0], [1]):
         run(engine, 0, experts)
     run(engine, 1, [2])
-    assert engine.tempo.befores == Durations.one(1)
-    assert engine.tempo.afters == Durations.one((2 + 2) + 1) + Durations.one(2)  # between its two experts, too
+    assert engine.layer_timing.befores == Durations.one(1)
+    assert engine.layer_timing.afters == Durations.one((2 + 2) + 1) + Durations.one(2)  # between its two experts, too
 
 
 def test_what_follows_a_broken_off_layer_does_not_follow_it_in_time() -> None:
@@ -185,9 +185,9 @@ def test_what_follows_a_broken_off_layer_does_not_follow_it_in_time() -> None:
     run(engine, 0, [0])
     leave(engine.serve(Routed(1, [1])))
     run(engine, 2, [2])
-    assert (engine.tempo.befores.count, engine.tempo.afters.count) == (1, 2)
-    engine.tempo.reset()
-    assert engine.tempo.befores == engine.tempo.afters == NEVER
+    assert (engine.layer_timing.befores.count, engine.layer_timing.afters.count) == (1, 2)
+    engine.layer_timing.reset()
+    assert engine.layer_timing.befores == engine.layer_timing.afters == NEVER
 
 
 def leave(serving: Iterator[tuple[int, int]]) -> None:
@@ -233,7 +233,7 @@ def test_a_second_interrupt_while_clearing_up_leaves_nothing_wedged(monkeypatch:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(transfer, "cancel", interrupted)
+        patch.setattr(transfer, "cancel_all", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(engine, 0, [0, 1, 2])
     assert works(engine, transfer)
@@ -269,7 +269,7 @@ def test_every_landed_expert_is_verified_before_it_is_served() -> None:
         seen.append((expert, slot))
 
     transfer = ManualTransfer(SOURCE)
-    engine = Engine(Pool(4, SLOT_BYTES), make_controller("lru", LAYERS, EXPERTS, 4), transfer, verify)
+    engine = Engine(RamSlotPool(4, SLOT_BYTES), make_cache_manager("lru", LAYERS, EXPERTS, 4), transfer, verify)
     run(engine, 0, [0, 1])
     run(engine, 0, [0, 1, 2])
     assert [expert for expert, _ in seen] == [(0, 0), (0, 1), (0, 2)]
@@ -279,7 +279,7 @@ def test_a_failed_verification_is_never_served() -> None:
     def refuse(expert: ExpertId, _: int) -> None:
         raise InvariantError(f"{expert} is wrong")
 
-    engine = Engine(Pool(4, 64), make_controller("lru", LAYERS, EXPERTS, 4), ManualTransfer(SOURCE), refuse)
+    engine = Engine(RamSlotPool(4, 64), make_cache_manager("lru", LAYERS, EXPERTS, 4), ManualTransfer(SOURCE), refuse)
     with pytest.raises(InvariantError, match="is wrong"):
         next(engine.serve(Routed(0, [0, 1])))
     assert engine.pool.resident == 0

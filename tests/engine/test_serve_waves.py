@@ -30,13 +30,13 @@ def test_each_need_is_in_one_wave_or_elsewhere(
     for number, experts in enumerate(needs):
         layer, taken = number % LAYERS, set[int]()
 
-        def elsewhere(missing: Sequence[int], taken: set[int] = taken) -> set[int]:
+        def computed_on_host(missing: Sequence[int], taken: set[int] = taken) -> set[int]:
             taken |= set(missing) & away
             return taken
 
         event = Routed(layer, sorted(experts))
         served: list[int] = []
-        with closing(engine.serve_waves(event, elsewhere)) as waves:  # type: ignore[type-var] # a generator
+        with closing(engine.serve_waves(event, computed_on_host)) as waves:  # type: ignore[type-var] # a generator
             for wave in waves:
                 assert len({slot for _, slot in wave}) == len(wave) <= capacity
                 for expert, slot in wave:
@@ -46,7 +46,7 @@ def test_each_need_is_in_one_wave_or_elsewhere(
         engine.check_integrity()
     counters = engine.counters
     assert counters.accesses == sum(map(len, needs))
-    assert counters.elsewhere <= counters.misses
+    assert counters.computed_on_host <= counters.misses
 
 
 def test_all_that_is_resident_is_one_wave() -> None:
@@ -65,7 +65,7 @@ def test_what_is_computed_elsewhere_brings_nothing_in_but_counts_as_a_miss() -> 
     waves = list(engine.serve_waves(Routed(0, [0, 4, 5]), lambda missing: missing[:1]))
     assert [[expert for expert, _ in wave] for wave in waves] == [[0], [5]]
     assert ExpertId(0, 4) not in transfer.submitted
-    assert (engine.counters.hits, engine.counters.misses, engine.counters.elsewhere) == (1, 4, 1)
+    assert (engine.counters.hits, engine.counters.misses, engine.counters.computed_on_host) == (1, 4, 1)
 
 
 def test_a_wave_that_is_left_in_the_middle_empties_the_pool() -> None:
@@ -82,12 +82,12 @@ def test_an_idle_link_fills_what_is_free_and_evicts_nothing(capacity: int) -> No
     engine, transfer = make(capacity)
     list(engine.serve_waves(Routed(2, [5])))
     everyone = [ExpertId(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
-    engine.fill(everyone)
+    engine.preload(everyone)
     for _ in everyone:
         transfer.ripe = lambda in_flight: in_flight
         list(engine.serve_waves(Routed(2, [5])))
     assert engine.pool.resident == capacity
-    assert engine.controller.is_resident(ExpertId(2, 5))
+    assert engine.cache_manager.is_resident(ExpertId(2, 5))
     assert engine.counters.evictions == 0
     engine.clear()
     list(engine.serve_waves(Routed(0, [0])))

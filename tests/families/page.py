@@ -29,15 +29,15 @@ allows it), in float32 and in bfloat16, with a pool of the smallest size that lo
 **Exact** means that the logits of a left-padded batch, of cached decode steps after it and of `generate()` are equal to
 those of transformers' own eager path, bit for bit. **Refused** means that `finemoe.load()` raises
 `UnsupportedModelError` before it reads any weight, for the reason given. What was tried is the layout that
-`save_pretrained()` writes, unquantised; images and sound were not.
+`save_pretrained()` writes, unquantized; images and sound were not.
 
 On AMD's CPUs a float32 answer of transformers itself depends, in its last bits, on where weights happen to lie: MKL
 adds a matrix up in another order if it does not start at a multiple of 16 bytes, and `from_pretrained()` leaves weights
 where the files have them that it maps into memory. There the answers are equal to those of a model whose weights lie
 where torch puts tensors, at multiples of 64 bytes.
 
-Checkpoints whose experts are stored quantised as FP8 in blocks (`weight` and `weight_scale_inv`) or as MXFP4
-(`_blocks` and `_scales`) load too, with the extra `quantised`. Experts stay quantised on disk and in memory and are
+Checkpoints whose experts are stored quantized as FP8 in blocks (`weight` and `weight_scale_inv`) or as MXFP4
+(`_blocks` and `_scales`) load too, with the extra `quantized`. Experts stay quantized on disk and in memory and are
 restored on use by transformers' own operations, so that the output is, bit for bit, that of the model that transformers
 loads with `dequantize=True`; dense layers are restored while loading, as there. The tests try this on `deepseek_v3`,
 `mixtral`, `qwen3_moe` and `gpt_oss`. Refused in one line: GPTQ, AWQ and all other methods, which transformers does not

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import finemoe
-from finemoe.device.cuda import CudaDevice
 from finemoe.errors import BudgetError
+from finemoe.gpu.device import CudaDevice
 from tests.tiny import Make, eager, prompt
 
 pytestmark = pytest.mark.gpu

@@ -22,19 +22,19 @@ import torch
 from transformers import modeling_utils
 
 import finemoe
+from finemoe.engine.expert_layer import ExpertLayer
 from finemoe.errors import ExpertReadError, InvariantError
-from finemoe.experts import ExpertLayer
 from finemoe.store import DiskStore
-from finemoe.transfer import ReaderThreads
-from finemoe.types import Run
+from finemoe.store.reader import ReaderThreads
+from finemoe.types import ByteRange
 from tests.tiny import WEIGHTS, answer
 
 
-def broken_after(reads: int) -> Callable[[DiskStore, Run, int, memoryview], None]:
+def broken_after(reads: int) -> Callable[[DiskStore, ByteRange, int, memoryview], None]:
     whole = DiskStore.read
     left = [reads]
 
-    def read(store: DiskStore, run: Run, start_bytes: int, into: memoryview) -> None:
+    def read(store: DiskStore, run: ByteRange, start_bytes: int, into: memoryview) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise OSError(errno.EIO, os.strerror(errno.EIO), store.name(run.file))
@@ -111,7 +111,7 @@ def test_ctrl_c_in_mid_generation_leaves_nothing_wedged(
 
 
 @pytest.mark.parametrize(
-    "name", ["find_experts", "DiskStore", "Pool", "ReaderThreads", "choose_path", "Engine", "Offload"]
+    "name", ["find_experts", "DiskStore", "RamSlotPool", "ReaderThreads", "choose_path", "Engine", "ModelHandle"]
 )
 def test_ctrl_c_while_loading_gives_everything_back(
     chat_folder: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, name: str
@@ -119,7 +119,7 @@ def test_ctrl_c_while_loading_gives_everything_back(
     original = modeling_utils.convert_and_load_state_dict_in_model
     threads, files = threading.active_count(), open_files()
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["finemoe.model.loading"], name, interrupt)
+        patch.setattr(sys.modules["finemoe.model.loader"], name, interrupt)
         with pytest.raises(KeyboardInterrupt):
             finemoe.load(chat_folder, policy="deepspeed")  # one that runs on a thread of its own
     give_up_s = time.monotonic() + 10
@@ -194,7 +194,7 @@ def test_verify_catches_a_slot_that_holds_the_wrong_bytes(
 ) -> None:
     whole_read, left = DiskStore.read, [20]
 
-    def damaged(store: DiskStore, run: Run, start_bytes: int, into: memoryview) -> None:
+    def damaged(store: DiskStore, run: ByteRange, start_bytes: int, into: memoryview) -> None:
         whole_read(store, run, start_bytes, into)
         left[0] -= 1
         if left[0] < 0:

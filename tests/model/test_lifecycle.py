@@ -14,9 +14,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM, modeling_utils
 
 import finemoe
+from finemoe.engine.expert_layer import LazyParameter
 from finemoe.errors import BudgetError, CheckpointError, ConfigError, FinemoeError, UnsupportedModelError
-from finemoe.experts import LazyParameter
-from finemoe.store import pool
+from finemoe.store import slot_pool as pool
 from tests.tiny import Make, answer, configured, eager, experts_modules, logits
 
 
@@ -203,7 +203,7 @@ def test_a_budget_below_the_minimum_is_refused_and_the_minimum_works(chat_folder
 
 
 def test_a_budget_beyond_the_machine_is_refused(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (pool, sys.modules["finemoe.model.loading"]):
+    for module in (pool, sys.modules["finemoe.model.loader"]):
         monkeypatch.setattr(module, "available_bytes", lambda: 1000)
     assert refused(BudgetError, chat_folder, expert_memory="all").startswith("--expert-memory: ")
 

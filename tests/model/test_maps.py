@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import finemoe
-from finemoe.beside import Beside
 from finemoe.checkpoint import read_headers
-from finemoe.checkpoint.fingerprint import fingerprint
+from finemoe.checkpoint.headers import fingerprint
+from finemoe.engine.async_policy import AsyncPolicy
 from finemoe.errors import ConfigError, FinemoeWarning
-from finemoe.maps import read_maps
+from finemoe.learned import read_maps
 from finemoe.policy import FACTORIES
-from tests.maps.make import REMEMBERING, make_file
+from tests.learned.make import REMEMBERING, make_file
 
 
 def generate(model: Any, seed: int = 0, tokens: int = 8) -> None:
@@ -26,12 +26,12 @@ def generate(model: Any, seed: int = 0, tokens: int = 8) -> None:
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens)
 
 
-def knowledge(model: Any) -> dict[str, Any]:
-    policy = model.finemoe._engine.controller.policy
-    assert isinstance(policy, Beside)
+def state_dict(model: Any) -> dict[str, Any]:
+    policy = model.finemoe._engine.cache_manager.policy
+    assert isinstance(policy, AsyncPolicy)
     policy.settle()
     policy.inner.begin(())
-    return policy.inner.knowledge()
+    return policy.inner.state_dict()
 
 
 def name_of(folder: Path) -> str:
@@ -43,11 +43,11 @@ def test_a_policy_starts_from_what_it_learned_last_time(chat_folder: Path, tmp_p
     path = tmp_path / "maps"
     with finemoe.load(chat_folder, policy=policy, map_store=path) as model:
         generate(model)
-        learned = knowledge(model)
+        learned = state_dict(model)
         assert not path.exists()
     assert read_maps(path).model == name_of(chat_folder)
     with finemoe.load(chat_folder, policy=policy, map_store=path) as model:
-        for name, array in knowledge(model).items():
+        for name, array in state_dict(model).items():
             np.testing.assert_array_equal(array, learned[name])
         generate(model, seed=1)
     assert len(read_maps(path)) > len(learned["tokens"])
@@ -88,7 +88,7 @@ def test_each_model_and_policy_has_a_default_file(
 
 @pytest.mark.parametrize("cache", ["FINEMOE_CACHE", "XDG_CACHE_HOME"])
 def test_default_files_lie_in_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
-    from finemoe.folders import user_cache, user_maps
+    from finemoe.system import user_cache, user_maps
 
     monkeypatch.setenv("FINEMOE_MAPS", "none")
     assert user_maps() is None

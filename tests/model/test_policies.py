@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 import finemoe
 from finemoe.checkpoint import read_headers
-from finemoe.checkpoint.fingerprint import fingerprint
+from finemoe.checkpoint.headers import fingerprint
 from finemoe.errors import ConfigError, FinemoeError
+from finemoe.learned.predictors import save
 from finemoe.policy import FACTORIES
-from finemoe.predictors import save
 from tests.chat_model import make_chat_model
 from tests.policy.workload import Shape, untrained
 from tests.tiny import aligned

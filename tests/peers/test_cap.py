@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from finemoe.bench.link import cached_share, evict
+from finemoe.bench.disk_probe import cached_share, evict
 from tests.peers.conftest import SCRIPTS, Script
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from finemoe.compiled import compiler
+from finemoe.jit import compiler
 
 
 def compiled(function: Callable[..., Any]) -> Any:

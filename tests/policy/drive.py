@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from finemoe.policy import Controller
+from finemoe.policy import CacheManager
 from finemoe.types import ExpertId, Fetch, Plan, Routed
 
 Choice = Callable[[int], int]  # of so many things, which comes first
@@ -25,8 +25,8 @@ class Drive:
         prefetch: whether the link may fall idle: then a prefetch is asked for, and useless ones are withdrawn.
     """
 
-    def __init__(self, controller: Controller, choose: Choice = first, *, prefetch: bool = False) -> None:
-        self.controller = controller
+    def __init__(self, cache_manager: CacheManager, choose: Choice = first, *, prefetch: bool = False) -> None:
+        self.cache_manager = cache_manager
         self.choose = choose
         self.prefetches = prefetch
         self.resident: set[ExpertId] = set()
@@ -42,7 +42,7 @@ class Drive:
         """Runs one layer to its end: lands and uses experts in any order. Returns its fetches."""
         begin = len(self.log)
         self.needed = [ExpertId(event.layer, expert) for expert in event.experts]
-        self.follow(self.controller.routed(event))
+        self.follow(self.cache_manager.routed(event))
         while self.needed:
             usable = [expert for expert in self.needed if expert in self.resident]
             assert usable or self.in_flight, f"{self.needed} will never come"
@@ -54,7 +54,7 @@ class Drive:
             elif turn == len(usable) + len(self.in_flight):
                 self.idle()
             else:
-                self.withdraw()
+                self.cancel()
         while self.prefetches and (turn := self.choose(4)):
             if turn == 1 and self.in_flight:
                 self.land(self.in_flight[0])
@@ -64,41 +64,48 @@ class Drive:
 
     def use(self, expert: ExpertId) -> None:
         self.needed.remove(expert)
-        self.follow(self.controller.used(expert))
+        self.follow(self.cache_manager.used(expert))
 
     def land(self, expert: ExpertId) -> None:
         self.in_flight.remove(expert)
         self.resident.add(expert)
-        self.follow(self.controller.landed(expert))
+        self.follow(self.cache_manager.landed(expert))
 
     def fail(self, expert: ExpertId) -> None:
         """A fetch came to nothing. Whoever needs the expert asks again."""
         self.in_flight.remove(expert)
-        self.controller.failed(expert)
+        self.cache_manager.failed(expert)
         self.check()
-        self.follow(self.controller.retry())
+        self.follow(self.cache_manager.retry())
 
     def idle(self) -> Fetch | None:
         """The link is idle."""
-        before = self.controller.policy.worth.copy(), self.controller.policy.want.copy()
-        fetch = self.controller.prefetch()
-        assert np.array_equal(before, (self.controller.policy.worth, self.controller.policy.want))
+        before = self.cache_manager.policy.retention_priority.copy(), self.cache_manager.policy.prefetch_priority.copy()
+        fetch = self.cache_manager.prefetch()
+        assert np.array_equal(
+            before, (self.cache_manager.policy.retention_priority, self.cache_manager.policy.prefetch_priority)
+        )
         if fetch is None:
             return None
         assert not fetch.urgent
         assert fetch.expert not in self.needed, f"{fetch.expert} is needed and prefetched"
-        want, worth = self.controller.policy.want, self.controller.policy.worth
-        assert want[fetch.expert] > 0, f"{fetch.expert} is prefetched and not wanted"
+        prefetch_priority, retention_priority = (
+            self.cache_manager.policy.prefetch_priority,
+            self.cache_manager.policy.retention_priority,
+        )
+        assert prefetch_priority[fetch.expert] > 0, f"{fetch.expert} is prefetched and not wanted"
         if fetch.victim is not None:
             idle = [expert for expert in self.resident if expert not in self.needed]
-            assert worth[fetch.victim] == min(worth[expert] for expert in idle), "not the least worthy"
+            assert retention_priority[fetch.victim] == min(retention_priority[expert] for expert in idle), (
+                "not the least worthy"
+            )
         self.follow(Plan((fetch,)))
         return fetch
 
-    def withdraw(self) -> None:
+    def cancel(self) -> None:
         """Prefetches under way that are not wanted any more, or whose slot is needed, give it up."""
         for expert in [e for e in self.in_flight if e not in self.needed]:
-            if self.controller.short_of_slots or not self.controller.still_wanted(expert):
+            if self.cache_manager.short_of_slots or not self.cache_manager.still_wanted(expert):
                 self.fail(expert)
 
     def follow(self, plan: Plan) -> None:
@@ -107,7 +114,7 @@ class Drive:
             assert expert not in self.resident, f"{expert} is resident and fetched"
             assert expert not in self.in_flight, f"{expert} is fetched twice"
             if victim is None:
-                assert len(self.resident) + len(self.in_flight) < self.controller.capacity, "no slot is free"
+                assert len(self.resident) + len(self.in_flight) < self.cache_manager.capacity, "no slot is free"
             else:
                 assert victim in self.resident, f"{victim} is not resident and evicted"
                 assert victim not in self.needed, f"{victim} is needed and evicted"
@@ -117,7 +124,7 @@ class Drive:
         self.check()
 
     def check(self) -> None:
-        self.controller.check_integrity()
-        assert len(self.resident) + len(self.in_flight) <= self.controller.capacity
-        assert all(self.controller.is_resident(expert) for expert in self.resident)
-        assert all(self.controller.is_in_flight(expert) for expert in self.in_flight)
+        self.cache_manager.check_integrity()
+        assert len(self.resident) + len(self.in_flight) <= self.cache_manager.capacity
+        assert all(self.cache_manager.is_resident(expert) for expert in self.resident)
+        assert all(self.cache_manager.is_in_flight(expert) for expert in self.in_flight)

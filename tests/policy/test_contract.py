@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finemoe.errors import ConfigError, InvariantError
-from finemoe.policy import BOUNDS, FACTORIES, POLICIES, Controller, make_controller, make_policy
+from finemoe.jit import interpreted
+from finemoe.policy import BOUNDS, FACTORIES, POLICIES, CacheManager, make_cache_manager, make_policy
 from finemoe.policy.base import Policy
-from finemoe.policy.kernel import interpreted
 from finemoe.types import ExpertId, Routed
 from tests.policy.compile import compiled
 from tests.policy.drive import Drive
@@ -32,8 +32,8 @@ SHAPE = Shape(LAYERS, EXPERTS)
 PLAYED = workload(1, SHAPE, iterations=20)
 
 
-def controller(policy: str, capacity: int) -> Controller:
-    return make_controller(policy, LAYERS, EXPERTS, capacity)
+def cache_manager(policy: str, capacity: int) -> CacheManager:
+    return make_cache_manager(policy, LAYERS, EXPERTS, capacity)
 
 
 def informed(policy: str, played: list[Iteration], shape: Shape = SHAPE) -> Policy:
@@ -58,7 +58,7 @@ def scores(policy: Policy, played: list[Iteration]) -> list[tuple[bytes, bytes]]
         policy.begin(iteration.steps)
         for event in iteration.events:
             policy.routed(event)
-            after.append((policy.worth.tobytes(), policy.want.tobytes()))
+            after.append((policy.retention_priority.tobytes(), policy.prefetch_priority.tobytes()))
         policy.end()
     return after
 
@@ -68,7 +68,7 @@ def scores(policy: Policy, played: list[Iteration]) -> list[tuple[bytes, bytes]]
 def test_every_need_is_served_and_no_promise_is_broken(
     policy: str, trace: Trace, capacity: int, random: object
 ) -> None:
-    drive = Drive(controller(policy, capacity), random.randrange)  # type: ignore[attr-defined] # hypothesis' Random
+    drive = Drive(cache_manager(policy, capacity), random.randrange)  # type: ignore[attr-defined] # hypothesis' Random
     for layer, experts in trace:
         drive.layer(layer, experts)  # asserts in every step
 
@@ -76,7 +76,7 @@ def test_every_need_is_served_and_no_promise_is_broken(
 @all_policies
 @given(traces, capacities)
 def test_equal_events_give_equal_plans(policy: str, trace: Trace, capacity: int) -> None:
-    drives = [Drive(controller(policy, capacity)) for _ in range(2)]
+    drives = [Drive(cache_manager(policy, capacity)) for _ in range(2)]
     for layer, experts in trace:
         for drive in drives:
             drive.layer(layer, experts)
@@ -86,7 +86,7 @@ def test_equal_events_give_equal_plans(policy: str, trace: Trace, capacity: int)
 @all_policies
 @given(traces)
 def test_nothing_is_fetched_twice_when_everything_fits(policy: str, trace: Trace) -> None:
-    drive = Drive(controller(policy, LAYERS * EXPERTS))
+    drive = Drive(cache_manager(policy, LAYERS * EXPERTS))
     for layer, experts in trace:
         drive.layer(layer, experts)
     fetched = [fetch.expert for fetch in drive.log]
@@ -97,7 +97,7 @@ def test_nothing_is_fetched_twice_when_everything_fits(policy: str, trace: Trace
 @all_policies
 @given(traces, capacities)
 def test_residents_are_not_fetched(policy: str, trace: Trace, capacity: int) -> None:
-    drive = Drive(controller(policy, capacity))
+    drive = Drive(cache_manager(policy, capacity))
     for layer, experts in trace:
         before = set(drive.resident)
         fetched = drive.layer(layer, experts)
@@ -108,7 +108,7 @@ def test_residents_are_not_fetched(policy: str, trace: Trace, capacity: int) -> 
 @all_policies
 @pytest.mark.parametrize("capacity", [1, 2, 5])
 def test_a_layer_that_needs_more_than_the_pool_holds_runs_in_waves(policy: str, capacity: int) -> None:
-    drive = Drive(controller(policy, capacity))
+    drive = Drive(cache_manager(policy, capacity))
     fetched = drive.layer(0, range(EXPERTS))
     assert [fetch.expert.expert for fetch in fetched] == list(range(EXPERTS))
     assert len(drive.resident) == capacity
@@ -117,7 +117,7 @@ def test_a_layer_that_needs_more_than_the_pool_holds_runs_in_waves(policy: str, 
 @all_policies
 @given(traces, traces, capacities)
 def test_clear_forgets_what_was_resident_and_in_flight(policy: str, trace: Trace, later: Trace, capacity: int) -> None:
-    under_test = controller(policy, capacity)
+    under_test = cache_manager(policy, capacity)
     drive = Drive(under_test)
     for layer, experts in trace:
         drive.layer(layer, experts)
@@ -132,7 +132,7 @@ def test_clear_forgets_what_was_resident_and_in_flight(policy: str, trace: Trace
 
 @all_policies
 def test_a_failed_fetch_gives_its_slot_back(policy: str) -> None:
-    under_test = controller(policy, 1)
+    under_test = cache_manager(policy, 1)
     under_test.routed(Routed(0, (0,)))
     under_test.failed(ExpertId(0, 0))
     under_test.check_integrity()
@@ -141,7 +141,7 @@ def test_a_failed_fetch_gives_its_slot_back(policy: str) -> None:
 
 @all_policies
 def test_an_expert_in_flight_is_not_fetched_again(policy: str) -> None:
-    under_test = controller(policy, 4)
+    under_test = cache_manager(policy, 4)
     assert len(under_test.routed(Routed(0, (0, 1))).fetches) == 2
     assert under_test.is_in_flight(ExpertId(0, 0))
     assert [fetch.expert.expert for fetch in under_test.routed(Routed(0, (0, 1, 2))).fetches] == [2]
@@ -149,7 +149,7 @@ def test_an_expert_in_flight_is_not_fetched_again(policy: str) -> None:
 
 @all_policies
 def test_layers_may_have_fewer_experts_than_the_largest(policy: str) -> None:
-    drive = Drive(make_controller(policy, 2, 8, 3))
+    drive = Drive(make_cache_manager(policy, 2, 8, 3))
     for experts in ([0, 1], [1]):
         drive.layer(0, experts)
         drive.layer(1, [0, 7])
@@ -161,16 +161,16 @@ def test_layers_may_have_fewer_experts_than_the_largest(policy: str) -> None:
 def test_prefetches_break_no_promise(policy: str, seed: int, capacity: int, random: object) -> None:
     played = workload(seed, SHAPE, truncated=seed % 2 == 1, embeddings=seed % 3 > 0)
     drive = Drive(
-        Controller(LAYERS, EXPERTS, capacity, informed(policy, played)),
+        CacheManager(LAYERS, EXPERTS, capacity, informed(policy, played)),
         random.randrange,  # type: ignore[attr-defined] # hypothesis' Random
         prefetch=True,
     )
     for iteration in played:
-        drive.controller.begin(iteration.steps)
+        drive.cache_manager.begin(iteration.steps)
         for event in iteration.events:
             drive.event(event)
-        drive.controller.end()
-    if not drive.controller.policy.prefetches:
+        drive.cache_manager.end()
+    if not drive.cache_manager.policy.prefetches:
         assert all(fetch.urgent for fetch in drive.log)
 
 
@@ -182,7 +182,7 @@ def test_a_policy_that_prefetches_says_so_and_does(policy: str) -> None:
     for iteration in workload(2, SHAPE) if policy not in BOUNDS else []:
         made.begin(iteration.steps)
         for event in iteration.events:
-            wanted = wanted or bool((made.want > 0).any())
+            wanted = wanted or bool((made.prefetch_priority > 0).any())
             made.routed(event)
         made.end()
     assert (wanted or policy == "oracle") == made.prefetches
@@ -191,15 +191,15 @@ def test_a_policy_that_prefetches_says_so_and_does(policy: str) -> None:
 @every_policy
 def test_scores_stay_where_the_controller_looks_for_them(policy: str) -> None:
     made = informed(policy, PLAYED)
-    worth, want = made.worth, made.want
+    retention_priority, prefetch_priority = made.retention_priority, made.prefetch_priority
     scores(made, PLAYED)
-    assert made.worth is worth
-    assert made.want is want
-    assert worth.dtype == want.dtype == np.float64
-    assert worth.shape == want.shape == (LAYERS, EXPERTS)
-    assert worth.flags.c_contiguous
-    assert not np.isnan(worth).any()
-    assert not np.isnan(want).any()
+    assert made.retention_priority is retention_priority
+    assert made.prefetch_priority is prefetch_priority
+    assert retention_priority.dtype == prefetch_priority.dtype == np.float64
+    assert retention_priority.shape == prefetch_priority.shape == (LAYERS, EXPERTS)
+    assert retention_priority.flags.c_contiguous
+    assert not np.isnan(retention_priority).any()
+    assert not np.isnan(prefetch_priority).any()
 
 
 @all_policies
@@ -210,8 +210,8 @@ def test_nothing_but_needs_is_enough_to_go_on_with(policy: str) -> None:
         for event in iteration.events:
             made.routed(Routed(event.layer, event.experts))
         made.end()
-    assert not np.isnan(made.worth).any()
-    assert not made.needs or not (made.want > 0).any()
+    assert not np.isnan(made.retention_priority).any()
+    assert not made.needs or not (made.prefetch_priority > 0).any()
 
 
 def with_another_future(played: list[Iteration], events: int) -> list[Iteration]:
@@ -242,7 +242,7 @@ def test_no_policy_on_offer_sees_the_future(policy: str) -> None:
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_bounds_are_not_on_offer(bound: str) -> None:
     with pytest.raises(ConfigError, match=f"--policy: '{bound}' knows the future"):
-        make_controller(bound, 1, 1, 1)
+        make_cache_manager(bound, 1, 1, 1)
 
 
 @all_policies
@@ -260,17 +260,17 @@ def test_compiled_and_interpreted_policies_decide_alike(policy: str) -> None:
             for event in iteration.events:
                 plain.routed(event)
                 fast.routed(event)
-                np.testing.assert_allclose(fast.worth, plain.worth, rtol=1e-5, atol=1e-6)
-                np.testing.assert_allclose(fast.want, plain.want, rtol=1e-5, atol=1e-6)
+                np.testing.assert_allclose(fast.retention_priority, plain.retention_priority, rtol=1e-5, atol=1e-6)
+                np.testing.assert_allclose(fast.prefetch_priority, plain.prefetch_priority, rtol=1e-5, atol=1e-6)
             for made in (plain, fast):
                 made.end()
 
 
 def test_an_unknown_policy_is_refused_with_the_known_ones_named() -> None:
     with pytest.raises(ConfigError, match=r"--policy: unknown policy 'lur'; choose one of lru, "):
-        make_controller("lur", 1, 1, 1)
+        make_cache_manager("lur", 1, 1, 1)
 
 
 def test_a_pool_without_slots_is_refused() -> None:
     with pytest.raises(InvariantError, match="at least one slot"):
-        make_controller("lru", 1, 1, 0)
+        make_cache_manager("lru", 1, 1, 0)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finemoe.policy import make_controller
-from finemoe.policy.book import ABSENT, NONE, RESIDENT, least_worthy, make_book
-from finemoe.policy.cache import LFRU, LFU, LRU
+from finemoe.policy import make_cache_manager
+from finemoe.policy.cache_state import ABSENT, NONE, RESIDENT, choose_victim, make_cache_state
+from finemoe.policy.eviction import LFRU, LFU, LRU
 from finemoe.types import ExpertId, Fetch
 from tests.policy.drive import Drive
 
@@ -39,7 +39,7 @@ class PlainLRU:
 
 @given(traces, st.integers(3, LAYERS * EXPERTS))
 def test_lru_is_a_list_of_what_was_used_last(trace: Trace, capacity: int) -> None:
-    plain, drive = PlainLRU(capacity), Drive(make_controller("lru", LAYERS, EXPERTS, capacity))
+    plain, drive = PlainLRU(capacity), Drive(make_cache_manager("lru", LAYERS, EXPERTS, capacity))
     for layer, experts in trace:
         assert drive.layer(layer, experts) == plain.layer(layer, experts)
     assert drive.resident == set(plain.held)
@@ -68,7 +68,7 @@ def test_lfu_counts_visits_that_lose_a_tenth_each_iteration(trace: Trace) -> Non
     for layer, experts in trace:
         lfu.visit(layer, experts)
     for expert in ALL:
-        assert lfu.worth[expert] == pytest.approx(plain.faded(expert, 0.9))
+        assert lfu.retention_priority[expert] == pytest.approx(plain.faded(expert, 0.9))
 
 
 @given(traces)
@@ -78,13 +78,13 @@ def test_lfru_divides_faded_visits_by_their_age_in_iterations(trace: Trace) -> N
         lfru.visit(layer, experts)
     for expert in ALL:
         age = plain.iteration - max(plain.of.get(expert, [0]))
-        assert lfru.worth[expert] == pytest.approx(plain.faded(expert, 0.98) / (age + 1))
+        assert lfru.retention_priority[expert] == pytest.approx(plain.faded(expert, 0.98) / (age + 1))
 
 
 def test_lru_orders_the_experts_of_one_event() -> None:
     lru = LRU(1, 3)
     lru.visit(0, [0, 1, 2])
-    assert lru.worth[0].tolist() == sorted(lru.worth[0].tolist())
+    assert lru.retention_priority[0].tolist() == sorted(lru.retention_priority[0].tolist())
 
 
 @given(
@@ -93,10 +93,10 @@ def test_lru_orders_the_experts_of_one_event() -> None:
     st.lists(st.booleans(), min_size=6, max_size=6),
 )
 def test_only_idle_residents_are_chosen_and_the_first_of_the_least(
-    worth: list[float], resident: list[bool], pinned: list[bool]
+    retention_priority: list[float], resident: list[bool], pinned: list[bool]
 ) -> None:
-    book = make_book(2, 3, 6)
-    book.status[:] = np.where(resident, RESIDENT, ABSENT)
-    book.pinned[:] = pinned
-    allowed = [(worth[i], i) for i in range(6) if resident[i] and not pinned[i]]
-    assert least_worthy(book, np.array(worth), 0) == (min(allowed)[1] if allowed else NONE)
+    cache = make_cache_state(2, 3, 6)
+    cache.status[:] = np.where(resident, RESIDENT, ABSENT)
+    cache.pinned[:] = pinned
+    allowed = [(retention_priority[i], i) for i in range(6) if resident[i] and not pinned[i]]
+    assert choose_victim(cache, np.array(retention_priority), 0) == (min(allowed)[1] if allowed else NONE)

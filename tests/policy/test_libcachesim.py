@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finemoe.policy import Controller, foresee
+from finemoe.policy import CacheManager, foresee
 from finemoe.policy.base import Policy
-from finemoe.policy.bounds import Belady
-from finemoe.policy.cache import LFU, LRU
+from finemoe.policy.belady import Belady
+from finemoe.policy.eviction import LFU, LRU
 from finemoe.types import ExpertId, Routed
 
 libcachesim = pytest.importorskip("libcachesim")
@@ -36,11 +36,11 @@ class InCacheLFU(LFU):
         self.touched = np.zeros((layers, experts))
 
     def routed(self, event: Routed) -> None:
-        self.worth[:] = self.ranking.frequency  # as `lfu` left it
+        self.retention_priority[:] = self.ranking.frequency  # as `lfu` left it
         super().routed(event)
         self.touched[event.layer, list(event.experts)] = self.touched.max() + 1
-        assert np.array_equal(self.worth, self.ranking.frequency)
-        self.worth[:] = self.ranking.frequency + self.touched / (1 << 30)
+        assert np.array_equal(self.retention_priority, self.ranking.frequency)
+        self.retention_priority[:] = self.ranking.frequency + self.touched / (1 << 30)
 
     def forget(self, expert: ExpertId) -> None:
         self.ranking.frequency[expert] = 0.0
@@ -48,16 +48,16 @@ class InCacheLFU(LFU):
 
 def ours(policy: Policy, accesses: Accesses, capacity: int, experts: int) -> list[bool]:
     """Whether each access is a hit."""
-    controller = Controller(policy.layers, experts, capacity, policy)
+    cache_manager = CacheManager(policy.layers, experts, capacity, policy)
     hits = []
     for access in accesses:
         expert = ExpertId(*divmod(access, experts))
-        hits.append(controller.is_resident(expert))
-        for fetch in controller.routed(Routed(expert.layer, (expert.expert,))).fetches:
+        hits.append(cache_manager.is_resident(expert))
+        for fetch in cache_manager.routed(Routed(expert.layer, (expert.expert,))).fetches:
             if fetch.victim is not None and isinstance(policy, InCacheLFU):
                 policy.forget(fetch.victim)
-            controller.landed(fetch.expert)
-        controller.used(expert)
+            cache_manager.landed(fetch.expert)
+        cache_manager.used(expert)
     return hits
 
 

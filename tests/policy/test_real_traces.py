@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finemoe.forecast import LOCAL_HITS
-from finemoe.policy import make_controller
+from finemoe.policy import make_cache_manager
+from finemoe.sim.cost_model import LOCAL_HITS
 from finemoe.types import ExpertId, Routed
 
 TRACE = Path(__file__).parents[3] / "shared" / "data" / "routing" / "gpt-oss-20b" / "routing.npz"
@@ -18,7 +18,7 @@ REQUESTS, TOKENS = 6, 200
 
 def hit_rate(policy: str, share: float) -> float:
     """Over the first tokens of a few requests, one request after another."""
-    controller = make_controller(policy, LAYERS, EXPERTS, int(share * LAYERS * EXPERTS))
+    cache_manager = make_cache_manager(policy, LAYERS, EXPERTS, int(share * LAYERS * EXPERTS))
     with np.load(TRACE) as trace:
         routing, offsets = trace["expert_ids"], trace["offsets"]
     chosen = np.random.default_rng(0).permutation(len(offsets) - 1)[:REQUESTS]
@@ -27,12 +27,12 @@ def hit_rate(policy: str, share: float) -> float:
         for token in routing[offsets[request] : min(offsets[request + 1], offsets[request] + TOKENS)]:
             for layer, active in enumerate(token):
                 experts = [ExpertId(layer, int(expert)) for expert in sorted(active)]
-                hits += sum(controller.is_resident(expert) for expert in experts)
+                hits += sum(cache_manager.is_resident(expert) for expert in experts)
                 accesses += ACTIVE
-                for fetch in controller.routed(Routed(layer, tuple(e.expert for e in experts))).fetches:
-                    controller.landed(fetch.expert)
+                for fetch in cache_manager.routed(Routed(layer, tuple(e.expert for e in experts))).fetches:
+                    cache_manager.landed(fetch.expert)
                 for expert in experts:
-                    controller.used(expert)
+                    cache_manager.used(expert)
     return hits / accesses
 
 

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from finemoe.policy import POLICIES, Controller
+from finemoe.policy import POLICIES, CacheManager
 from finemoe.types import ExpertId
 from tests.policy.drive import Drive
 from tests.policy.test_contract import informed
@@ -24,12 +24,12 @@ class Cache(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 99), capacity=st.integers(1, 15))
     def start(self, seed: int, capacity: int) -> None:
         self.played = iter(workload(seed, SHAPE, iterations=60))
-        self.drive = Drive(Controller(SHAPE.layers, SHAPE.experts, capacity, informed(self.policy, [], SHAPE)))
+        self.drive = Drive(CacheManager(SHAPE.layers, SHAPE.experts, capacity, informed(self.policy, [], SHAPE)))
         self.begin()
 
     def begin(self) -> None:
         iteration = next(self.played)
-        self.drive.controller.begin(iteration.steps)
+        self.drive.cache_manager.begin(iteration.steps)
         self.events = list(iteration.events)
 
     @precondition(lambda self: not self.drive.needed)
@@ -37,9 +37,9 @@ class Cache(RuleBasedStateMachine):
     def route(self) -> None:
         event = self.events.pop(0)
         self.drive.needed = [ExpertId(event.layer, expert) for expert in event.experts]
-        self.drive.follow(self.drive.controller.routed(event))
+        self.drive.follow(self.drive.cache_manager.routed(event))
         if not self.events:
-            self.drive.controller.end()
+            self.drive.cache_manager.end()
             self.begin()
 
     @precondition(lambda self: any(expert in self.drive.resident for expert in self.drive.needed))
@@ -63,12 +63,12 @@ class Cache(RuleBasedStateMachine):
         self.drive.idle()
 
     @rule()
-    def withdraw(self) -> None:
-        self.drive.withdraw()
+    def cancel(self) -> None:
+        self.drive.cancel()
 
     @rule()
     def error(self) -> None:
-        self.drive.controller.clear()
+        self.drive.cache_manager.clear()
         self.drive.resident.clear()
         self.drive.in_flight.clear()
         self.drive.needed.clear()
@@ -80,7 +80,7 @@ class Cache(RuleBasedStateMachine):
         drive = self.drive
         drive.check()
         if drive.needed and not any(expert in drive.resident for expert in drive.needed):
-            assert drive.in_flight or not drive.controller.short_of_slots
+            assert drive.in_flight or not drive.cache_manager.short_of_slots
 
 
 @pytest.mark.parametrize("policy", POLICIES)

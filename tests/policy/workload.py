@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finemoe.policy import Future, foresee
-from finemoe.policy.stride import Predictors
+from finemoe.policy.published.promoe import Predictors
 from finemoe.types import DECODE, PREFILL, Recorded, Routed, Step
 
 

@@ -14,7 +14,7 @@ import torch
 
 import finemoe
 from finemoe.serving.config import ServeConfig
-from finemoe.serving.worker import BatchingWorker
+from finemoe.serving.scheduler.worker import BatchingWorker
 from tests.tiny import Make, eager
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

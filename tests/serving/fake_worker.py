@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from finemoe.serving.job import Finished, Job, Listener, Load, Token
+from finemoe.serving.scheduler.job import Finished, Job, Listener, Load, Token
 
 Script = Callable[[Job], Iterator[int]]
 END = 0  # the tiny tokenizer's end

@@ -6,7 +6,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable
 
-from finemoe.serving.job import Finished, Token
+from finemoe.serving.scheduler.job import Finished, Token
 
 
 class Ear:

@@ -15,10 +15,9 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from finemoe.serving.job import Load
-from finemoe.serving.live import Offloaded, Source
+from finemoe.serving.live import LiveSource, Offloaded, Progress
 from finemoe.serving.page import routes
-from finemoe.serving.progress import Progress
+from finemoe.serving.scheduler.job import Load
 
 
 @dataclass
@@ -38,7 +37,7 @@ class Page:
 
     def app(self) -> FastAPI:
         app = FastAPI()
-        app.include_router(routes(Source(self.offload, self.progress, lambda: self.load)))
+        app.include_router(routes(LiveSource(self.offload, self.progress, lambda: self.load)))
 
         @app.middleware("http")
         async def guard(request: Request, go_on: Callable[[Request], Any]) -> Response:

@@ -16,10 +16,10 @@ from starlette.testclient import TestClient
 from finemoe.metrics import Stats
 from finemoe.serving.app import make_app
 from finemoe.serving.config import ServeConfig
-from finemoe.serving.house import House
-from finemoe.serving.job import Job, Worker
-from finemoe.serving.served import Served
+from finemoe.serving.model_info import Served
+from finemoe.serving.scheduler.job import Job, Worker
 from finemoe.serving.server import Server, address_of, reserve
+from finemoe.serving.state import AppState
 from tests.chat_model import make_tokenizer
 from tests.serving.fake_worker import END, FakeWorker, Script
 
@@ -80,7 +80,7 @@ def refusal(response: Any, status: int = 400) -> Any:
 class Fake:
     """A server's parts."""
 
-    house: House
+    app_state: AppState
     worker: FakeWorker
     app: FastAPI
     client: TestClient
@@ -96,7 +96,7 @@ class Fake:
         return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
 
 
-def make_house(worker: Worker, tokenizer: Any = TOKENIZER, **config: Any) -> House:
+def make_house(worker: Worker, tokenizer: Any = TOKENIZER, **config: Any) -> AppState:
     served = Served(
         name=NAME,
         tokenizer=tokenizer,
@@ -107,28 +107,28 @@ def make_house(worker: Worker, tokenizer: Any = TOKENIZER, **config: Any) -> Hou
         vocabulary_size=258,
         config=ServeConfig(**{"max_output_tokens": 256} | config),
     )
-    return House(served)
+    return AppState(served)
 
 
 @contextmanager
 def fake(script: Script | None = None, *, api_key: str | None = None, **config: Any) -> Iterator[Fake]:
     """A server in the process."""
     worker = FakeWorker(script or say(TEXT), config.get("max_running", 4))
-    house = make_house(worker, **config)
-    app = make_app(house, api_key=api_key)
+    app_state = make_house(worker, **config)
+    app = make_app(app_state, api_key=api_key)
     try:
         with TestClient(app) as client:
-            yield Fake(house, worker, app, client)
+            yield Fake(app_state, worker, app, client)
     finally:
         worker.close()
-        house.prompts.close()
+        app_state.prompts.close()
 
 
 @dataclass
 class Live:
     """A server on a port."""
 
-    house: House
+    app_state: AppState
     server: Server
     url: str
     clients: ExitStack
@@ -140,17 +140,17 @@ class Live:
 
 
 @contextmanager
-def live(house: House, api_key: str | None = None) -> Iterator[Live]:
+def live(app_state: AppState, api_key: str | None = None) -> Iterator[Live]:
     """A server on a free port, until the block ends."""
     taken = reserve(ServeConfig(port=0))
-    server = Server(make_app(house, api_key=api_key), house)
+    server = Server(make_app(app_state, api_key=api_key), app_state)
     ready = threading.Event()
     thread = threading.Thread(target=server.run, args=(taken, ready.set), name="server")
     thread.start()
     assert ready.wait(30)
     try:
         with ExitStack() as clients:
-            yield Live(house, server, address_of(taken), clients)
+            yield Live(app_state, server, address_of(taken), clients)
     finally:
         if thread.is_alive():
             server.stop()

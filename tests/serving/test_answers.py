@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finemoe.serving.job import Job
+from finemoe.serving.scheduler.job import Job
 from tests.serving.fake_worker import END
 from tests.serving.serve import COMPLETIONS, NAME, TEXT, count_up, events, fake, ids, say
 
@@ -104,7 +104,7 @@ def test_stop_strings_end_the_answer_and_the_job(stop: Any, text: str, stream: b
 
     with fake(endless) as server:
         response = server.chat(stop=stop, stream=stream)
-        server.house.served.worker.drain(5)
+        server.app_state.served.worker.drain(5)
         assert server.worker.cancelled == [server.worker.jobs[0].name]
     if stream:
         chunks = [chunk["choices"][0] for chunk in events(response)]

@@ -12,9 +12,9 @@ import pytest
 
 import finemoe
 from finemoe.checkpoint import read_headers
-from finemoe.checkpoint.fingerprint import fingerprint
-from finemoe.predictors import save
-from finemoe.serving.job import Job, Token
+from finemoe.checkpoint.headers import fingerprint
+from finemoe.learned.predictors import save
+from finemoe.serving.scheduler.job import Job, Token
 from finemoe.types import DECODE, PREFILL, Routed, Step
 from tests.policy.workload import Shape, untrained
 from tests.serving.conftest import a_prompt, greedy, serving
@@ -97,7 +97,7 @@ def assert_same(found: list[tuple[Step, list[Routed]]], expected: list[tuple[Ste
 def predictors(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, path = tiny(), tmp_path_factory.mktemp("predictors") / "predictors.safetensors"
     with finemoe.load(folder) as model:
-        layouts = model.finemoe.catalog.layouts
+        layouts = model.finemoe.expert_index.layouts
     model_print = fingerprint(folder, read_headers(sorted(folder.glob("*.safetensors"))))
     save(untrained(Shape(layers=len(layouts), experts=layouts[0].experts)), path, model_print)
     return path

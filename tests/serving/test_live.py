@@ -8,15 +8,14 @@ import time
 import pytest
 
 from finemoe.serving import live
-from finemoe.serving.job import Load
-from finemoe.serving.live import KEPT, Live, Source
-from finemoe.serving.progress import Progress
+from finemoe.serving.live import KEPT, Live, LiveSource, Progress
+from finemoe.serving.scheduler.job import Load
 from tests.serving.fake_offload import FakeOffload
 
 
 def make() -> tuple[Live, FakeOffload, Progress, list[float]]:
     offload, progress, now_s = FakeOffload(4, 4), Progress(), [0.0]
-    return Live(Source(offload, progress, lambda: Load(3, 7, 1, 2)), lambda: now_s[0]), offload, progress, now_s
+    return Live(LiveSource(offload, progress, lambda: Load(3, 7, 1, 2)), lambda: now_s[0]), offload, progress, now_s
 
 
 def test_a_sample_is_what_came_since_the_last_one() -> None:

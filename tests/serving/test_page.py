@@ -13,12 +13,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from finemoe.serving.app import make_app
-from finemoe.serving.job import Load
-from finemoe.serving.live import Source
-from finemoe.serving.page import routes
-from finemoe.serving.page.answers import Experts, Now
-from finemoe.serving.page.snapshots import COLUMNS, KEPT, Snapshots
-from finemoe.serving.progress import Progress
+from finemoe.serving.live import LiveSource, Progress
+from finemoe.serving.page import COLUMNS, KEPT, Experts, Now, Snapshots, routes
+from finemoe.serving.scheduler.job import Load
 from tests.serving.fake_offload import FakeOffload
 from tests.serving.fake_worker import FakeWorker
 from tests.serving.serve import TEXT, make_house, say
@@ -35,12 +32,12 @@ def offload() -> FakeOffload:
 @pytest.fixture
 def client(offload: FakeOffload) -> Iterator[TestClient]:
     worker = FakeWorker(say(TEXT), 4)
-    house = make_house(worker)
-    page = routes(Source(offload, Progress(), lambda: Load(1, 2, 3, 4)))
-    with TestClient(make_app(house, api_key="secret", routers=[page])) as made:
+    app_state = make_house(worker)
+    page = routes(LiveSource(offload, Progress(), lambda: Load(1, 2, 3, 4)))
+    with TestClient(make_app(app_state, api_key="secret", routers=[page])) as made:
         yield made
     worker.close()
-    house.prompts.close()
+    app_state.prompts.close()
 
 
 def rows(answer: dict[str, Any]) -> dict[tuple[int, int], dict[str, int]]:
@@ -106,12 +103,12 @@ def test_answers_have_the_shapes_that_the_document_says(client: TestClient) -> N
 
 def test_the_page_calls_the_model_what_requests_call_it(offload: FakeOffload) -> None:
     worker = FakeWorker(say(TEXT), 4)
-    house = make_house(worker)
-    page = routes(Source(offload, Progress(), worker.load, "our/model"))
-    with TestClient(make_app(house, routers=[page])) as client:
+    app_state = make_house(worker)
+    page = routes(LiveSource(offload, Progress(), worker.load, "our/model"))
+    with TestClient(make_app(app_state, routers=[page])) as client:
         assert client.get("/v1/live").json()["model"] == "our/model"
     worker.close()
-    house.prompts.close()
+    app_state.prompts.close()
 
 
 @pytest.mark.parametrize("query", ["since=soon", "since=-1", "since=nan", "since=1e999", "until=3", "since=1&all=1"])
@@ -160,9 +157,9 @@ def test_a_real_model_is_watched_from_the_start(tiny: Make) -> None:
     # lru does not prefetch: nothing moves between one look and the next
     with finemoe.load(tiny(), expert_memory="50%", policy="lru") as model:
         worker = FakeWorker(say(TEXT), 4)
-        house = make_house(worker)
-        page = routes(Source(model.finemoe, Progress(), worker.load))
-        with TestClient(make_app(house, routers=[page])) as client:
+        app_state = make_house(worker)
+        page = routes(LiveSource(model.finemoe, Progress(), worker.load))
+        with TestClient(make_app(app_state, routers=[page])) as client:
             answer(model)
             table = client.get("/v1/experts").json()
             stats = model.finemoe.stats()
@@ -172,4 +169,4 @@ def test_a_real_model_is_watched_from_the_start(tiny: Make) -> None:
             assert live["model"] == Path(model.finemoe.checkpoint.folder).name
             assert (live["misses"], live["slots"]) == (stats.misses, stats.slots)
         worker.close()
-        house.prompts.close()
+        app_state.prompts.close()

@@ -141,7 +141,7 @@ def test_a_body_in_pieces_is_bounded_too() -> None:
 
 def test_a_model_without_a_chat_template_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with fake() as server:
-        monkeypatch.setattr(server.house.served.tokenizer, "chat_template", None)
+        monkeypatch.setattr(server.app_state.served.tokenizer, "chat_template", None)
         assert refusal(server.chat())["code"] == "no_chat_template"
         assert refusal(server.chat(tools=TOOLS))["param"] == "tools"
 
@@ -150,7 +150,7 @@ def test_a_prompt_that_never_fits_the_cache_is_refused() -> None:
     with fake() as server:
         server.worker.longest_prompt = 3
         assert refusal(server.chat(n=2))["code"] == "context_length_exceeded"
-        assert server.house.admission.answers == 0
+        assert server.app_state.admission.answers == 0
         assert (
             server.metric("finemoe_requests_total") == server.metric('finemoe_requests_total{outcome="invalid"}') == 1
         )

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from finemoe.errors import ConfigError
 from finemoe.serving.config import ServeConfig
-from finemoe.serving.job import Job
+from finemoe.serving.scheduler.job import Job
 from finemoe.serving.server import read_api_key, reserve
 from tests.serving.fake_worker import FakeWorker
 from tests.serving.serve import NAME, TEXT, Live, count_up, ids, live, make_house, say
@@ -46,8 +46,8 @@ def server(worker: FakeWorker) -> Iterator[Live]:
 
 
 def idle(server: Live) -> bool:
-    load = server.house.served.worker.load()
-    return not (server.house.admission.answers or load.running or load.waiting)
+    load = server.app_state.served.worker.load()
+    return not (server.app_state.admission.answers or load.running or load.waiting)
 
 
 def test_the_openai_client_chats(server: Live) -> None:
@@ -113,7 +113,7 @@ def test_a_full_house_refuses(worker: FakeWorker) -> None:
     with live(make_house(worker, max_running=2, max_waiting=1)) as server, ThreadPoolExecutor() as pool:
         client = server.client()
         inside = [pool.submit(client.chat.completions.create, model=NAME, messages=HI) for _ in range(3)]
-        until(lambda: server.house.admission.answers == 3)
+        until(lambda: server.app_state.admission.answers == 3)
         with pytest.raises(openai.RateLimitError) as full:
             client.chat.completions.create(model=NAME, messages=HI)
         assert full.value.code == "queue_full"
@@ -169,13 +169,13 @@ def test_who_hangs_up_frees_the_place(worker: FakeWorker, stream: bool) -> None:
             assert answer.read(200)
             answer.close()
         else:
-            until(lambda: server.house.served.worker.load().running == 1)
+            until(lambda: server.app_state.served.worker.load().running == 1)
         assert connection.sock is not None
         connection.sock.shutdown(socket.SHUT_RDWR)
         connection.close()
         until(lambda: idle(server))
         assert worker.cancelled == [worker.jobs[0].name]
-        assert 'finemoe_requests_total{outcome="cancelled"} 1.0' in server.house.metrics.page("")[0].decode()
+        assert 'finemoe_requests_total{outcome="cancelled"} 1.0' in server.app_state.metrics.page("")[0].decode()
 
 
 def status(server: Live, path: str) -> int:
@@ -199,7 +199,7 @@ def test_a_server_that_ends_finishes_what_it_began(worker: FakeWorker) -> None:
 
         whole = pool.submit(client.chat.completions.create, model=NAME, messages=HI)
         stream = pool.submit(streamed)
-        until(lambda: server.house.admission.answers == 2)
+        until(lambda: server.app_state.admission.answers == 2)
         assert status(server, "/ready") == 200
         server.server.stop()
         until(lambda: status(server, "/ready") == 503)
@@ -216,7 +216,7 @@ def test_a_server_does_not_wait_for_ever(worker: FakeWorker) -> None:
     config: dict[str, Any] = {"context_tokens": 1 << 20, "max_output_tokens": 1 << 19, "drain_timeout_s": 0.3}
     with live(make_house(worker, **config)) as server, ThreadPoolExecutor() as pool:
         endless = pool.submit(server.client().chat.completions.create, model=NAME, messages=HI)
-        until(lambda: server.house.admission.answers == 1)
+        until(lambda: server.app_state.admission.answers == 1)
         server.server.stop()
         with pytest.raises(openai.InternalServerError) as ended:
             endless.result()

@@ -53,7 +53,7 @@ def test_a_conversation_with_calls_goes_through_the_template() -> None:
             {"role": "tool", "content": "rain", "tool_call_id": "call_1"},
         ]
         assert server.chat(messages=messages, tools=TOOLS).status_code == 200
-        prompt = server.house.served.decode(server.worker.jobs[0].prompt)
+        prompt = server.app_state.served.decode(server.worker.jobs[0].prompt)
         assert prompt.startswith("<system>Be brief<user>Hi<assistant><tool>rain")
         error = refusal(server.chat(messages=messages))  # the template wants tools for this
         assert (error["param"], "no tools here" in error["message"]) == ("messages", True)

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from finemoe.policy import Policy
-from finemoe.policy.cache import RECENCY, make_ranking, visit
-from finemoe.sim.evidence import Evidence
-from finemoe.sim.machine import Machine
-from finemoe.sim.replay import Outcome, Replay
-from finemoe.sim.schedule import Floats, Schedule
+from finemoe.policy.eviction import RECENCY, make_ranking, visit
+from finemoe.sim.hardware import Machine
+from finemoe.sim.simulator import Outcome, Replay
+from finemoe.sim.workload import Floats, Schedule, TraceView
 from finemoe.trace import RequestTrace, Trace, TraceHeader, TraceWriter, open_trace
 from finemoe.types import Routed, Step
 
@@ -40,7 +39,7 @@ def schedule(needs: Needs, experts: int, tokens: Sequence[int] | None = None) ->
     )
 
 
-class Blind(Evidence):
+class Blind(TraceView):
     """Nothing but needs can be seen."""
 
     def __init__(self) -> None:
@@ -73,7 +72,7 @@ class Script(Policy):
     def __init__(self, layers: int, experts: int, wants: Wants) -> None:
         super().__init__(layers, experts)
         self.ranking = make_ranking(layers, experts, -1.0)
-        self.worth = self.ranking.worth
+        self.retention_priority = self.ranking.retention_priority
         self.wants = wants
         self.event = -1
 
@@ -87,9 +86,9 @@ class Script(Policy):
 
     def _next(self) -> None:
         if self.event in self.wants:
-            self.want[:] = 0.0
-            for expert, want in self.wants[self.event].items():
-                self.want[expert] = want
+            self.prefetch_priority[:] = 0.0
+            for expert, prefetch_priority in self.wants[self.event].items():
+                self.prefetch_priority[expert] = prefetch_priority
         self.event += 1
 
 

@@ -9,10 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finemoe.policy import FACTORIES, Policy, make_policy
-from finemoe.sim.evidence import Evidence
-from finemoe.sim.machine import Machine, Noise
-from finemoe.sim.replay import Replay
-from finemoe.sim.schedule import make_schedule
+from finemoe.sim.hardware import Machine, Noise
+from finemoe.sim.simulator import Replay
+from finemoe.sim.workload import TraceView, make_schedule
 from finemoe.trace import open_trace
 from tests.policy.workload import Shape, untrained
 from tests.sim.traces import EXPERTS, LAYERS, make_trace
@@ -46,7 +45,7 @@ def test_engine_and_simulator_agree(
 ) -> None:  # fmt: skip
     path = folder / f"walk-{seed}-4-12-{prompt}.safetensors"
     with make_trace(folder, seed, prompt=prompt) if not path.exists() else open_trace(path) as trace:
-        schedule, evidence = make_schedule(trace, range(4), interleave), Evidence(trace)
+        schedule, evidence = make_schedule(trace, range(4), interleave), TraceView(trace)
         machine = Machine(
             capacity, link_ratio, chunks=chunks, before_gate=split[0], gap=split[1], lag=lag,
             begin_lag=[None, 2 * lag][seed % 2],
@@ -58,7 +57,7 @@ def test_engine_and_simulator_agree(
         outcome = simulated.run()
         link = VirtualLink(link_ratio, chunks, slowdown, noise.transfers.tolist())
         driving = made(policy)
-        if lag and driving.deliberates:
+        if lag and driving.runs_async:
             driving = Lagging(driving, link, machine, noise)
         driven = EngineReplay.make(schedule, driving, capacity, link)
         driven.noise = noise
@@ -73,11 +72,11 @@ def test_engine_and_simulator_agree(
 @pytest.mark.parametrize(("before_gate", "gap"), [(0.5, 0.0), (0.25, 3.0)])
 def test_the_engine_tells_what_the_simulator_must_be_given(tmp_path: Path, before_gate: float, gap: float) -> None:
     with make_trace(tmp_path, seed=9, prompt=0) as trace:
-        schedule, evidence = make_schedule(trace, range(2)), Evidence(trace)
+        schedule, evidence = make_schedule(trace, range(2)), TraceView(trace)
         driven = EngineReplay.make(schedule, made("deepspeed"), 9, VirtualLink(1.3, 13))
         driven.run(schedule, evidence, before_gate=before_gate, gap=gap)
-    tempo, passes = driven.engine.tempo, len(schedule)
+    layer_timing, passes = driven.engine.layer_timing, len(schedule)
     assert driven.engine.counters.stall_s > 0  # and is in none of these
-    timed = (tempo.befores, tempo.afters, tempo.arounds)
+    timed = (layer_timing.befores, layer_timing.afters, layer_timing.arounds)
     assert [each.count for each in timed] == [passes * (LAYERS - 1), passes * LAYERS, passes - 1]
     assert [each.mean_s for each in timed] == pytest.approx([before_gate, 1 - before_gate, gap + before_gate])

@@ -13,7 +13,7 @@ import pytest
 
 from finemoe.cli import main
 from finemoe.policy import BOUNDS, FACTORIES
-from finemoe.sim.cells import Row
+from finemoe.sim.sweep import SweepRow
 from tests.sim.traces import make_trace
 
 PAGE = (Path(__file__).parents[2] / "docs" / "simulator.md").read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def test_a_command_runs(command: str, folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_every_column_and_every_policy_is_explained() -> None:
-    for field in dataclasses.fields(Row):
+    for field in dataclasses.fields(SweepRow):
         if field.name != "policy":
             assert f"`{field.name.replace('time_per_layer_p9', '_p9')}`" in PAGE
     for name in FACTORIES | BOUNDS:

@@ -15,15 +15,14 @@ import pytest
 import torch
 
 import finemoe
-from finemoe.model.routers import RouterTap
+from finemoe.model.router_hooks import RouterTap
 from finemoe.policy import make_policy
-from finemoe.sim.evidence import Evidence
-from finemoe.sim.machine import Machine
-from finemoe.sim.replay import Replay
-from finemoe.sim.schedule import make_schedule
+from finemoe.sim.hardware import Machine
+from finemoe.sim.simulator import Replay
+from finemoe.sim.workload import TraceView, make_schedule
 from finemoe.trace import DECODE, PREFILL, RequestTrace, TraceHeader, TraceWriter, open_trace
 from finemoe.types import ExpertId, Routed
-from tests.sim.virtual_link import EngineReplay, LoggedController, VirtualLink
+from tests.sim.virtual_link import EngineReplay, LoggedCacheManager, VirtualLink
 from tests.tiny import Make
 
 POLICIES = ("lru", "lfu", "lfru", "deepspeed")
@@ -65,7 +64,7 @@ def record(folder: Path, path: Path) -> list[torch.Tensor]:
 def put_on_link(model: Any, policy: str, link: VirtualLink, experts: int) -> EngineReplay:
     """Gives a loaded model an engine whose time the link keeps; its bytes still come from the checkpoint."""
     offload = model.finemoe
-    store, pool, layers = offload._store, offload._engine.pool, len(offload.catalog.layouts)
+    store, pool, layers = offload._store, offload._engine.pool, len(offload.expert_index.layouts)
 
     def fill(expert: ExpertId, slot: memoryview) -> None:
         for run in store.runs(expert):
@@ -75,8 +74,8 @@ def put_on_link(model: Any, policy: str, link: VirtualLink, experts: int) -> Eng
 
     link.fill = fill
     offload._engine.clear()
-    controller = LoggedController(layers, experts, pool.slots, make_policy(policy, layers, experts))
-    replay = EngineReplay.make_with(pool, controller, link)
+    cache_manager = LoggedCacheManager(layers, experts, pool.slots, make_policy(policy, layers, experts))
+    replay = EngineReplay.make_with(pool, cache_manager, link)
     serve = replay.engine.serve
 
     def timed(event: Routed) -> Iterator[tuple[int, int]]:
@@ -100,7 +99,7 @@ def test_a_models_routing_is_replayed_as_the_model_runs(
     expected = record(folder, path)
     with open_trace(path) as trace:
         layers, experts = trace.header.layers, trace.header.experts
-        schedule, evidence = make_schedule(trace, [0, 1]), Evidence(trace)
+        schedule, evidence = make_schedule(trace, [0, 1]), TraceView(trace)
         for policy in POLICIES if kind != "reference" else ("lfru", "deepspeed"):  # it takes a while
             with finemoe.load(folder, expert_memory="30%", policy=policy) as model:
                 slots = model.finemoe.stats().slots

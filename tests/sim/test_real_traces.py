@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finemoe.sim.cells import Cell, count_iterations, run_cell
 from finemoe.sim.config import SimulateConfig
+from finemoe.sim.sweep import Cell, count_iterations, run_cell
 from finemoe.trace.importing import import_trace
 
 SOURCE = Path(__file__).parents[3] / "shared" / "data" / "routing" / "gpt-oss-20b"

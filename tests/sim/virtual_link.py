@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from finemoe.engine import Engine
-from finemoe.policy import Controller, Policy
-from finemoe.sim.evidence import Evidence
-from finemoe.sim.link import FETCHED, PREFETCHED, WITHDRAWN
-from finemoe.sim.machine import Machine, Noise
-from finemoe.sim.schedule import Schedule
-from finemoe.store import Pool
-from finemoe.types import ExpertId, Fetch, Landed, Plan, Routed, Step, Withdrawn
+from finemoe.engine.engine import Engine
+from finemoe.policy import CacheManager, Policy
+from finemoe.sim.hardware import Machine, Noise
+from finemoe.sim.link_kernel import FETCHED, PREFETCHED, WITHDRAWN
+from finemoe.sim.workload import Schedule, TraceView
+from finemoe.store import RamSlotPool
+from finemoe.types import Cancelled, ExpertId, Fetch, Landed, Plan, Routed, Step
 
 
 @dataclass
@@ -50,18 +49,18 @@ class VirtualLink:
             assert self.prefetch is None, "one prefetch at a time"
             self.prefetch, self.under_way = expert, True
 
-    def hasten(self, expert: ExpertId) -> None:
+    def promote(self, expert: ExpertId) -> None:
         assert expert == self.prefetch
         self.prefetch = None
         self.queue.append(expert)
 
-    def withdraw(self, expert: ExpertId) -> None:
+    def cancel(self, expert: ExpertId) -> None:
         assert expert == self.prefetch
         self.prefetch = None
         self.log.append((WITHDRAWN, expert))
-        self.landed.append(Landed(expert, Withdrawn()))
+        self.landed.append(Landed(expert, Cancelled()))
 
-    def nudge(self) -> None:
+    def wake(self) -> None:
         """Asks in `advance`, when it is idle and time passes."""
 
     def poll(self, which: Container[ExpertId] | None = None) -> list[Landed]:
@@ -76,12 +75,12 @@ class VirtualLink:
             self.advance(max(self.now, self.busy) + self.left[self.queue[0]])
         return self.poll()
 
-    def cancel(self) -> None:
+    def cancel_all(self) -> None:
         self.queue.clear()
         self.prefetch = None
 
     def close(self) -> None:
-        self.cancel()
+        self.cancel_all()
 
     def advance(self, until: float) -> None:
         if self.alarm is not None and self.alarm[0] <= until:
@@ -93,7 +92,7 @@ class VirtualLink:
     def _advance(self, until: float) -> None:
         self._preempt()
         while True:
-            start, pace = max(self.now, self.busy), 1.0
+            start, throttle = max(self.now, self.busy), 1.0
             if self.queue:
                 expert = self.queue[0]
             elif start >= until:
@@ -103,11 +102,11 @@ class VirtualLink:
                     self.when_idle()
                 if self.prefetch is None:
                     break
-                expert, self.under_way, pace = self.prefetch, True, self.slowdown
-            done = start + self.left[expert] * pace
+                expert, self.under_way, throttle = self.prefetch, True, self.slowdown
+            done = start + self.left[expert] * throttle
             if done > until:
                 if until > start:
-                    self.left[expert] -= (until - start) / pace
+                    self.left[expert] -= (until - start) / throttle
                 break
             if self.queue:
                 self.queue.pop(0)
@@ -138,7 +137,7 @@ class Lagging(Policy):
         self.inner, self._link, self._machine, self._noise = policy, link, machine, noise
         self._free = 0.0
         self.margin, self.switch = policy.margin, policy.switch
-        self.prefetches, self.pauses = policy.prefetches, policy.pauses  # type: ignore[misc] # of its kind
+        self.prefetches, self.throttles_prefetch = policy.prefetches, policy.throttles_prefetch  # type: ignore[misc] # of its kind
         self._say()
 
     def begin(self, steps: Sequence[Step]) -> None:
@@ -157,10 +156,13 @@ class Lagging(Policy):
         self._link.alarm = self._free, self._say
 
     def _say(self) -> None:
-        self.worth[:], self.want[:] = self.inner.worth, self.inner.want
+        self.retention_priority[:], self.prefetch_priority[:] = (
+            self.inner.retention_priority,
+            self.inner.prefetch_priority,
+        )
 
 
-class LoggedController(Controller):
+class LoggedCacheManager(CacheManager):
     """Notes whose slot each fetch takes."""
 
     victims: list[Fetch]
@@ -191,17 +193,17 @@ class EngineReplay:
 
     @classmethod
     def make(cls, schedule: Schedule, policy: Policy, capacity: int, link: VirtualLink) -> EngineReplay:
-        controller = LoggedController(schedule.layers, schedule.experts, capacity, policy)
-        return cls.make_with(Pool(capacity, 64), controller, link)
+        cache_manager = LoggedCacheManager(schedule.layers, schedule.experts, capacity, policy)
+        return cls.make_with(RamSlotPool(capacity, 64), cache_manager, link)
 
     @classmethod
-    def make_with(cls, pool: Pool, controller: LoggedController, link: VirtualLink) -> EngineReplay:
-        return cls(Engine(pool, controller, link, clock=lambda: link.now), link)
+    def make_with(cls, pool: RamSlotPool, cache_manager: LoggedCacheManager, link: VirtualLink) -> EngineReplay:
+        return cls(Engine(pool, cache_manager, link, clock=lambda: link.now), link)
 
     def run(
         self,
         schedule: Schedule,
-        evidence: Evidence,
+        evidence: TraceView,
         tokens_per_unit: int = 64,
         before_gate: float = 0.5,
         gap: float = 0.0,
@@ -242,9 +244,9 @@ class EngineReplay:
 
     def actions(self, experts: int) -> list[tuple[int, int, int]]:
         """In the form of the simulator's log."""
-        controller = self.engine.controller
-        assert isinstance(controller, LoggedController)
-        victims = iter(controller.victims)
+        cache_manager = self.engine.cache_manager
+        assert isinstance(cache_manager, LoggedCacheManager)
+        victims = iter(cache_manager.victims)
         found = []
         for kind, expert in self.link.log:
             victim = -2

@@ -17,14 +17,14 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finemoe.checkpoint import Catalog, TensorHeader
-from finemoe.checkpoint.catalog import PAGE_BYTES
+from finemoe.checkpoint import ExpertIndex, TensorHeader
+from finemoe.checkpoint.expert_index import PAGE_BYTES
 from finemoe.store import DiskStore
 from finemoe.store.dense import LazyTensor
 from finemoe.store.disk import CHUNK_BYTES
-from finemoe.types import Run
+from finemoe.types import ByteRange
 
-EMPTY = Catalog([], {})
+EMPTY = ExpertIndex([], {})
 SIZE_BYTES = 2 * CHUNK_BYTES + 3 * PAGE_BYTES + 123
 Io = Literal["auto", "direct", "buffered"]
 
@@ -56,7 +56,7 @@ def open_store(file: Path, io: Io) -> DiskStore:
 
 def read(store: DiskStore, offset: int, length: int, start: int = 0) -> bytes:
     into = bytearray(length)
-    store.read(Run(0, offset, length + start, 0), start, memoryview(into))
+    store.read(ByteRange(0, offset, length + start, 0), start, memoryview(into))
     return bytes(into)
 
 
@@ -86,7 +86,7 @@ def test_a_stretch_at_its_files_place_in_a_page_is_read_there_and_nothing_beside
     shift = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % PAGE_BYTES
     begin = shift + PAGE_BYTES + offset % PAGE_BYTES
     memory[:] = b"?" * len(memory)
-    store.read(Run(0, offset, length, 0), 0, memoryview(memory)[begin : begin + length])
+    store.read(ByteRange(0, offset, length, 0), 0, memoryview(memory)[begin : begin + length])
     assert memory[begin : begin + length] == file.read_bytes()[offset : offset + length]
     assert not memory[:begin].strip(b"?")
     assert not memory[begin + length :].strip(b"?")
@@ -98,10 +98,10 @@ def test_whole_pages_at_their_files_place_are_not_copied(file: Path, monkeypatch
     monkeypatch.setattr(store, "_read_around", lambda *_: around.append(1))
     memory = mmap.mmap(-1, 20 * PAGE_BYTES)
     with memoryview(memory) as view:
-        store.read(Run(0, 77, 10 * PAGE_BYTES, 0), 0, view[77 : 77 + 10 * PAGE_BYTES])
+        store.read(ByteRange(0, 77, 10 * PAGE_BYTES, 0), 0, view[77 : 77 + 10 * PAGE_BYTES])
         assert bytes(view[77 : 77 + 10 * PAGE_BYTES]) == file.read_bytes()[77 : 77 + 10 * PAGE_BYTES]
         assert not around
-        store.read(Run(0, 77, 10 * PAGE_BYTES, 0), 0, view[78 : 78 + 10 * PAGE_BYTES])
+        store.read(ByteRange(0, 77, 10 * PAGE_BYTES, 0), 0, view[78 : 78 + 10 * PAGE_BYTES])
         assert around
     store.close()
 
@@ -152,7 +152,7 @@ def test_reads_that_the_kernel_cuts_short_are_continued(file: Path, monkeypatch:
             patch.setattr(os, "preadv", short)
             expected = file.read_bytes()[77 : 77 + 5 * PAGE_BYTES]
             assert read(store, 77, 5 * PAGE_BYTES) == expected
-            store.read(Run(0, 77, 5 * PAGE_BYTES, 0), 0, view[77 : 77 + 5 * PAGE_BYTES])
+            store.read(ByteRange(0, 77, 5 * PAGE_BYTES, 0), 0, view[77 : 77 + 5 * PAGE_BYTES])
             assert view[77 : 77 + 5 * PAGE_BYTES] == expected
         store.close()
 

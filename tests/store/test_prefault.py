@@ -14,8 +14,9 @@ import pytest
 from numpy.typing import NDArray
 
 import finemoe
-from finemoe.store import Pool, prefault
-from finemoe.store.prefault import Prefault
+from finemoe.store import RamSlotPool
+from finemoe.store import slot_pool as prefault
+from finemoe.store.slot_pool import Prefault
 from tests.tiny import Make
 
 MIB = 1 << 20
@@ -37,7 +38,7 @@ def populates() -> bool:
 @pytest.mark.skipif(not populates(), reason="the kernel has no MADV_POPULATE_WRITE")
 def test_a_pools_memory_is_there_before_it_is_used() -> None:
     before = psutil.Process().memory_info().rss
-    under_test = Pool(64, MIB)
+    under_test = RamSlotPool(64, MIB)
     under_test.await_memory()
     assert psutil.Process().memory_info().rss - before > 60 * MIB
     under_test.close()
@@ -86,7 +87,7 @@ def test_every_chunk_is_asked_for_once_until_it_is_stopped(monkeypatch: pytest.M
 @pytest.mark.parametrize("found", [None, lambda *_: -1], ids=["no such call", "an older kernel"])
 def test_it_does_without(monkeypatch: pytest.MonkeyPatch, found: object) -> None:
     monkeypatch.setattr(prefault, "_madvise", lambda: found)
-    under_test = Pool(4, MIB)
+    under_test = RamSlotPool(4, MIB)
     under_test.await_memory()
     under_test.bytes_of(3)[:] = 7
     under_test.close()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from finemoe.trace import RequestTrace, TraceHeader, TraceWriter
-from finemoe.trace.header import OPTIONAL
+from finemoe.trace.format import OPTIONAL
 
 
 def make_header(present: tuple[str, ...] = ("weights",), **sizes: Any) -> TraceHeader:

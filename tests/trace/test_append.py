@@ -15,7 +15,7 @@ import pytest
 
 from finemoe.errors import TraceError
 from finemoe.trace import TraceWriter, open_trace
-from finemoe.trace import write as writing
+from finemoe.trace import writer as writing
 from finemoe.trace.spool import left_behind, spool_folder
 from tests.trace.make import equal, make_header, make_request, make_trace
 
@@ -24,7 +24,8 @@ ENDLESS = """
 import sys
 import numpy as np
 from finemoe.trace import TraceWriter
-from tests.trace.make import make_header, make_request
+from tests.trace.make import make_header
+from tests.trace.make import make_request
 writer = TraceWriter(sys.argv[1], make_header(), append=True, commit_every_s=0)
 rng = np.random.default_rng(1)
 while True:

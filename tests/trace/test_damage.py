@@ -15,9 +15,8 @@ from safetensors.numpy import save_file
 
 from finemoe.errors import TraceError
 from finemoe.trace import open_trace
-from finemoe.trace.columns import columns
-from finemoe.trace.file import read_head
-from finemoe.trace.header import OPTIONAL
+from finemoe.trace.format import OPTIONAL, columns
+from finemoe.trace.reader import read_head
 from tests.trace.make import make_header, make_request, make_trace
 
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from finemoe.errors import TraceError
 from finemoe.trace import RequestTrace, TraceHeader, TraceWriter, open_trace, split
-from finemoe.trace.header import OPTIONAL
+from finemoe.trace.format import OPTIONAL
 from tests.trace.make import equal, make_header, make_request, make_trace
 
 

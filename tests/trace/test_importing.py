@@ -11,13 +11,13 @@ import pytest
 
 from finemoe.errors import TraceError
 from finemoe.trace import open_trace
-from finemoe.trace.importing import Told, import_trace
+from finemoe.trace.importing import TraceMetadata, import_trace
 
 LAYERS, ACTIVE = 3, 2
 TOKENS = (["a", "b", "a"], ["c", "a"])
 
 
-def imported(source: Path, target: Path, told: Told | None = None, **options: Any) -> Any:
+def imported(source: Path, target: Path, told: TraceMetadata | None = None, **options: Any) -> Any:
     """The trace that a source becomes."""
     importing = import_trace(source, target, told, **options)
     assert [*importing]
@@ -62,7 +62,7 @@ def test_arrays_become_decode_only_requests(tmp_path: Path) -> None:
 
 def test_the_npz_itself_will_do(tmp_path: Path) -> None:
     file = arrays(tmp_path / "some-moe") / "routing.npz"
-    told = Told(model="a/model", experts=32, licence="Apache-2.0")
+    told = TraceMetadata(model="a/model", experts=32, licence="Apache-2.0")
     importing = import_trace(file, tmp_path / "it.trace", told)
     assert not importing.notices
     assert sum(importing) == 5

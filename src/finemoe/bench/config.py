@@ -7,7 +7,7 @@ from itertools import product
 
 from finemoe.config import EXPERT_DTYPES, REPLAY_HELP, STORED, LoadConfig
 from finemoe.errors import ConfigError
-from finemoe.maps import NOWHERE
+from finemoe.learned import NOWHERE
 from finemoe.policy import policy_class
 
 BATCHED = "batched_mm"
@@ -186,7 +186,7 @@ class BenchConfig(LoadConfig):
         values = {f.name: getattr(self, f.name) for f in fields(LoadConfig)}
         if "predictors" not in policy_class(policy).needs:
             values["predictors"] = None
-        if not policy_class(policy).remembers:
+        if not policy_class(policy).is_persistent:
             values["map_store"] = NOWHERE
         return LoadConfig(**values | {"expert_memory": budget, "policy": policy, "expert_dtype": expert_dtype})
 

@@ -18,23 +18,21 @@ from typing import Any
 
 import psutil
 
-from finemoe.bench import link
-from finemoe.bench.answers import Answered
+from finemoe.bench import disk_probe as link
 from finemoe.bench.config import BATCHED, DISK_OFFLOAD, BenchConfig
-from finemoe.bench.figures import ANSWER_NAMES, NAMES
-from finemoe.bench.perplexity import read_text
-from finemoe.bench.report import BenchReport, Run, summarise
-from finemoe.bench.requests import Requests, read_requests
-from finemoe.bench.subject import Measured, Order, Subject, subjects
-from finemoe.checkpoint import Catalog, Checkpoint, locate, read_headers
+from finemoe.bench.inputs import Requests, read_requests, read_text
+from finemoe.bench.measurements import Answered, Measured, Order, Subject, subjects
+from finemoe.bench.report import ANSWER_NAMES, NAMES, BenchReport, BenchRun, summarise
+from finemoe.checkpoint import Checkpoint, ExpertIndex, locate, read_headers
 from finemoe.checkpoint.headers import evict_from_page_cache
 from finemoe.errors import CheckpointError
 from finemoe.model import chosen_model, describe, read_config
-from finemoe.model.find import pool_slots
-from finemoe.process import available_cores
-from finemoe.quantise import SCHEMES, ExpertCopy, copy_folder
-from finemoe.replay import check_fit, open_routing
+from finemoe.model.introspect import pool_slots
 from finemoe.store import DiskStore
+from finemoe.store.quantization import SCHEMES
+from finemoe.store.quantized_copy import ExpertCopy, copy_folder
+from finemoe.system import available_cores
+from finemoe.trace.forced_routing import check_fit, open_routing
 
 Log = Callable[[str], None]
 
@@ -50,16 +48,16 @@ def run_bench(config: BenchConfig, log: Log) -> BenchReport:
     """
     checkpoint = locate(chosen_model(config.model), config.revision)
     described = describe(str(checkpoint.folder), trust_remote_code=config.trust_remote_code)
-    catalog = described.catalog
+    expert_index = described.expert_index
     refuse_budgets(config, checkpoint)
     if config.replay_routing is not None:
-        experts = [layout.experts for layout in catalog.layouts]
+        experts = [layout.experts for layout in expert_index.layouts]
         with open_routing(config.replay_routing) as trace:
             check_fit(trace, checkpoint.name, described.layers, experts, described.active)
-    expert_bytes = catalog.weight_bytes // catalog.experts
+    expert_bytes = expert_index.weight_bytes // expert_index.experts
     requests = read_requests(config, checkpoint, log)
     text = read_text(config, checkpoint)
-    make_copies(config, checkpoint, catalog, log)
+    make_copies(config, checkpoint, expert_index, log)
     bench = _Bench(replace(config, model=str(checkpoint.folder)), checkpoint, expert_bytes, requests, text, log)
     runs = [bench.run(subject, repeat) for repeat in range(config.repeats) for subject in bench.due(repeat)]
     rows, fastest = summarise(runs)
@@ -91,15 +89,15 @@ def refuse_budgets(config: BenchConfig, checkpoint: Checkpoint) -> None:
             str(checkpoint.folder), trust_remote_code=config.trust_remote_code, expert_dtype=expert_dtype
         )
         for budget in config.budgets:
-            pool_slots(described.catalog, model_config, budget, described.catalog.slot_bytes)
+            pool_slots(described.expert_index, model_config, budget, described.expert_index.slot_bytes)
 
 
-def make_copies(config: BenchConfig, checkpoint: Checkpoint, catalog: Catalog, log: Log) -> None:
-    """The quantised copies that lossy rows read, so that no row's time to load has their making in it."""
+def make_copies(config: BenchConfig, checkpoint: Checkpoint, expert_index: ExpertIndex, log: Log) -> None:
+    """The quantized copies that lossy rows read, so that no row's time to load has their making in it."""
     for scheme in (SCHEMES[name] for name in config.expert_dtypes if name in SCHEMES):
-        copy = ExpertCopy(catalog, scheme, copy_folder(checkpoint, read_headers(checkpoint.files), scheme))
+        copy = ExpertCopy(expert_index, scheme, copy_folder(checkpoint, read_headers(checkpoint.files), scheme))
         log(f"copy of the experts as {scheme.name} ...")
-        with closing(DiskStore(checkpoint.files, catalog, config.io)) as store:
+        with closing(DiskStore(checkpoint.files, expert_index, config.io)) as store:
             copy.write(store)
         for file in copy.files:
             evict_from_page_cache(file)
@@ -162,7 +160,7 @@ class _Bench:
         slow = {BATCHED, DISK_OFFLOAD}
         return [s for s in subjects(self._config) if repeat == 0 or not slow & {s.kind, s.implementation}]
 
-    def run(self, subject: Subject, repeat: int) -> Run:
+    def run(self, subject: Subject, repeat: int) -> BenchRun:
         self._log(f"{subject.name} ({repeat + 1} of {self._config.repeats}) ...")
         self._probe()
         link.evict(self._checkpoint.files)
@@ -177,8 +175,8 @@ class _Bench:
             link_bytes_s = min(link_bytes_s, held)
         if isinstance(outcome, str):
             self._log(f"  failed: {outcome}")
-            return Run(subject, repeat, link_bytes_s, cached_share, error=outcome)
-        run = Run(subject, repeat, link_bytes_s, cached_share, outcome)
+            return BenchRun(subject, repeat, link_bytes_s, cached_share, error=outcome)
+        run = BenchRun(subject, repeat, link_bytes_s, cached_share, outcome)
         if subject.kind == "finemoe" and not self._memory_bytes:
             self._memory_bytes = outcome.weight_bytes
         ttft_s, tpot_s = run.figures["ttft_s"], run.figures["tpot_s"]
@@ -229,7 +227,7 @@ def run_order(order: Order, scratch: Path, timeout_s: float) -> Measured | Answe
     """Runs an order in a process of its own. Returns the last line of its complaint if it fails."""
     order_file, result_file = scratch / "order.json", scratch / "result.json"
     order_file.write_text(json.dumps(asdict(order)))
-    command = [sys.executable, "-m", "finemoe.bench.child", str(order_file), str(result_file)]
+    command = [sys.executable, "-m", "finemoe.bench.worker_process", str(order_file), str(result_file)]
     with (scratch / "stderr.txt").open("w+") as stderr:
         try:
             done = subprocess.run(

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from finemoe.bench.config import BATCHED
-from finemoe.bench.report import BenchReport, Row
+from finemoe.bench.report import BenchReport, BenchRow
 from finemoe.config import format_bytes
-from finemoe.explain import explain_table
+from finemoe.metrics import explain_table
 
 MIB = 1 << 20
 
@@ -137,29 +137,29 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _number(name: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
-    def cell(row: Row) -> str:
+def _number(name: str, form: str, scale: float = 1.0) -> Callable[[BenchRow], str]:
+    def cell(row: BenchRow) -> str:
         value = row.figure(name)
         return "-" if value is None else format(value * scale, form)
 
     return cell
 
 
-def _size(name: str) -> Callable[[Row], str]:
-    def cell(row: Row) -> str:
+def _size(name: str) -> Callable[[BenchRow], str]:
+    def cell(row: BenchRow) -> str:
         value = row.figure(name)
         return "-" if value is None else format_bytes(value)
 
     return cell
 
 
-def _weights(row: Row) -> str:
+def _weights(row: BenchRow) -> str:
     dense, pool = row.figure("dense_bytes"), row.figure("pool_bytes")
     return "-" if dense is None or pool is None else format_bytes(dense + pool)
 
 
-def _outcomes(phase: str) -> Callable[[Row], str]:
-    def cell(row: Row) -> str:
+def _outcomes(phase: str) -> Callable[[BenchRow], str]:
+    def cell(row: BenchRow) -> str:
         rates = [row.figure(f"{phase}_{outcome}_rate") for outcome in ("hit", "late", "miss")]
         return "-" if None in rates else " / ".join(f"{100 * (rate or 0):.1f}" for rate in rates) + "%"
 
@@ -174,7 +174,7 @@ def _yes(value: bool | None) -> str:  # noqa: FBT001 - a cell's content
     return "-" if value is None else "yes" if value else "NO"
 
 
-_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+_COLUMNS: tuple[tuple[str, Callable[[BenchRow], str]], ...] = (
     ("", lambda row: row.subject.name + (" FAILED" if row.error else "")),
     ("load s", _number("load_s", ".1f")),
     ("TTFT s", _number("ttft_s", ".2f")),
@@ -194,12 +194,12 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("logits", lambda row: _yes(row.logits_equal)),
 )
 
-_PERPLEXITY_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+_PERPLEXITY_COLUMNS: tuple[tuple[str, Callable[[BenchRow], str]], ...] = (
     ("perplexity", _number("perplexity", ".4f")),
     ("change", lambda row: "-" if row.perplexity_ratio is None else f"{row.perplexity_ratio - 1:+.2%}"),
 )
 
-_ANSWER_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+_ANSWER_COLUMNS: tuple[tuple[str, Callable[[BenchRow], str]], ...] = (
     ("", lambda row: row.subject.name + (" FAILED" if row.error else "")),
     ("TTFT s", _number("ttft_s", ".2f")),
     ("p50", _number("ttft_p50_s", ".2f")),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,3 +98,31 @@ def evict_from_page_cache(path: str | os.PathLike[str]) -> bool:
     finally:
         os.close(descriptor)
     return True
+
+
+_DIGITS = 16
+_VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype"}
+
+
+def fingerprint(folder: Path, headers: Mapping[str, TensorHeader]) -> str:
+    """16 hexadecimal digits. The same for every way of splitting the same tensors into files.
+
+    Raises:
+        CheckpointError: config.json can't be read.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: can't be read ({error})") from error
+    lasting = {key: value for key, value in config.items() if key not in _VOLATILE}
+    tensors = sorted((name, header.dtype, header.shape) for name, header in headers.items())
+    return hashlib.sha256(json.dumps([lasting, tensors], sort_keys=True).encode()).hexdigest()[:_DIGITS]
+
+
+def files_fingerprint(files: Iterable[Path]) -> str:
+    """16 hexadecimal digits for what is in these very files, by their place, size and time: none is read.
+
+    Files that were moved, or written anew, have another one.
+    """
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:_DIGITS]

@@ -14,10 +14,9 @@ from io import TextIOWrapper
 from typing import Any
 
 from finemoe.cli.flags import Parser
-from finemoe.cli.interrupts import Interrupts
-from finemoe.cli.output import LostOutputError, Output
+from finemoe.cli.terminal import Interrupts, LostOutputError, Output
 from finemoe.errors import FinemoeError, FinemoeWarning
-from finemoe.process import return_freed_memory, share_cores
+from finemoe.system import return_freed_memory, share_cores
 
 COMMANDS = {
     "generate": "answer one prompt",

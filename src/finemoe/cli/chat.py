@@ -14,10 +14,10 @@ from finemoe.cli.flags import add_flags, read_flags
 from finemoe.cli.generate import say_lossy, summary
 from finemoe.config import GenerateConfig, LoadConfig, PrefillConfig, refuse_undecodable
 from finemoe.errors import ConfigError
-from finemoe.process import unmap_idle_code
+from finemoe.system import unmap_idle_code
 
 if TYPE_CHECKING:
-    from finemoe.session import Reply
+    from finemoe.model.generation import Reply
 
 _HELP = "/reset forgets the conversation, /stats tells what the last answer took, /exit or Ctrl-D leaves"
 
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     with suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401
     from finemoe.model import load_config as load
-    from finemoe.session import Session
+    from finemoe.model.generation import Session
 
     def show(text: str) -> None:
         arguments.interrupts.check()

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from finemoe.cli.flags import add_flags, read_flags
 from finemoe.config import GenerateConfig, LoadConfig, PrefillConfig, ReplayConfig, format_bytes, refuse_undecodable
 from finemoe.errors import ConfigError
-from finemoe.explain import explain_table
-from finemoe.maps import NOWHERE
-from finemoe.process import unmap_idle_code
+from finemoe.learned import NOWHERE
+from finemoe.metrics import explain_table
+from finemoe.system import unmap_idle_code
 
 if TYPE_CHECKING:
-    from finemoe.session import Reply
+    from finemoe.model.generation import Reply
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     refuse_undecodable(prompt, "PROMPT")
     from finemoe.model import load_config as load
-    from finemoe.replay import open_routing, replay_routing
-    from finemoe.session import Session
+    from finemoe.model.generation import Session
+    from finemoe.trace.forced_routing import open_routing, replay_routing
 
     routing = None if trace is None else open_routing(trace)
     if routing is not None and load_config.map_store is None:

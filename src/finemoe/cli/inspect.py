@@ -50,19 +50,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 def as_dict(description: Description) -> dict[str, Any]:
     """For JSON."""
-    catalog = description.catalog
+    expert_index = description.expert_index
     return {
         "model": description.name,
         "class": description.kind,
         "layers": description.layers,
-        "experts": catalog.experts,
+        "experts": expert_index.experts,
         "experts_per_token": description.active,
-        "expert_bytes": catalog.weight_bytes,
-        "expert_dtype": catalog.stored_dtype,
+        "expert_bytes": expert_index.weight_bytes,
+        "expert_dtype": expert_index.stored_dtype,
         "lossy": description.lossy,
         "dense_bytes": description.dense_bytes,
-        "slot_bytes": catalog.slot_bytes,
-        "least_expert_memory_bytes": description.least_slots * catalog.slot_bytes,
+        "slot_bytes": expert_index.slot_bytes,
+        "least_expert_memory_bytes": description.least_slots * expert_index.slot_bytes,
         "moe_layers": [
             {
                 "module": layout.module,
@@ -73,29 +73,29 @@ def as_dict(description: Description) -> dict[str, Any]:
                     for field in layout.fields
                 ],
             }
-            for layout in catalog.layouts
+            for layout in expert_index.layouts
         ],
     }
 
 
 def stored_as(description: Description) -> str:
     """The dtype of the experts, and whether it is the checkpoint's."""
-    return description.catalog.stored_dtype + (" (lossy copy: --expert-dtype)" if description.lossy else "")
+    return description.expert_index.stored_dtype + (" (lossy copy: --expert-dtype)" if description.lossy else "")
 
 
 def table(description: Description) -> str:
     """For people; like layers stand on one line."""
-    catalog = description.catalog
+    index = description.expert_index
     least = description.least_slots
     lines = [
         f"{description.name}: {description.kind}",
-        f"{description.layers} MoE layers, {catalog.experts} routed experts, {description.active} active per token",
-        f"routed experts {format_bytes(catalog.weight_bytes)}, everything else {format_bytes(description.dense_bytes)}",
-        f"one expert takes {format_bytes(catalog.slot_bytes)}, stored as {stored_as(description)}",
-        f"the least --expert-memory is {format_bytes(least * catalog.slot_bytes)} ({least} experts)",
+        f"{description.layers} MoE layers, {index.experts} routed experts, {description.active} active per token",
+        f"routed experts {format_bytes(index.weight_bytes)}, everything else {format_bytes(description.dense_bytes)}",
+        f"one expert takes {format_bytes(index.slot_bytes)}, stored as {stored_as(description)}",
+        f"the least --expert-memory is {format_bytes(least * index.slot_bytes)} ({least} experts)",
         "",
     ]
-    for _, alike in groupby(catalog.layouts, key=lambda layout: (layout.experts, layout.weight_bytes)):
+    for _, alike in groupby(index.layouts, key=lambda layout: (layout.experts, layout.weight_bytes)):
         group = list(alike)
         names = group[0].module if len(group) == 1 else f"{group[0].module} .. {group[-1].module}"
         parts = ", ".join(

@@ -11,8 +11,8 @@ from typing import Any
 from finemoe.cli.flags import Parser
 from finemoe.config import format_bytes
 from finemoe.errors import ConfigError
-from finemoe.folders import refuse_unwritable
-from finemoe.maps import Maps, merge, prune, read_maps, write_maps
+from finemoe.learned import Maps, merge, prune, read_maps, write_maps
+from finemoe.system import refuse_unwritable
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -86,18 +86,18 @@ def _prune(arguments: argparse.Namespace) -> int:
 def _learn(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from finemoe.compiled import compiler
+    from finemoe.jit import compiler
     from finemoe.policy import FACTORIES, make_policy, policy_class
-    from finemoe.sim.evidence import Evidence
+    from finemoe.sim.workload import TraceView
     from finemoe.trace import open_trace
 
     out = _out(arguments)
-    if not policy_class(arguments.policy).remembers:
-        able = ", ".join(name for name, kind in FACTORIES.items() if kind.remembers)
+    if not policy_class(arguments.policy).is_persistent:
+        able = ", ".join(name for name, kind in FACTORIES.items() if kind.is_persistent)
         raise ConfigError(f"--policy: {arguments.policy} learns no maps that could be kept; choose one of {able}")
     _at_least_one("--capacity", arguments.capacity)
     with open_trace(arguments.trace) as trace:
-        header, evidence = trace.header, Evidence(trace)
+        header, evidence = trace.header, TraceView(trace)
         if "gates" not in evidence.fields:
             raise ConfigError(f"{arguments.trace}: has no gate distributions or weights to learn from")
         options: dict[str, Any] = {} if arguments.capacity is None else {"capacity": arguments.capacity}
@@ -108,21 +108,20 @@ def _learn(arguments: argparse.Namespace) -> int:
         ):
             arguments.interrupts.check()
             policy.learn(recorded)
-    if not policy.experience:
+    if not policy.num_updates:
         raise ConfigError(f"{arguments.trace}: has no decoded token to learn from")
     maps = Maps(
         arguments.policy, header.fingerprint or header.model, header.model, header.layers, header.experts,
-        policy.knowledge(),
+        policy.state_dict(),
     )  # fmt: skip
-    return _written(maps, out, arguments, policy.experience)
+    return _written(maps, out, arguments, policy.num_updates)
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from finemoe.compiled import compiler
+    from finemoe.jit import compiler
     from finemoe.policy import make_policy, policy_class
-    from finemoe.sim.guess import guess
-    from finemoe.sim.guess_plot import draw_guess
-    from finemoe.sim.plot import check
+    from finemoe.sim.prediction_report import draw_guess, guess
+    from finemoe.sim.report import check
     from finemoe.trace import open_trace, split
 
     if "predictors" in policy_class(arguments.policy).needs:
@@ -139,7 +138,7 @@ def _show(arguments: argparse.Namespace) -> int:
             maps = read_maps(Path(arguments.map_store))
             if (maps.policy, maps.layers, maps.experts) != (arguments.policy, header.layers, header.experts):
                 raise ConfigError(f"--map-store: {arguments.map_store} is of another policy or another shape of model")
-            policy.recall(maps.arrays)
+            policy.load_state_dict(maps.arrays)
         found = guess(trace, policy, arguments.request, store, jit)
     if arguments.iteration is not None and not 0 <= arguments.iteration < len(found.phases):
         raise ConfigError(f"--iteration: {arguments.iteration} is not one of 0 to {len(found.phases) - 1}")

@@ -29,29 +29,29 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit status."""
     budgets = [parse_budget(text) for text in arguments.expert_memory.split(",")]
     description = describe_model(arguments)
-    from finemoe.forecast import Sizes, forecast, measure
+    from finemoe.sim.cost_model import Sizes, forecast, measure
 
-    catalog = description.catalog
+    expert_index = description.expert_index
     sizes = Sizes(
         layers=description.layers,
         active=description.active,
-        experts=catalog.experts,
+        experts=expert_index.experts,
         least_slots=description.least_slots,
-        slot_bytes=catalog.slot_bytes,
-        expert_bytes=catalog.weight_bytes,
+        slot_bytes=expert_index.slot_bytes,
+        expert_bytes=expert_index.weight_bytes,
         dense_bytes=description.dense_bytes,
     )
     folder = Path(description.name)
     print("measuring this machine's disk and memory ...", file=sys.stderr)
     rates = measure(folder if folder.is_dir() else None)
-    shares = [budget.slots(catalog.slot_bytes, catalog.experts) / catalog.experts for budget in budgets]
+    shares = [budget.slots(expert_index.slot_bytes, expert_index.experts) / expert_index.experts for budget in budgets]
     rows = [forecast(sizes, rates, share) for share in shares]
     if arguments.json:
-        stored = {"expert_dtype": catalog.stored_dtype, "lossy": description.lossy}
+        stored = {"expert_dtype": expert_index.stored_dtype, "lossy": description.lossy}
         document = {"model": description.name, **stored, "sizes": asdict(sizes), "rates": asdict(rates)}
         print(json.dumps(document | {"rows": [asdict(row) for row in rows]}))
         return 0
-    experts, dense = format_bytes(catalog.weight_bytes), format_bytes(description.dense_bytes)
+    experts, dense = format_bytes(expert_index.weight_bytes), format_bytes(description.dense_bytes)
     disk, matmul = format_bytes(rates.disk_bytes_s), format_bytes(rates.memory_bytes_s)
     print(f"{description.name}: experts {experts}, stored as {stored_as(description)}; dense {dense}")
     print(f"this machine: {format_bytes(rates.available_bytes)} of memory available")

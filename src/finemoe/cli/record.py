@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from finemoe.cli.flags import add_flags, read_flags
 from finemoe.cli.generate import say_lossy
-from finemoe.config import GenerateConfig, LoadConfig, format_bytes
+from finemoe.config import GenerateConfig, LoadConfig, RecordConfig, format_bytes
 from finemoe.errors import ConfigError
-from finemoe.explain import explain_table
+from finemoe.metrics import explain_table
 from finemoe.trace import TraceWriter, refuse_existing
 from finemoe.trace.prompts import read_prompts
-from finemoe.trace.settings import RecordConfig
 from finemoe.trace.spool import left_behind
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from finemoe.session import Session
+    from finemoe.model.generation import Session
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from finemoe.model import load_config as load
-    from finemoe.session import Session
-    from finemoe.trace.record import Recorder
+    from finemoe.model.generation import Session
+    from finemoe.trace.recorder import Recorder
 
     settings = {
         "prompts": Path(arguments.prompts).name,

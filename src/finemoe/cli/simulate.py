@@ -11,8 +11,8 @@ from typing import Any
 
 from finemoe.cli.flags import add_flags, read_flags
 from finemoe.errors import ConfigError
-from finemoe.folders import refuse_unwritable
 from finemoe.sim.config import SimulateConfig
+from finemoe.system import refuse_unwritable
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,16 +29,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit status."""
     config = read_flags(arguments, SimulateConfig)
     if arguments.plot:
-        from finemoe.sim.plot import check
+        from finemoe.sim.report import check
 
         check(Path(arguments.plot))
     if arguments.json not in {None, "-"}:
         refuse_unwritable("--json", Path(arguments.json))
     from tqdm import tqdm
 
-    from finemoe.sim.cells import Cell, count_iterations, run_cells, runnable
-    from finemoe.sim.rate import link_ratios
-    from finemoe.sim.table import table
+    from finemoe.sim.cost_model import link_ratios
+    from finemoe.sim.report import table
+    from finemoe.sim.sweep import Cell, count_iterations, run_cells, runnable
     from finemoe.trace import open_trace
 
     with open_trace(arguments.trace) as trace:
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             _write(Path(arguments.json), json.dumps(document, indent=1) + "\n")
     if arguments.plot:
-        from finemoe.sim.plot import draw
+        from finemoe.sim.report import draw
 
         draw(rows, f"{header.model}: {header.layers} layers of {header.experts} experts", Path(arguments.plot))
         print(f"drawn to {arguments.plot}", file=sys.stderr)
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _say_what_is_compiled() -> None:
-    from finemoe.compiled import ready
+    from finemoe.jit import ready
 
     if not ready():
         print("finemoe: compiling what replays, once on this machine: half a minute", file=sys.stderr)

@@ -5,14 +5,68 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from finemoe.cli.flags import Parser
 from finemoe.config import format_bytes
 from finemoe.errors import ConfigError
-from finemoe.folders import refuse_unwritable
-from finemoe.trace import Trace, open_trace
+from finemoe.system import refuse_unwritable
+from finemoe.trace.reader import Trace, open_trace
+from finemoe.types import PREFILL
+
+
+@dataclass(frozen=True)
+class RoutingRow:
+    """One token's routing."""
+
+    iteration: int
+    phase: str
+    token_id: int
+    token: str | None  # where the trace has a vocabulary
+    expert_ids: list[list[int]]  # [L, up to K]
+    weights: list[list[float]] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        token = "" if self.token is None else f" {self.token!r}"
+        lines = [f"iteration {self.iteration} ({self.phase}), token {self.token_id}{token}"]
+        width = len(str(len(self.expert_ids) - 1))
+        for layer, ids in enumerate(self.expert_ids):
+            weights = self.weights[layer] if self.weights else [None] * len(ids)
+            cells = [f"{i:>4}" + ("" if w is None else f" {w:.3f}") for i, w in zip(ids, weights, strict=True)]
+            lines.append(f"  layer {layer:>{width}}: {' '.join(cells)}")
+        return "\n".join(lines)
+
+
+def rows(trace: Trace, index: int, count: int) -> list[RoutingRow]:
+    """The first `count` token rows of a request."""
+    request, header = trace.request(index), trace.header
+    vocabulary = dict(enumerate(header.vocabulary or ()))
+    iterations = np.repeat(np.arange(len(request)), np.diff(request.rows))
+    shown = []
+    for row in range(min(count, len(request.token_ids))):
+        executed = request.expert_ids[row] < header.experts  # [L, K]
+        token, weights = int(request.token_ids[row]), request.weights
+        shown.append(
+            RoutingRow(
+                iteration=int(iterations[row]),
+                phase="prefill" if request.phases[iterations[row]] == PREFILL else "decode",
+                token_id=token,
+                token=vocabulary.get(token),
+                expert_ids=[ids[ran].tolist() for ids, ran in zip(request.expert_ids[row], executed, strict=True)],
+                weights=None
+                if weights is None
+                else [own[ran].astype(float).tolist() for own, ran in zip(weights[row], executed, strict=True)],
+            )
+        )
+    return shown
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -56,11 +110,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _import(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from finemoe.trace.importing import Told, import_trace
+    from finemoe.trace.importing import TraceMetadata, import_trace
 
     if arguments.experts is not None and arguments.experts < 1:
         raise ConfigError(f"--experts: {arguments.experts} is not at least 1")
-    told = Told(arguments.model, arguments.experts, arguments.licence)
+    told = TraceMetadata(arguments.model, arguments.experts, arguments.licence)
     importing = import_trace(
         arguments.source,
         arguments.out,
@@ -84,7 +138,6 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _head(arguments: argparse.Namespace) -> int:
-    from finemoe.trace.show import rows
 
     if arguments.rows < 1:
         raise ConfigError(f"--rows: {arguments.rows} is not at least 1")
@@ -125,9 +178,9 @@ def _stats(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from finemoe.predictors import recall, save, train
-    from finemoe.sim.evidence import Evidence
-    from finemoe.trace.split import split
+    from finemoe.learned.predictors import recall, save, train
+    from finemoe.sim.workload import TraceView
+    from finemoe.trace.stats import split
 
     out = Path(arguments.out)
     refuse_unwritable("--out", out)
@@ -138,7 +191,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.epochs < 1:
         raise ConfigError(f"--epochs: {arguments.epochs} is not at least 1")
     with open_trace(arguments.trace) as trace:
-        evidence, header = Evidence(trace), trace.header
+        evidence, header = TraceView(trace), trace.header
         if "gates" not in evidence.fields:
             raise ConfigError(f"{arguments.trace}: has no gate distributions or weights to learn from")
         stored, _ = split(len(trace), arguments.store_split, arguments.seed)

@@ -1,13 +1,13 @@
 """Loads models with their experts left out, and describes them without loading."""
 
 from finemoe.model.describe import Description, describe
-from finemoe.model.find import active_experts, context_tokens, find_experts, model_class, read_config
+from finemoe.model.handle import ModelHandle, OffloadedModel
+from finemoe.model.introspect import active_experts, context_tokens, find_experts, model_class, read_config
 from finemoe.model.load import chosen_model, load, load_config, reference_model
-from finemoe.model.offload import Offload, OffloadedModel
 
 __all__ = [
     "Description",
-    "Offload",
+    "ModelHandle",
     "OffloadedModel",
     "active_experts",
     "chosen_model",

@@ -8,11 +8,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from finemoe.checkpoint import Catalog
-from finemoe.checkpoint.convert import read_catalog
+from finemoe.checkpoint import ExpertIndex
 from finemoe.checkpoint.locate import locate_headers
-from finemoe.dequantise import scratch_bytes
-from finemoe.model.find import (
+from finemoe.checkpoint.weight_conversion import read_expert_index
+from finemoe.model.introspect import (
     IN_FLIGHT_SLOTS,
     active_experts,
     find_experts,
@@ -20,8 +19,9 @@ from finemoe.model.find import (
     read_config,
     transformers_errors,
 )
-from finemoe.model.quantised import quantizer_of, restored_bytes
-from finemoe.quantise import SCHEMES, ExpertCopy
+from finemoe.model.quantized import quantizer_of, restored_bytes
+from finemoe.store.quantization import SCHEMES, scratch_bytes
+from finemoe.store.quantized_copy import ExpertCopy
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Description:
 
     name: str
     kind: str  # class of the model
-    catalog: Catalog
+    expert_index: ExpertIndex
     dense_bytes: int  # everything in memory that is not a slot for experts
     active: int  # K
     least_slots: int  # the smallest pool that a load accepts
@@ -38,7 +38,7 @@ class Description:
 
     @property
     def layers(self) -> int:
-        return len(self.catalog.layouts)
+        return len(self.expert_index.layouts)
 
 
 def describe(
@@ -57,17 +57,17 @@ def describe(
         empty = build(config)
     modules = [module for module, _ in find_experts(empty)]
     conversions = get_model_conversion_mapping(empty, hf_quantizer=quantizer_of(config))
-    dense, catalog = read_catalog(empty, modules, headers, conversions)
+    dense, expert_index = read_expert_index(empty, modules, headers, conversions)
     if (scheme := SCHEMES.get(expert_dtype)) is not None:
-        catalog = ExpertCopy(catalog, scheme, folder).catalog  # nothing is written
+        expert_index = ExpertCopy(expert_index, scheme, folder).expert_index  # nothing is written
     dense_bytes = restored_bytes((headers[key] for key in dense), empty.dtype)
     active = active_experts(config)
     return Description(
         name=model,
         kind=type(empty).__name__,
-        catalog=catalog,
-        dense_bytes=dense_bytes + scratch_bytes(catalog.layouts, empty.dtype),
+        expert_index=expert_index,
+        dense_bytes=dense_bytes + scratch_bytes(expert_index.layouts, empty.dtype),
         active=active,
-        least_slots=min(active + IN_FLIGHT_SLOTS, catalog.experts),
+        least_slots=min(active + IN_FLIGHT_SLOTS, expert_index.experts),
         lossy=scheme is not None,
     )

@@ -8,17 +8,16 @@ from typing import Any, Literal
 import torch
 
 from finemoe.checkpoint import Checkpoint, TensorHeader, locate, read_headers
-from finemoe.checkpoint.fingerprint import fingerprint
+from finemoe.checkpoint.headers import fingerprint
 from finemoe.config import LoadConfig, budget_text
-from finemoe.device import open_devices
+from finemoe.engine.expert_layer import IMPLEMENTATION
 from finemoe.errors import ConfigError
-from finemoe.experts import IMPLEMENTATION
-from finemoe.maps import open_keeper, refuse_useless
-from finemoe.model.divert import diverted
-from finemoe.model.find import model_class, read_config, refuse_made_up, transformers_errors
-from finemoe.model.loading import Loading
+from finemoe.gpu.device import open_devices
+from finemoe.learned import open_map_persistence, refuse_useless
+from finemoe.model.introspect import model_class, read_config, refuse_made_up, transformers_errors
+from finemoe.model.loader import Loading, diverted
 from finemoe.policy import policy_class
-from finemoe.process import release_threads
+from finemoe.system import release_threads
 
 
 def load(
@@ -124,9 +123,9 @@ def load_config(config: LoadConfig) -> Any:
     headers = read_headers(checkpoint.files)
     loading = Loading(config, checkpoint, model_config, headers, devices)
     loading.options = policy_options(config, checkpoint, headers)
-    if kind.remembers:
+    if kind.is_persistent:
         loading.fingerprint = fingerprint(checkpoint.folder, headers)
-        loading.keeper = open_keeper(config.map_store, config.policy, loading.fingerprint, checkpoint.name)
+        loading.keeper = open_map_persistence(config.map_store, config.policy, loading.fingerprint, checkpoint.name)
     try:
         with transformers_errors(checkpoint.folder), diverted(loading.convert_and_load):
             model, info = model_class(model_config).from_pretrained(
@@ -156,11 +155,11 @@ def policy_options(config: LoadConfig, checkpoint: Checkpoint, headers: dict[str
     """
     options: dict[str, Any] = {}
     if policy_class(config.policy).compiles:
-        from finemoe.compiled import compiler
+        from finemoe.jit import compiler
 
         options["jit"] = compiler()
     if config.predictors is not None:
-        from finemoe.predictors import load as load_predictors
+        from finemoe.learned.predictors import load as load_predictors
 
         model = fingerprint(checkpoint.folder, headers)
         options["predictors"] = load_predictors(Path(config.predictors), model)
@@ -182,6 +181,6 @@ def chosen_model(model: str | None) -> str:
 
 def reference_model() -> str:
     """The folder of the built-in model, built on first use."""
-    from finemoe.reference import ensure
+    from finemoe.model.reference import ensure
 
     return str(ensure())

@@ -6,30 +6,29 @@ from collections.abc import Callable
 from typing import Any
 
 from finemoe.errors import ConfigError
-from finemoe.policy.activation import Activation
+from finemoe.jit import Jit, interpreted
 from finemoe.policy.base import Policy
-from finemoe.policy.bounds import Belady, Future, Oracle, foresee
-from finemoe.policy.cache import LFRU, LFU, LRU
-from finemoe.policy.controller import Controller
-from finemoe.policy.expert_map import ExpertMaps
-from finemoe.policy.finemoe import Finemoe
-from finemoe.policy.kernel import Jit, interpreted
-from finemoe.policy.layerwise import Layerwise
-from finemoe.policy.naming import parse
-from finemoe.policy.speculative import Speculative
-from finemoe.policy.stride import Stride
+from finemoe.policy.belady import Belady, Future, Oracle, foresee
+from finemoe.policy.cache_manager import CacheManager
+from finemoe.policy.eviction import LFRU, LFU, LRU
+from finemoe.policy.finemoe.policy import FinemoePolicy
+from finemoe.policy.published.expert_map import ExpertMapPolicy
+from finemoe.policy.published.lru_prefetch import DeepSpeedPolicy, MixtralOffloadingPolicy
+from finemoe.policy.published.moe_infinity import MoEInfinityPolicy
+from finemoe.policy.published.promoe import ProMoEPolicy
+from finemoe.policy.registry import parse
 
 # what the engine and the simulator offer
 FACTORIES: dict[str, type[Policy]] = {
     "lru": LRU,
     "lfu": LFU,
     "lfru": LFRU,
-    "deepspeed": Layerwise,
-    "mixtral-offloading": Speculative,
-    "moe-infinity": Activation,
-    "promoe": Stride,
-    "expert-map": ExpertMaps,
-    "finemoe": Finemoe,
+    "deepspeed": DeepSpeedPolicy,
+    "mixtral-offloading": MixtralOffloadingPolicy,
+    "moe-infinity": MoEInfinityPolicy,
+    "promoe": ProMoEPolicy,
+    "expert-map": ExpertMapPolicy,
+    "finemoe": FinemoePolicy,
 }
 POLICIES: tuple[str, ...] = tuple(FACTORIES)
 # what only the simulator can offer: the bounds need the option `future`
@@ -76,7 +75,7 @@ def make_policy(policy: str, layers: int, experts: int, *, jit: Jit[Any] = inter
     return make(layers, experts, **options)
 
 
-def make_controller(
+def make_cache_manager(
     policy: str,
     layers: int,
     experts: int,
@@ -85,7 +84,7 @@ def make_controller(
     devices: int = 1,
     explain: bool = False,
     **options: Any,
-) -> Controller:
+) -> CacheManager:
     """A cache of `capacity` slots under the policy of a name; the bounds are not among them.
 
     Raises:
@@ -93,19 +92,19 @@ def make_controller(
     """
     policy_class(policy)
     made = make_policy(policy, layers, experts, **options)
-    return Controller(layers, experts, capacity, made, devices, explain=explain)
+    return CacheManager(layers, experts, capacity, made, devices, explain=explain)
 
 
 __all__ = [
     "BOUNDS",
     "FACTORIES",
     "POLICIES",
-    "Controller",
+    "CacheManager",
     "Future",
     "Policy",
     "any_class",
     "foresee",
-    "make_controller",
+    "make_cache_manager",
     "make_policy",
     "policy_class",
 ]

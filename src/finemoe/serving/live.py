@@ -8,11 +8,51 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from finemoe.metrics import PerExpert, Stats
-from finemoe.serving.job import Load
-from finemoe.serving.progress import Progress, Taken
+from finemoe.serving.scheduler.job import Load
+
+
+class Taken(NamedTuple):
+    """What came since the last `take`."""
+
+    tokens: int
+    ttft_s: tuple[float, ...]  # of the answers whose first token came
+    tpot_s: tuple[float, ...]  # of the answers that ended after more than one token
+
+
+class Progress:
+    """Tokens as they come, and how long they took."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tokens = 0
+        self._ttft_s: list[float] = []
+        self._tpot_s: list[float] = []
+
+    def token(self, count: int = 1) -> None:
+        """So many tokens of an answer came."""
+        with self._lock:
+            self._tokens += count
+
+    def first_token(self, ttft_s: float) -> None:
+        """An answer's first token came, this long after its request."""
+        with self._lock:
+            self._ttft_s.append(ttft_s)
+
+    def finished(self, tpot_s: float) -> None:
+        """An answer of more than one token ended; each after the first took this long, on average."""
+        with self._lock:
+            self._tpot_s.append(tpot_s)
+
+    def take(self) -> Taken:
+        """What came since the last call; belongs to one consumer."""
+        with self._lock:
+            taken = Taken(self._tokens, tuple(self._ttft_s), tuple(self._tpot_s))
+            self._tokens, self._ttft_s, self._tpot_s = 0, [], []
+        return taken
+
 
 INTERVAL_S = 1.0
 KEPT = 600  # samples: ten minutes
@@ -29,7 +69,7 @@ class Offloaded(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
+class LiveSource:
     """Where live state comes from.
 
     Attributes:
@@ -68,7 +108,7 @@ class Live:
         clock: seconds, for the length of an interval.
     """
 
-    def __init__(self, source: Source, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, source: LiveSource, clock: Callable[[], float] = time.perf_counter) -> None:
         self._source = source
         self._clock = clock
         self._samples: deque[Sample] = deque(maxlen=KEPT)

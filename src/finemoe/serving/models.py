@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from finemoe.serving.documents import Responses, refusals
-from finemoe.serving.errors import ApiError, model_failed
-from finemoe.serving.house import House
-from finemoe.serving.objects import Model, ModelList, Status
+from finemoe.serving.errors import ApiError, Responses, model_failed, refusals
+from finemoe.serving.protocol import Model, ModelList, Status
+from finemoe.serving.state import AppState
 
 _FIGURES: Responses = {200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}}
 
 
-def routes(house: House) -> APIRouter:
+def routes(app_state: AppState) -> APIRouter:
     """The endpoints."""
     router = APIRouter()
-    served = house.served
+    served = app_state.served
     model = Model(
         id=served.name,
         object="model",
@@ -41,23 +40,23 @@ def routes(house: House) -> APIRouter:
     return router
 
 
-def probes(house: House) -> APIRouter:
+def probes(app_state: AppState) -> APIRouter:
     """`/health`, `/ready` and `/metrics`."""
     router = APIRouter()
 
     @router.get("/health", responses=refusals(503))
     async def health() -> Status:
         """Whether the process answers, and its model's thread is alive."""
-        if house.served.worker.failure() is not None:
+        if app_state.served.worker.failure() is not None:
             raise model_failed()
         return Status(status="ok")
 
     @router.get("/ready", responses=refusals(503))
     async def ready() -> Status:
         """Whether requests are taken: not any more once the server is shutting down, or its model has failed."""
-        if house.served.worker.failure() is not None:
+        if app_state.served.worker.failure() is not None:
             raise model_failed()
-        if house.admission.draining:
+        if app_state.admission.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
         return Status(status="ok")
 
@@ -68,7 +67,7 @@ def probes(house: House) -> APIRouter:
     )
     def metrics(request: Request) -> Response:  # in a thread: the pool's figures wait for the layer that runs
         """Figures in Prometheus' or OpenMetrics' text format."""
-        text, content_type = house.metrics.page(request.headers.get("accept", ""))
+        text, content_type = app_state.metrics.page(request.headers.get("accept", ""))
         return Response(text, headers={"Content-Type": content_type})
 
     return router

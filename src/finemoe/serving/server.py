@@ -15,8 +15,8 @@ from starlette.types import ASGIApp
 
 from finemoe.errors import ConfigError
 from finemoe.serving.config import ServeConfig
-from finemoe.serving.house import House
-from finemoe.serving.logs import log
+from finemoe.serving.middleware import log
+from finemoe.serving.state import AppState
 
 _CLOSING_S = 5  # for responses that are on the wire when all answers have ended
 
@@ -84,8 +84,8 @@ class Server:
         house: what it works with.
     """
 
-    def __init__(self, app: ASGIApp, house: House) -> None:
-        self._house = house
+    def __init__(self, app: ASGIApp, app_state: AppState) -> None:
+        self._app_state = app_state
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
                 app,
@@ -120,7 +120,7 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self._uvicorn.on_ready = on_ready
         await self._uvicorn.serve([taken])
-        self._house.prompts.close()
+        self._app_state.prompts.close()
 
     def _on_signal(self, number: int) -> None:
         if self.signal is not None:
@@ -134,12 +134,12 @@ class Server:
             self._draining = asyncio.get_running_loop().create_task(self._drained())
 
     async def _drained(self) -> None:
-        admission, limit_s = self._house.admission, self._house.served.config.drain_timeout_s
+        admission, limit_s = self._app_state.admission, self._app_state.served.config.drain_timeout_s
         log("draining", answers=admission.answers, timeout_s=limit_s)
         finished = await admission.drained(limit_s)
         log("drained", finished=finished, answers=admission.answers)
         if not finished:  # answers that take longer hear that the server has shut down
-            await asyncio.to_thread(self._house.served.worker.drain, 0.0)
+            await asyncio.to_thread(self._app_state.served.worker.drain, 0.0)
         self._uvicorn.should_exit = True
 
 

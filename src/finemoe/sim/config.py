@@ -11,7 +11,7 @@ from typing import TypeVar
 from finemoe.config import parse_budget
 from finemoe.errors import BudgetError, ConfigError
 from finemoe.policy import BOUNDS, POLICIES, any_class
-from finemoe.sim.presets import HARDWARE, SHAPES
+from finemoe.sim.hardware import HARDWARE, SHAPES
 
 T = TypeVar("T")
 _LEAST = {"requests": 1, "interleave": 1, "devices": 1, "tokens_per_unit": 1, "workers": 1, "seed": 0, "chunks": 0}

@@ -12,7 +12,7 @@ import torch
 
 from finemoe.checkpoint import TensorHeader
 from finemoe.store.disk import CHUNK_BYTES, DiskStore
-from finemoe.types import Run
+from finemoe.types import ByteRange
 
 _DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
@@ -50,7 +50,7 @@ class LazyTensor:
         tensor = torch.empty(header.shape, dtype=_DTYPES[header.dtype])
         if header.length_bytes:
             raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            run = Run(header.file, header.offset_bytes, header.length_bytes, 0)
+            run = ByteRange(header.file, header.offset_bytes, header.length_bytes, 0)
             for start in range(0, header.length_bytes, CHUNK_BYTES):
                 self._store.read(run, start, raw[start : start + CHUNK_BYTES])
         return tensor

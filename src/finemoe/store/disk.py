@@ -21,9 +21,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from finemoe.checkpoint import Catalog
-from finemoe.checkpoint.catalog import PAGE_BYTES, round_up
-from finemoe.types import ExpertId, Run
+from finemoe.checkpoint import ExpertIndex
+from finemoe.checkpoint.expert_index import PAGE_BYTES, round_up
+from finemoe.types import ByteRange, ExpertId
 
 CHUNK_BYTES = 2 << 20  # the largest read that callers should ask for at once
 
@@ -50,10 +50,10 @@ class DiskStore:
     """
 
     def __init__(
-        self, files: Sequence[Path], catalog: Catalog, io: Literal["auto", "direct", "buffered"] = "auto"
+        self, files: Sequence[Path], expert_index: ExpertIndex, io: Literal["auto", "direct", "buffered"] = "auto"
     ) -> None:
         self._files = tuple(files)
-        self._catalog = catalog
+        self._expert_index = expert_index
         self._buffers = _Buffers()
         self._descriptors: list[int] = []
         self.io: Literal["direct", "buffered"] = "buffered"
@@ -74,11 +74,11 @@ class DiskStore:
                     stacklevel=2,
                 )
 
-    def runs(self, expert: ExpertId) -> Sequence[Run]:
+    def byte_ranges(self, expert: ExpertId) -> Sequence[ByteRange]:
         """The stretches that make up `expert`. Does no I/O."""
-        return self._catalog.runs(expert)
+        return self._expert_index.byte_ranges(expert)
 
-    def read(self, run: Run, start_bytes: int, into: memoryview) -> None:
+    def read(self, run: ByteRange, start_bytes: int, into: memoryview) -> None:
         """Fill `into` (at most `CHUNK_BYTES`) with the bytes of `run` from `start_bytes` on.
 
         Raises:

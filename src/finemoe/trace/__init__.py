@@ -1,13 +1,13 @@
 """Recorded routing: what a model's routers chose, token by token. See docs/trace-format.md.
 
-Reading needs neither torch nor a model; only `finemoe.trace.record` does, and is imported where it is used.
+Reading needs neither torch nor a model; only `finemoe.trace.recorder` does, and is imported where it is used.
 """
 
-from finemoe.trace.header import TraceHeader
-from finemoe.trace.read import Trace, open_trace
-from finemoe.trace.request import DECODE, PREFILL, RequestTrace
-from finemoe.trace.split import split
-from finemoe.trace.write import TraceWriter, refuse_existing
+from finemoe.trace.format import RequestTrace, TraceHeader
+from finemoe.trace.reader import Trace, open_trace
+from finemoe.trace.stats import split
+from finemoe.trace.writer import TraceWriter, refuse_existing
+from finemoe.types import DECODE, PREFILL
 
 __all__ = [
     "DECODE",

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from finemoe.errors import ConfigError
-from finemoe.folders import refuse_unwritable
-from finemoe.trace.header import TraceHeader
+from finemoe.system import refuse_unwritable
+from finemoe.trace.format import TraceHeader
 from finemoe.trace.stats import TraceStats
 
 _MISSING = "--plot: matplotlib is not installed; pip install 'finemoe[plots]'"

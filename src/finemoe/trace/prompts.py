@@ -19,7 +19,7 @@ _PEOPLE = {"human", "user", "prompter"}
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PromptSet:
     """What to ask, and how many entries held nothing to ask."""
 
     texts: tuple[str, ...]
@@ -35,7 +35,7 @@ class PromptFlags(NamedTuple):
 
 def read_prompts(
     path: Path, field: str | None = None, limit: int | None = None, skip: int = 0, flags: PromptFlags | None = None
-) -> Prompts:
+) -> PromptSet:
     """The prompts of a file: of a conversation, what the person said first.
 
     Args:
@@ -71,7 +71,7 @@ def read_prompts(
         raise ConfigError(f"{flags.file}: {path} is neither JSON nor text ({error.reason})") from error
     if not found:
         raise ConfigError(f"{flags.file}: {path} holds no prompt{f' beyond the {skip} to skip' if skip else ''}")
-    return Prompts(found, skipped)
+    return PromptSet(found, skipped)
 
 
 def _entries(path: Path, flags: PromptFlags) -> Iterator[tuple[str, Any]]:

@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finemoe.errors import TraceError
-from finemoe.trace.columns import columns
-from finemoe.trace.header import TraceHeader
+from finemoe.trace.format import TraceHeader, columns
 
 _ABOUT = "about.json"
 _LAST = "iterations"  # the column that makes a request count

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finemoe.trace.header import TraceHeader
-from finemoe.trace.read import Trace
-from finemoe.trace.request import DECODE, PREFILL, RequestTrace
+from finemoe.trace.format import RequestTrace, TraceHeader
+from finemoe.trace.reader import Trace
+from finemoe.types import DECODE, PREFILL
 
 TOP_SHARES = (0.10, 0.25, 0.50)
 _PHASES = {"decode": DECODE, "prefill": PREFILL}
@@ -194,3 +194,16 @@ def _listed(values: Floats | None) -> list[float] | None:
 
 def _shown(value: float | None) -> str:
     return "not recorded" if value is None else f"{value:.1%}"
+
+
+def split(requests: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the requests for the store and of those to replay, shuffled.
+
+    Args:
+        requests: how many there are.
+        share: of them, for the store; rounded to whole requests.
+        seed: of the shuffle.
+    """
+    shuffled = np.random.default_rng(seed).permutation(requests)
+    stored = round(requests * share)
+    return shuffled[:stored], shuffled[stored:]

@@ -9,16 +9,16 @@ from math import inf
 from pathlib import Path
 
 from finemoe.errors import TraceError
-from finemoe.trace.header import TraceHeader
+from finemoe.trace.format import TraceHeader
 from finemoe.trace.importing import arrays, fingerprint, simllm
-from finemoe.trace.importing.source import Progress, Source
-from finemoe.trace.write import TraceWriter, refuse_existing
+from finemoe.trace.importing.source import Progress, TraceSource
+from finemoe.trace.writer import TraceWriter, refuse_existing
 
 FORMATS = (arrays, fingerprint, simllm)  # each reads one layout, told by its structure
 
 
 @dataclass(frozen=True)
-class Told:
+class TraceMetadata:
     """What the user knows and the source may not say."""
 
     model: str | None = None
@@ -29,7 +29,7 @@ class Told:
 def import_trace(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
-    told: Told | None = None,
+    told: TraceMetadata | None = None,
     *,
     overwrite: bool = False,
     progress: Progress = iter,
@@ -46,7 +46,7 @@ def import_trace(
     Raises:
         TraceError: the source is missing, of an unknown layout or damaged, or the target exists; one line.
     """
-    told = told or Told()
+    told = told or TraceMetadata()
     path = Path(source)
     if not path.exists():
         raise TraceError(f"{path}: there is no such file or folder")
@@ -65,7 +65,7 @@ def import_trace(
 class Imported:
     """An import under way: iterating writes one request after another, and the trace when all are there."""
 
-    def __init__(self, source: Source, target: Path, licence: str | None, *, overwrite: bool) -> None:
+    def __init__(self, source: TraceSource, target: Path, licence: str | None, *, overwrite: bool) -> None:
         self.header: TraceHeader = source.header(licence)
         self.notices = source.notices
         self._source = source
@@ -90,7 +90,7 @@ class Imported:
                 writer.discard()
 
 
-def _write(writer: TraceWriter, source: Source) -> Iterable[int]:
+def _write(writer: TraceWriter, source: TraceSource) -> Iterable[int]:
     for request in source.requests():
         writer.add(request)
         yield len(request.token_ids)

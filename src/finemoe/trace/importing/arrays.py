@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finemoe.errors import TraceError
-from finemoe.trace.header import TraceHeader
+from finemoe.trace.format import RequestTrace, TraceHeader
 from finemoe.trace.importing.source import Progress, Vocabulary, by_weight, derived_experts
-from finemoe.trace.request import DECODE, RequestTrace
+from finemoe.types import DECODE
 
 LAYOUT = "a folder with routing.npz and prompts.jsonl"
 _ARRAYS, _PROMPTS = "routing.npz", "prompts.jsonl"

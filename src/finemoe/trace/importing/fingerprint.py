@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finemoe.errors import TraceError
-from finemoe.trace.header import TraceHeader
+from finemoe.trace.format import RequestTrace, TraceHeader
 from finemoe.trace.importing.source import Progress, Vocabulary, by_weight, derived_experts
-from finemoe.trace.request import DECODE, RequestTrace
+from finemoe.types import DECODE
 
 LAYOUT = "a folder of *.json with router_data (expert fingerprints)"
 _MARK = b'"router_data"'

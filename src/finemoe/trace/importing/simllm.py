@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from finemoe.errors import TraceError
-from finemoe.trace.header import TraceHeader
+from finemoe.trace.format import RequestTrace, TraceHeader
 from finemoe.trace.importing.source import Progress, by_weight
-from finemoe.trace.request import DECODE, PREFILL, RequestTrace
+from finemoe.types import DECODE, PREFILL
 
 LAYOUT = "*.jsonl under a simllm-preplay-trace schema"
 _SCHEMA = "simllm-preplay-trace-"

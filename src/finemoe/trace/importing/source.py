@@ -9,13 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from finemoe.trace.header import TraceHeader
-from finemoe.trace.request import RequestTrace
+from finemoe.trace.format import RequestTrace, TraceHeader
 
 Progress = Callable[[list[Path]], Iterable[Path]]
 
 
-class Source(Protocol):
+class TraceSource(Protocol):
     """Routing in a foreign layout, opened and checked."""
 
     notices: list[str]  # what the user should know: what was derived, what is missing

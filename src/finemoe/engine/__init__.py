@@ -1,0 +1,1 @@
+"""The engine: serves one layer at a time from the slots."""

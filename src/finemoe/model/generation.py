@@ -1,0 +1,269 @@
+"""Talks to a loaded model: a prompt or a conversation in, streamed text and its timings out."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from tqdm import tqdm
+from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, TextStreamer
+
+from finemoe.config import GenerateConfig, refuse_undecodable
+from finemoe.engine.expert_layer import HANDLE
+from finemoe.errors import CheckpointError, ConfigError, FinemoeWarning
+from finemoe.metrics import Stats
+from finemoe.model import context_tokens
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer, and what it took."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str  # "stop": the model ended it; "length": max_new_tokens or the context did
+    ttft_s: float  # time to first token
+    tpot_s: float  # mean time per token after the first; 0 for a single token
+    total_s: float
+    stats: Stats  # of this answer alone
+
+    @property
+    def tok_s(self) -> float:
+        return len(self.token_ids) / self.total_s if self.total_s else 0.0
+
+    @property
+    def stall_share(self) -> float:
+        """Of the time that this answer took, the part spent waiting for experts."""
+        return min(1.0, self.stats.stall_s / self.total_s) if self.total_s else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return self.stats.as_dict() | {
+            "text": self.text,
+            "tokens": len(self.token_ids),
+            "token_ids": self.token_ids,
+            "prompt_tokens": self.prompt_tokens,
+            "finish_reason": self.finish_reason,
+            "ttft_s": self.ttft_s,
+            "tpot_s": self.tpot_s,
+            "tok_s": self.tok_s,
+            "total_s": self.total_s,
+            "stall_share": self.stall_share,
+        }
+
+
+class _Stream(TextStreamer):
+    """Hands on text as it becomes printable, and remembers when each token came."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None], on_token: Callable[[], None]
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.times_s: list[float] = []
+        self._on_text = on_text
+        self._on_token = on_token
+        self._prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt:
+            self.times_s.append(time.perf_counter())
+            self._on_token()
+        self._prompt = False
+        super().put(value)  # type: ignore[no-untyped-call]
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002 - theirs
+        if text:
+            self._on_text(text)
+
+
+class _Finite(LogitsProcessor):
+    """Changes nothing; raises `CheckpointError` where no token can be chosen: NaN has no greatest and no likeliest."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - theirs
+        if not bool(torch.isfinite(scores.amax(dim=-1)).all()):  # single tokens may be ruled out by -inf
+            raise CheckpointError(
+                f"{self._name}: the model's logits are not finite; the checkpoint is damaged (fetch it again), or "
+                "--dtype does not suit it (give another)"
+            )
+        return scores
+
+
+def finite_logits(model: Any) -> LogitsProcessorList:
+    """For `generate`: ends an answer with `CheckpointError` where its logits are not finite, as a damaged model's."""
+    return LogitsProcessorList([_Finite(model.finemoe.checkpoint.name)])
+
+
+def sampling_options(config: GenerateConfig) -> dict[str, Any]:
+    """What `generate` is to be told: greedy unless there is a temperature, whatever the model's own defaults are."""
+    if config.temperature > 0:
+        return {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model's folder.
+
+    Raises:
+        CheckpointError: there is none that can be used.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: can't load its tokenizer ({str(error).splitlines()[0]})") from error
+
+
+def encode(tokenizer: Any, prompt: str | Sequence[dict[str, str]], *, raw: bool = False) -> torch.Tensor:
+    """Token ids `[1, T]` of a conversation, or of a prompt: one user turn where there is a chat template.
+
+    Raises:
+        CheckpointError: the chat template is broken, or refuses the conversation; or there is none for it.
+        ConfigError: what is asked is no text.
+    """
+    refuse_undecodable(prompt if isinstance(prompt, str) else prompt[-1]["content"], "PROMPT")
+    if not isinstance(prompt, str) or (tokenizer.chat_template and not raw):
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        encoded = _templated(tokenizer, turns)
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    ids: torch.Tensor = encoded["input_ids"]
+    return ids
+
+
+def _templated(tokenizer: Any, turns: list[dict[str, str]]) -> Any:
+    where = tokenizer.name_or_path
+    if not tokenizer.chat_template:
+        raise CheckpointError(f"{where}: has no chat template for a conversation; use finemoe generate")
+    try:
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{where}: its chat template fails ({reason}); mend it, or use finemoe generate --raw"
+        ) from error
+
+
+class Session:
+    """A model and its tokenizer.
+
+    Args:
+        model: from `finemoe.load`.
+
+    Raises:
+        CheckpointError: the model's folder has no usable tokenizer.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.tokenizer = load_tokenizer(model.finemoe.checkpoint.folder)
+        self.context_tokens = context_tokens(model.config)  # the longest prompt and answer together; None: unbounded
+
+    def prompt_ids(self, prompt: str | Sequence[dict[str, str]], *, raw: bool = False) -> torch.Tensor:
+        """Token ids `[1, T]` of a conversation, or of a prompt: one user turn where there is a chat template."""
+        return encode(self.tokenizer, prompt, raw=raw)
+
+    def reply(
+        self,
+        prompt: str | Sequence[dict[str, str]],
+        config: GenerateConfig,
+        on_text: Callable[[str], None] = lambda _: None,
+        *,
+        prefill_chunk: int | None = None,
+        progress: bool = False,
+    ) -> Reply:
+        """Continue `prompt`.
+
+        Args:
+            prompt: text, or the turns of a conversation (`role`, `content`).
+            config: how long and how to sample.
+            on_text: called with each stretch of new text as soon as it is printable.
+            prefill_chunk: read the prompt so many tokens at a time; `None`: whole.
+            progress: show a bar on standard error until the first token.
+
+        Raises:
+            ConfigError: the prompt is empty, or leaves no room for an answer in the model's context.
+            CheckpointError: the chat template fails, or the model's logits are not finite.
+        """
+        ids = self.prompt_ids(prompt, raw=config.raw).to(self.model.device)
+        if not ids.shape[1]:
+            raise ConfigError("PROMPT: is empty; there is nothing to continue")
+        max_new_tokens = self._fitting(ids.shape[1], config.max_new_tokens)
+        if config.temperature > 0:
+            torch.manual_seed(config.seed)
+        self.model.finemoe.reset_stats()
+        with ExitStack() as prefill:
+            if progress:
+                self._show_prefill(prefill)
+            stream = _Stream(self.tokenizer, on_text, prefill.close)
+            start_s = time.perf_counter()
+            output = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                logits_processor=finite_logits(self.model),
+                streamer=stream,
+                pad_token_id=self.pad_token_id(),
+                prefill_chunk_size=prefill_chunk,
+                **sampling_options(config),
+            )
+            total_s = time.perf_counter() - start_s
+        new = output[0, ids.shape[1] :].tolist()
+        times_s = stream.times_s
+        return Reply(
+            text=self.tokenizer.decode(new, skip_special_tokens=True),
+            token_ids=new,
+            prompt_tokens=ids.shape[1],
+            finish_reason="length" if len(new) == max_new_tokens else "stop",
+            ttft_s=times_s[0] - start_s,
+            tpot_s=(times_s[-1] - times_s[0]) / (len(times_s) - 1) if len(times_s) > 1 else 0.0,
+            total_s=total_s,
+            stats=self.model.finemoe.stats(),
+        )
+
+    def _fitting(self, prompt_tokens: int, max_new_tokens: int) -> int:
+        """As many new tokens as are asked for and fit behind the prompt; says so where these are fewer."""
+        limit = self.context_tokens
+        if limit is None or prompt_tokens + max_new_tokens <= limit:
+            return max_new_tokens
+        if prompt_tokens >= limit:
+            raise ConfigError(
+                f"PROMPT: has {prompt_tokens} tokens, and the model's context holds {limit}, at least one of them an "
+                "answer's; shorten it"
+            )
+        warnings.warn(  # the same text each time: shown once
+            f"--max-new-tokens: {max_new_tokens} do not fit behind the prompt; an answer ends where the model's "
+            f"context of {limit} tokens does",
+            FinemoeWarning,
+            stacklevel=2,
+        )
+        return limit - prompt_tokens
+
+    def pad_token_id(self) -> int | None:
+        """Any id will do for one prompt; naming one keeps transformers from warning that it chose."""
+        end = self.model.generation_config.eos_token_id
+        own = self.tokenizer.pad_token_id
+        chosen = own if own is not None else end[0] if isinstance(end, list) else end
+        return None if chosen is None else int(chosen)
+
+    def _show_prefill(self, until_first_token: ExitStack) -> None:
+        """A bar over the MoE layers of the prompt's forward pass."""
+        modules = [module for module in self.model.modules() if HANDLE in module.__dict__]
+        bar = until_first_token.enter_context(
+            tqdm(total=len(modules), desc="Reading prompt", unit="layer", leave=False, delay=1)
+        )
+
+        def advance(*_: object) -> None:
+            bar.update()
+
+        for module in modules:
+            until_first_token.callback(module.register_forward_hook(advance).remove)

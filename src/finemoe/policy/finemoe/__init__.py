@@ -1,0 +1,1 @@
+"""finemoe's own policy."""

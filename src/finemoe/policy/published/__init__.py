@@ -1,0 +1,1 @@
+"""Policies of published systems, rebuilt from their papers."""

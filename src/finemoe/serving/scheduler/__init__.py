@@ -1,0 +1,1 @@
+"""The server's model side: one thread that runs the model."""

@@ -1,0 +1,206 @@
+"""What a budget would give: whether it fits, and the speed to expect, from rates measured on this machine.
+
+A token costs the dense part, the active experts' matmuls, and the transfer of those that miss; the three are added up
+(what overlaps is a bonus). How many miss depends on the model's routing, which headers do not show, so two are given:
+routing without any locality (a hit rate equal to the share of resident experts), and routing as local as
+gpt-oss-20b's, whose hit rates under `lfru` were measured on recorded traces.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+import torch
+from torch.nn import functional as F  # noqa: N812 - the name that torch users know
+
+from finemoe.checkpoint.expert_index import PAGE_BYTES
+from finemoe.errors import FinemoeError
+from finemoe.policy.finemoe.policy import STORE_BYTES
+from finemoe.sim.config import SimulateConfig
+from finemoe.sim.hardware import HARDWARE, SHAPES, Hardware, link_ratio
+from finemoe.system import available_bytes
+
+_CHUNK_BYTES = 1 << 20
+# hit rate of lfru by share of resident experts: gpt-oss-20b, decoding (tests/policy/test_real_traces.py)
+LOCAL_HITS = ((0.0, 0.0), (0.1, 0.28), (0.25, 0.66), (0.5, 0.915), (0.75, 0.985), (1.0, 1.0))
+
+# what a run takes beyond a process that has only loaded the libraries, by the peak of `generate` on a tiny model: some
+# 15 MiB with lru (reader threads, activations), and 115 MiB more with the default policy (numba)
+RUN_BYTES = 130 << 20
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine does, measured."""
+
+    disk_bytes_s: float  # random 1 MiB reads past the page cache
+    memory_bytes_s: float  # weights streamed through a matmul with one row, as decoding does
+    available_bytes: int  # beside this process
+    resident_bytes: int  # what this process takes: interpreter, torch, transformers
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What matters of a model for its speed."""
+
+    layers: int  # L
+    active: int  # K
+    experts: int  # of the whole model
+    least_slots: int
+    slot_bytes: int
+    expert_bytes: int  # all routed experts
+    dense_bytes: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One budget."""
+
+    share: float
+    slots: int
+    expert_memory_bytes: int
+    process_bytes: int  # the process itself: interpreter, libraries, activations, the policy and what it learns
+    total_bytes: int  # with the dense part and the process
+    fits: bool
+    raised: bool  # the budget asked for is below what a load accepts; this is the least
+    tok_s_uniform: float  # routing without locality
+    tok_s_local: float  # routing as local as gpt-oss-20b's
+
+
+def forecast(sizes: Sizes, rates: Rates, share: float) -> Forecast:
+    """What a pool of `share` of all routed experts would give. Pure arithmetic."""
+    slots = max(sizes.least_slots, min(sizes.experts, int(share * sizes.experts + 1e-9)))
+    resident = slots / sizes.experts
+    active_bytes = sizes.layers * sizes.active * sizes.expert_bytes / sizes.experts
+    compute_s = (sizes.dense_bytes + active_bytes) / rates.memory_bytes_s
+
+    def tok_s(hit_rate: float) -> float:
+        return 1.0 / (compute_s + (1.0 - hit_rate) * active_bytes / rates.disk_bytes_s)
+
+    pool_bytes = slots * sizes.slot_bytes
+    process_bytes = rates.resident_bytes + RUN_BYTES + STORE_BYTES
+    total_bytes = sizes.dense_bytes + pool_bytes + process_bytes
+    return Forecast(
+        share=resident,
+        slots=slots,
+        expert_memory_bytes=pool_bytes,
+        process_bytes=process_bytes,
+        total_bytes=total_bytes,
+        fits=total_bytes - rates.resident_bytes <= rates.available_bytes,  # this process has its part already
+        raised=int(share * sizes.experts + 1e-9) < sizes.least_slots,
+        tok_s_uniform=tok_s(resident),
+        tok_s_local=tok_s(_interpolate(resident)),
+    )
+
+
+def _interpolate(share: float) -> float:
+    for (x0, y0), (x1, y1) in pairwise(LOCAL_HITS):
+        if share <= x1:
+            return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
+    return 1.0
+
+
+def measure(folder: Path | None = None, sample_bytes: int = 256 << 20) -> Rates:
+    """Measures this machine; takes a second or two.
+
+    Args:
+        folder: where the model's files are or will be: the disk that is measured. By default the temporary folder's.
+        sample_bytes: how much is read and multiplied.
+
+    Raises:
+        FinemoeError: there is no room for the sample on that disk.
+    """
+    resident = int(psutil.Process().memory_info().rss)  # before the samples
+    return Rates(_disk_bytes_s(folder, sample_bytes), _memory_bytes_s(sample_bytes), available_bytes(), resident)
+
+
+def _memory_bytes_s(sample_bytes: int) -> float:
+    columns = 2048
+    weights = torch.ones(sample_bytes // (2 * columns), columns, dtype=torch.bfloat16)
+    row = torch.ones(1, columns, dtype=torch.bfloat16)
+    best_s = float("inf")
+    for _ in range(4):
+        start_s = time.perf_counter()
+        F.linear(row, weights)
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return sample_bytes / best_s
+
+
+def _disk_bytes_s(folder: Path | None, sample_bytes: int) -> float:
+    with _sample_file(folder, sample_bytes) as path:
+        descriptor = _open_past_cache(path)
+        try:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            size_bytes = path.stat().st_size // PAGE_BYTES * PAGE_BYTES
+            steps = max(1, size_bytes // _CHUNK_BYTES)
+            stride = next((s for s in (37, 41, 43, 47) if steps % s), 1)  # scattered, each chunk once
+            with mmap.mmap(-1, _CHUNK_BYTES) as buffer:
+                start_s, done = time.perf_counter(), 0
+                for step in range(steps):
+                    done += os.preadv(descriptor, [buffer], step * stride % steps * _CHUNK_BYTES)
+                    if time.perf_counter() - start_s > 2.0:
+                        break
+                return done / (time.perf_counter() - start_s)
+        finally:
+            os.close(descriptor)
+
+
+def _open_past_cache(path: Path) -> int:
+    """A descriptor of `path`, for direct reads where these can be had."""
+    with suppress(AttributeError, OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        try:
+            os.preadv(descriptor, [mmap.mmap(-1, PAGE_BYTES)], 0)  # some accept the flag and refuse the read
+        except OSError:
+            os.close(descriptor)
+            raise
+        return descriptor
+    return os.open(path, os.O_RDONLY)
+
+
+@contextmanager
+def _sample_file(folder: Path | None, sample_bytes: int) -> Iterator[Path]:
+    """A file on the disk in question: the model's own largest if it is here, else one written for this."""
+    if folder is not None and folder.is_dir():
+        largest = max(folder.glob("*.safetensors"), key=lambda p: p.stat().st_size, default=None)
+        if largest is not None and largest.stat().st_size >= 16 * _CHUNK_BYTES:
+            yield largest
+            return
+    with tempfile.NamedTemporaryFile(prefix="finemoe-") as file:
+        try:
+            block = os.urandom(_CHUNK_BYTES)
+            for _ in range(sample_bytes // _CHUNK_BYTES):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise FinemoeError(f"{file.name}: no room to measure the disk ({error.strerror})") from error
+        yield Path(file.name)
+
+
+def link_ratios(config: SimulateConfig) -> tuple[float, ...]:
+    """`r` = time to move one expert / time of one layer's compute for one token. `disk` is measured now.
+
+    Raises:
+        FinemoeError: there is no room to measure the disk.
+    """
+    if config.hardware is None or config.shape is None:
+        return config.link_ratios
+    hardware = HARDWARE.get(config.hardware) or _this_machine()
+    return (link_ratio(SHAPES[config.shape], hardware),)
+
+
+def _this_machine() -> Hardware:
+
+    rates = measure()
+    return Hardware(rates.memory_bytes_s, rates.disk_bytes_s, 0.0)
