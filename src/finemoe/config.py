@@ -1,15 +1,15 @@
-"""Settings as frozen dataclasses. The CLI's flags are generated from these fields, so names and defaults stand once.
+"""Settings as frozen dataclasses: each name, default and help text stands here once.
 
-A field's `metadata` holds its help text; a field called `expert_memory` is the flag `--expert-memory`.
+The command line's flags and the arguments of `finemoe.load` are generated from these fields: `expert_memory` is
+`--expert-memory`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
-from typing import Literal
+from typing import Any, Literal
 
 from finemoe.errors import BudgetError, ConfigError
 
@@ -22,20 +22,20 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|cuda:\d+(,cuda:\d+)+")
 _SHARE = re.compile(r"(-?\d+(?:\.\d+)?)\s*%")
 
 REPLAY_HELP = (
-    "for benchmarks: the trace whose recorded routing is forced onto the model, so that a model of random weights has "
-    "real locality; what it says means nothing, and all output says so"
+    "for benchmarks: force the routing recorded in this trace onto the model, so that random weights have real "
+    "locality; the text is meaningless, and all output says so"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Expert memory: exactly one of `size_bytes` and `share` (of all routed experts; 1.0 is all of them) is set."""
+    """A memory budget: exactly one of `size_bytes` and `share` (of all routed experts; 1.0 is all of them) is set."""
 
     size_bytes: int | None = None
     share: float | None = None
 
     def slots(self, slot_bytes: int, experts: int) -> int:
-        """How many experts fit: never more than the budget pays for, never more than there are."""
+        """The number of experts of `slot_bytes` that fit, at most `experts`."""
         if self.share is not None:
             return int(self.share * experts + 1e-9)
         assert self.size_bytes is not None
@@ -43,10 +43,10 @@ class Budget:
 
 
 def budget_text(given: object, flag: str = "--expert-memory") -> str:
-    """A budget as its flag has it: of Python's numbers an `int` is bytes, a `float` a share.
+    """A budget as its flag takes it: an `int` is bytes, a `float` a share.
 
     Raises:
-        BudgetError: a float that is no share, or something else altogether; the message names the flag.
+        BudgetError: a float that is not a share, or another type; the message names the flag.
     """
     if isinstance(given, float):
         if not 0 < given <= 1:
@@ -60,10 +60,10 @@ def budget_text(given: object, flag: str = "--expert-memory") -> str:
 
 
 def parse_budget(text: str, flag: str = "--expert-memory") -> Budget:
-    """Reads `2GiB`, `25%`, `all` or a plain count of bytes.
+    """Parses `2GiB`, `25%`, `all` or a plain number of bytes.
 
     Raises:
-        BudgetError: not one of these, or zero, negative, above 100%; the message names the flag.
+        BudgetError: none of these, or zero, negative or above 100%; the message names the flag.
     """
     cleaned = text.strip().lower()
     if cleaned == "all":
@@ -79,12 +79,12 @@ def parse_budget(text: str, flag: str = "--expert-memory") -> Budget:
     if size is None:
         raise BudgetError(f"{flag}: can't read {text!r}; give bytes (2GiB, 800MB), a share (25%) or all")
     if size < 1:
-        raise BudgetError(f"{flag}: {text!r} is no memory at all; give bytes (2GiB), a share (25%) or all")
+        raise BudgetError(f"{flag}: {text!r} is zero; give bytes (2GiB), a share (25%) or all")
     return Budget(size_bytes=int(size))
 
 
 def refuse_undecodable(text: str, name: str) -> None:
-    """Raises `ConfigError` for text that was no UTF-8 where it came from: such bytes are lone surrogates in Python."""
+    """Raises `ConfigError` for text that was not valid UTF-8 (Python decodes such bytes to lone surrogates)."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -92,27 +92,27 @@ def refuse_undecodable(text: str, name: str) -> None:
 
 
 def parse_bytes(text: str, flag: str) -> int:
-    """Reads `2GiB`, `800MB` or a plain count of bytes.
+    """Parses `2GiB`, `800MB` or a plain number of bytes.
 
     Raises:
-        ConfigError: not one of these, or nothing at all; the message names `flag`.
+        ConfigError: none of these, or zero; the message names `flag`.
     """
     size = _read_size(text)
     if size is None:
         raise ConfigError(f"{flag}: can't read {text!r}; give bytes (2GiB, 800MB)")
     if size < 1:
-        raise ConfigError(f"{flag}: {text!r} is no memory at all; give bytes (2GiB, 800MB)")
+        raise ConfigError(f"{flag}: {text!r} is zero; give bytes (2GiB, 800MB)")
     return int(size)
 
 
 def _read_size(text: str) -> Decimal | None:
-    """Bytes; `None` if this is no size."""
+    """Bytes, or `None` if `text` is not a size."""
     size = _SIZE.fullmatch(text.strip().lower())
     return None if size is None or size[2] not in _UNITS else Decimal(size[1]) * _UNITS[size[2]]
 
 
 def format_bytes(count: float) -> str:
-    """A byte count for people, in binary units: `1.1 GiB`."""
+    """A number of bytes in binary units: `1.1 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -121,115 +121,105 @@ def format_bytes(count: float) -> str:
 
 
 def parse_bandwidth(text: str) -> float:
-    """Reads `500MiB`, `1.5GB/s` or a plain count of bytes, in bytes/s.
+    """Parses `500MiB`, `1.5GB/s` or a plain number of bytes, in bytes/s.
 
     Raises:
-        ConfigError: not one of these, or nothing at all; the message names `--link-bandwidth`.
+        ConfigError: none of these, or zero; the message names `--link-bandwidth`.
     """
     size = _read_size(text.strip().lower().removesuffix("/s"))
     if size is None:
         raise ConfigError(f"--link-bandwidth: can't read {text!r}; give bytes per second (500MiB, 1.5GB)")
     if size < 1:
-        raise ConfigError(f"--link-bandwidth: {text!r} moves nothing; give bytes per second (500MiB, 1.5GB)")
+        raise ConfigError(f"--link-bandwidth: {text!r} is zero; give bytes per second (500MiB, 1.5GB)")
     return float(size)
 
 
-STORED = "stored"  # experts as the checkpoint has them
+STORED = "stored"  # the checkpoint's own dtype
 EXPERT_DTYPES = (STORED, "int8", "int4")
+
+
+def setting(default: Any, text: str, *, advanced: bool = False) -> Any:
+    """A dataclass field with its help text; `--help` leaves advanced ones to `--help-all`."""
+    return field(default=default, metadata={"help": text, "advanced": advanced})
 
 
 @dataclass(frozen=True)
 class LoadConfig:
-    """Which model to load, and how its experts are kept."""
+    """Which model to load, and how its experts are held in memory."""
 
-    model: str | None = field(
-        default=None, metadata={"help": "folder or Hugging Face hub id; by default the built-in reference model"}
+    model: str | None = setting(None, "folder or Hugging Face hub id; by default the built-in reference model")
+    expert_memory: str = setting("25%", "hard limit for resident experts: bytes (2GiB), a share (25%) or all")
+    device: str = setting(
+        "auto",
+        "where the model runs and the expert pool is: cpu, cuda, one or several devices (cuda:0,cuda:1), or auto: cuda "
+        "if there is one",
     )
-    revision: str | None = field(default=None, metadata={"help": "hub revision (branch, tag or commit)"})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "compute in this dtype; auto takes the checkpoint's"}
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "compute in this dtype; auto takes the checkpoint's"
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "run modelling code that the model repo ships"})
-    expert_memory: str = field(
-        default="25%", metadata={"help": "hard limit for resident experts: bytes (2GiB), a share (25%) or all"}
+    expert_dtype: str = setting(
+        STORED,
+        f"one of {', '.join(EXPERT_DTYPES)}: int8 and int4 keep and move the experts of an unquantized checkpoint in "
+        "fewer bits, which is lossy; a copy is made once, in the cache folder; all output says so",
     )
-    device: str = field(
-        default="auto",
-        metadata={
-            "help": "where the model runs and --expert-memory is: cpu, cuda, one or several devices "
-            "(cuda:0,cuda:1), or auto: cuda where there is one"
-        },
+    policy: str = setting(
+        "finemoe",
+        "eviction and prefetching: finemoe, lru, lfu, lfru, or a published system's policy (docs/simulator.md)",
     )
-    host_memory: str | None = field(
-        default=None,
-        metadata={
-            "help": "on a GPU: pinned host memory for experts between disk and GPU: bytes, a share or all (default: "
-            "all, or as many as fit)"
-        },
+    explain: bool = setting(
+        default=False, text="report predictions, hits, late hits, misses and wasted prefetches by layer and source"
     )
-    expert_kernel: Literal["auto", "eager", "grouped_mm"] = field(
-        default="auto",
-        metadata={
-            "help": "on a GPU: whose arithmetic experts are computed with, of transformers' implementations; auto is "
-            "grouped_mm where its results do not depend on what was resident, else eager"
-        },
+    revision: str | None = setting(None, "hub revision (branch, tag or commit)", advanced=True)
+    trust_remote_code: bool = setting(
+        default=False, text="run modelling code that the model's repository ships", advanced=True
     )
-    host_compute: Literal["off", "auto"] = field(
-        default="off",
-        metadata={
-            "help": "on a GPU: auto computes missing experts of few tokens on the CPU where that is faster than "
-            "to copy them; answers then differ in rounding, by what was resident"
-        },
+    predictors: str | None = setting(None, "file written by finemoe trace train, for --policy promoe", advanced=True)
+    map_store: str | None = setting(
+        None,
+        "file that a learning policy starts from and saves to; none to keep nothing (default: one per model and policy "
+        "in the cache folder)",
+        advanced=True,
     )
-    expert_dtype: str = field(
-        default=STORED,
-        metadata={
-            "help": f"one of {', '.join(EXPERT_DTYPES)}: int8 and int4 keep and move the experts of an unquantized "
-            "checkpoint in fewer bits, which is lossy; a copy is made once, in the cache folder; all output says so"
-        },
+    io: Literal["auto", "direct", "buffered"] = setting(
+        "auto", "how experts are read: direct bypasses the page cache; auto does so where possible", advanced=True
     )
-    policy: str = field(
-        default="finemoe",
-        metadata={
-            "help": "what to keep and what to fetch: finemoe, lru, lfu, lfru, or a published system's policy "
-            "(docs/simulator.md)"
-        },
+    reader_threads: int = setting(4, "threads that read experts", advanced=True)
+    link_bandwidth: str | None = setting(
+        None,
+        "for experiments: read experts no faster than this many bytes per second (500MiB), as over a slower link; all "
+        "output says so",
+        advanced=True,
     )
-    predictors: str | None = field(default=None, metadata={"help": "what finemoe trace train wrote, for promoe"})
-    map_store: str | None = field(
-        default=None,
-        metadata={
-            "help": "file that a policy that learns starts from, and leaves what it learned in; none for nothing "
-            "(default: one for each model and policy in the cache folder)"
-        },
+    verify: bool = setting(
+        default=False, text="debug: read every expert a second time by another path and compare", advanced=True
     )
-    io: Literal["auto", "direct", "buffered"] = field(
-        default="auto", metadata={"help": "how experts are read; direct bypasses the page cache, auto does if it can"}
+    host_memory: str | None = setting(
+        None,
+        "on a GPU: pinned host memory that caches experts between disk and GPU: bytes, a share or all (default: as "
+        "many as fit)",
+        advanced=True,
     )
-    reader_threads: int = field(default=4, metadata={"help": "threads that read experts"})
-    link_bandwidth: str | None = field(
-        default=None,
-        metadata={
-            "help": "for experiments: move experts no faster than this many bytes per second (500MiB), as over a "
-            "slower link; all output says so"
-        },
+    expert_kernel: Literal["auto", "eager", "grouped_mm"] = setting(
+        "auto",
+        "on a GPU: which of transformers' experts implementations to match; auto is grouped_mm where its results do "
+        "not depend on residency, else eager",
+        advanced=True,
     )
-    explain: bool = field(
-        default=False,
-        metadata={"help": "tell by layer and by source what was predicted, hit, late, missed and wasted"},
-    )
-    verify: bool = field(
-        default=False, metadata={"help": "debug: re-read every landed expert by a second path and compare"}
+    host_compute: Literal["off", "auto"] = setting(
+        "off",
+        "experimental, on a GPU: auto computes missing experts of few tokens on the CPU where that is faster than "
+        "copying them; answers then differ in rounding, depending on residency",
+        advanced=True,
     )
 
     @property
     def link_bandwidth_bytes_s(self) -> float | None:
-        """What the link is held to; `None` where it is not."""
+        """The throttled link's bandwidth, bytes/s; `None` if it is not throttled."""
         return None if self.link_bandwidth is None else parse_bandwidth(self.link_bandwidth)
 
     @property
     def lossy(self) -> bool:
-        """Whether experts are kept in fewer bits than the checkpoint's, so that answers are not its own."""
+        """Whether experts are quantized to fewer bits than the checkpoint's, which changes answers."""
         return self.expert_dtype != STORED
 
     def __post_init__(self) -> None:
@@ -264,30 +254,30 @@ class LoadConfig:
             self.refuse_cpu_settings()
 
     def refuse_gpu_settings(self) -> None:
-        """Raises `ConfigError` where something was set that means nothing on the CPU."""
+        """Raises `ConfigError` for a setting that has no effect on the CPU."""
         defaults = {each.name: each.default for each in fields(self)}
         for name in ("host_memory", "expert_kernel", "host_compute"):
             if getattr(self, name) != defaults[name]:
                 raise ConfigError(f"--{name.replace('_', '-')}: has no effect on the CPU; give --device cuda too")
 
     def refuse_cpu_settings(self) -> None:
-        """Raises `ConfigError` where something was set that is for the CPU alone."""
+        """Raises `ConfigError` for a setting that is for the CPU only."""
         if self.link_bandwidth is not None:
             raise ConfigError("--link-bandwidth: is for experiments on the CPU; give --device cpu too")
 
 
-_MOST_SEED = 2**63 - 1  # that torch takes everywhere
+_MOST_SEED = 2**63 - 1  # the largest that torch accepts everywhere
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How to continue a prompt. Greedy unless a temperature is given."""
+    """Length and sampling of an answer; greedy unless a temperature is given."""
 
-    max_new_tokens: int = field(default=128, metadata={"help": "stop after this many tokens"})
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy; above, sampling at this temperature"})
-    top_p: float = field(default=1.0, metadata={"help": "sample from the smallest set of this probability"})
-    seed: int = field(default=0, metadata={"help": "seed of the sampling"})
-    raw: bool = field(default=False, metadata={"help": "give the prompt as it is, without the chat template"})
+    max_new_tokens: int = setting(128, "stop after this many tokens")
+    temperature: float = setting(0.0, "0 is greedy; above, sample at this temperature")
+    top_p: float = setting(1.0, "sample from the smallest set of tokens with this probability")
+    seed: int = setting(0, "seed of the sampling")
+    raw: bool = setting(default=False, text="pass the prompt as it is, without the chat template", advanced=True)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -304,15 +294,13 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """How a prompt is read."""
+    """How a prompt is processed."""
 
-    prefill_chunk: int | None = field(
-        default=None,
-        metadata={
-            "help": "read a prompt so many tokens at a time: less memory for a long one, but every piece needs its "
-            "experts again, and in bfloat16 tokens may differ by rounding from those of a prompt read whole, as with "
-            "transformers' own chunked prefill (default: whole)"
-        },
+    prefill_chunk: int | None = setting(
+        None,
+        "process a prompt this many tokens at a time: less memory, but each chunk needs its experts again, and in "
+        "bfloat16 rounding may change tokens, as with transformers' own chunked prefill (default: whole)",
+        advanced=True,
     )
 
     def __post_init__(self) -> None:
@@ -322,25 +310,23 @@ class PrefillConfig:
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """Routing from a file instead of the model's own."""
+    """Forced routing from a trace instead of the model's own."""
 
-    replay_routing: str | None = field(default=None, metadata={"help": REPLAY_HELP})
+    replay_routing: str | None = setting(None, REPLAY_HELP, advanced=True)
 
 
 @dataclass(frozen=True)
 class RecordConfig:
-    """Which prompts to record, how many together, and how far the gates look ahead."""
+    """Which prompts to record, the batch size, and for how many layers ahead gates are recorded."""
 
-    field: str | None = dataclasses.field(default=None, metadata={"help": "the JSON field that holds the prompt"})
-    limit: int | None = dataclasses.field(default=None, metadata={"help": "record at most this many prompts"})
-    skip: int = dataclasses.field(default=0, metadata={"help": "pass over this many prompts first"})
-    batch_size: int = dataclasses.field(default=1, metadata={"help": "prompts that run together"})
-    max_prompt_tokens: int | None = dataclasses.field(default=None, metadata={"help": "leave longer prompts out"})
-    lookahead: int = dataclasses.field(
-        default=0, metadata={"help": "record what the gates of this many later layers make of each layer's state"}
-    )
-    append: bool = dataclasses.field(default=False, metadata={"help": "add to the trace if it exists"})
-    force: bool = dataclasses.field(default=False, metadata={"help": "replace the trace if it exists"})
+    field: str | None = setting(None, "the JSON field that holds the prompt", advanced=True)
+    limit: int | None = setting(None, "record at most this many prompts")
+    skip: int = setting(0, "skip this many prompts first", advanced=True)
+    batch_size: int = setting(1, "prompts that run together")
+    max_prompt_tokens: int | None = setting(None, "leave out longer prompts", advanced=True)
+    lookahead: int = setting(0, "also record the gates of this many later layers, applied to each layer's state")
+    append: bool = setting(default=False, text="add to the trace if it exists")
+    force: bool = setting(default=False, text="replace the trace if it exists")
 
     def __post_init__(self) -> None:
         for name, least in (("limit", 1), ("skip", 0), ("batch_size", 1), ("max_prompt_tokens", 1), ("lookahead", 0)):

@@ -1,4 +1,4 @@
-"""The command line: one JSON document or text for people, and one line that says what was wrong with the input."""
+"""The commands: one JSON document or readable text on standard output; one line for bad input."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import runpy
 import signal
 import sys
@@ -27,6 +28,7 @@ from tests.trace.make import make_header, make_trace
 
 pytestmark = pytest.mark.usefixtures("own_process")
 Capture = pytest.CaptureFixture[str]
+MOST_FLAGS_SHOWN = 20  # by --help
 CONTRACT = {
     "text", "tokens", "hit_rate", "late_rate", "miss_rate", "ttft_s", "tpot_s", "tok_s", "bytes_read", "stall_s",
     "expert_memory_bytes", "peak_rss_bytes", "policy", "model",
@@ -106,12 +108,27 @@ def test_every_command_has_help(capsys: Capture, command: str) -> None:
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_every_setting_is_a_flag_with_its_default(capsys: Capture, command: str) -> None:
     with pytest.raises(SystemExit):
-        main([command, "--help"])
+        main([command, "--help-all"])
     output = " ".join(capsys.readouterr().out.split())
     for field in [*fields(LoadConfig), *fields(GenerateConfig)]:
         assert "--" + field.name.replace("_", "-") in output
         if field.default not in (None, False):
             assert f"(default: {field.default})" in output
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "record", "serve", "simulate", "bench"])
+def test_help_shows_what_people_set_and_help_all_the_rest(capsys: Capture, command: str) -> None:
+    flags = []
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as leaving:
+            main([command, option])
+        assert leaving.value.code == 0
+        flags.append(set(re.findall(r"^  (--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)))
+    shown, everything = flags
+    assert shown < everything
+    assert len(shown) <= MOST_FLAGS_SHOWN
+    assert {"--model", "--expert-memory", "--policy"} & shown
+    assert "--help-all" in shown
 
 
 @pytest.mark.parametrize(
@@ -176,7 +193,7 @@ def test_a_link_that_is_held_back_is_marked(capsys: Capture, model: str) -> None
     flags = "--model", model, "--max-new-tokens", "3", "--link-bandwidth", "64MiB"
     assert answered(capsys, "generate", "Hi", *flags, "--json")["link_bandwidth_bytes_s"] == 64 << 20
     assert main(["generate", "Hi", *flags]) == 0
-    assert "link held to 64.0 MiB/s" in capsys.readouterr().err
+    assert "link throttled to 64.0 MiB/s" in capsys.readouterr().err
 
 
 def test_an_answer_can_be_explained(capsys: Capture, model: str) -> None:
@@ -237,7 +254,7 @@ def test_a_turn_that_is_no_text_or_too_long_is_refused_and_the_conversation_goes
     assert main(["chat", "--model", short, "--max-new-tokens", "2", "--json"]) == 0
     output, errors = capsys.readouterr()
     assert len(output.splitlines()) == 1
-    assert "PROMPT: is not valid UTF-8; this turn is forgotten" in errors
+    assert "PROMPT: is not valid UTF-8; this turn is dropped" in errors
     assert "PROMPT: has 81 tokens, and the model's context holds 40" in errors
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finemoe.cli import _quieten, main
+from finemoe.cli import _silence_libraries, main
 from finemoe.errors import FinemoeWarning
 from finemoe.learned import read_maps
 from tests.chat_model import make_chat_model
@@ -124,7 +124,7 @@ def test_generate_takes_a_store(capsys: Capture, tmp_path: Path) -> None:
 
 def test_a_warning_is_one_line(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    _quieten()
+    _silence_libraries()
     assert warnings.formatwarning("x is y", FinemoeWarning, "file", 1) == "finemoe: warning: x is y\n"
     assert "file:1: UserWarning: x is y" in warnings.formatwarning("x is y", UserWarning, "file", 1)
 
@@ -140,7 +140,7 @@ def test_show_tells_and_draws_what_was_expected(tmp_path: Path, capsys: Capture)
     assert (tmp_path / "map.png").stat().st_size > 0
     assert main([*command, "--iteration", "1", *drawing]) == 0
     output, errors = capsys.readouterr()
-    assert "foreseen by finemoe" in output
+    assert "recall of finemoe" in output
     assert re.findall(r"layer +(\d+)", output) == [str(layer) for layer in range(LAYERS)]
     assert f"drawn to {drawing[1]}" in errors
     for wrong, culprit in (

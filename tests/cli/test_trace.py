@@ -135,7 +135,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(
     assert main([*flags, "--json"]) == 0
     output, errors = capsys.readouterr()
     assert json.loads(output)["recorded"] == 2
-    assert "more than 30 tokens, left out: 2" in errors
+    assert "longer than 30 tokens: 2" in errors
     assert "--prompts" in refused(capsys, *flags[:-1], "3", "--force")
 
 
@@ -153,7 +153,7 @@ def test_ctrl_c_keeps_the_finished_requests(
     monkeypatch.setattr(Recorder, "record", interrupted)
     out = tmp_path / "it.trace"
     assert main(record(model, prompts, out)) == INTERRUPTED
-    assert "keeps the 2 requests that were finished" in capsys.readouterr().err
+    assert "holds the 2 finished requests" in capsys.readouterr().err
     with open_trace(out) as trace:
         assert len(trace) == 2
     assert not (tmp_path / "it.trace.partial").exists()
@@ -169,7 +169,7 @@ def test_a_trace_is_said_to_keep_requests_only_if_it_does(
     assert main(record(model, prompts, tmp_path / "it.trace", "--limit", "2")) == 2
     errors = capsys.readouterr().err
     assert "the finished requests wait in" in errors
-    assert "keeps the" not in errors
+    assert "holds the" not in errors
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def test_the_cache_is_given_in_bytes() -> None:
     ("given", "message"),
     [
         ({"cache_bytes": "25%"}, r"^--cache-bytes: can't read '25%'; give bytes \(2GiB, 800MB\)$"),
-        ({"cache_bytes": "0"}, r"^--cache-bytes: '0' is no memory at all; give bytes \(2GiB, 800MB\)$"),
+        ({"cache_bytes": "0"}, r"^--cache-bytes: '0' is zero; give bytes \(2GiB, 800MB\)$"),
         ({"max_batch_tokens": 0}, r"^--max-batch-tokens: 0 is not at least 1$"),
         ({"schedule": "lifo"}, r"^--schedule: 'lifo' is not one of fifo, overlap$"),
         ({"max_running": 0}, r"^--max-running: 0 is not at least 1$"),

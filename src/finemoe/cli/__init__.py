@@ -1,4 +1,4 @@
-"""The command line: a table of subcommands. It holds no logic of its own, and imports a command when it runs."""
+"""The command line: a table of subcommands, each imported when it runs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from finemoe.system import return_freed_memory, share_cores
 COMMANDS = {
     "generate": "answer one prompt",
     "chat": "talk to a model in the terminal",
-    "serve": "answer over HTTP, by OpenAI's API",
+    "serve": "serve a model over HTTP with OpenAI's API",
     "inspect": "show a model's layers, experts and bytes, from headers only",
-    "plan": "say which budgets fit this machine, and how fast they would be",
-    "record": "run prompts and record what the routers choose",
+    "plan": "show which budgets fit this machine, and the speed to expect",
+    "record": "run prompts and record the routing to a trace",
     "trace": "import, describe, show and measure recorded routing",
-    "simulate": "replay recorded routing under a modelled link, policy by policy",
-    "maps": "show, merge, prune and make files of expert maps, what policies learned",
-    "bench": "measure against transformers, resident and with its own disk offload",
+    "simulate": "replay recorded routing on a modelled machine, policy by policy",
+    "maps": "show, merge, prune and make files of learned expert maps",
+    "bench": "measure policies and budgets, beside transformers resident and with its disk offload",
 }
 INTERRUPTED = 130
 
@@ -41,17 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     interrupts = Interrupts()  # first: imports take seconds
     given = list(sys.argv[1:] if argv is None else argv)
-    _take_any_text()
+    _tolerate_encodings()
     output = Output(sys.stdout)
     try:
         with redirect_stdout(output):
             try:
-                with interrupts.told():
+                with interrupts.translated():
                     status = _run(given, interrupts)
             except SystemExit:  # help was shown
                 output.flush()
                 raise
-            output.flush()  # what can't be written shows here, not at exit, where nobody can tell of it
+            output.flush()  # write errors surface here, not at interpreter exit
     except FinemoeError as error:
         print(f"finemoe: error: {error}", file=sys.stderr)
         return 2
@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nfinemoe: interrupted", file=sys.stderr)
         return INTERRUPTED
     except LostOutputError as error:
-        output.give_up()
-        if error.errno == EPIPE:  # the reader of our output went away: nothing is left to tell it
+        output.discard()
+        if error.errno == EPIPE:  # the reader of our output is gone
             return 0
         print(f"finemoe: error: standard output: {error.strerror}", file=sys.stderr)
         return 2
@@ -68,11 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(given: list[str], interrupts: Interrupts) -> int:
-    parser = Parser(prog="finemoe", description="Mixture-of-Experts models from a device too small for them.")
+    parser = Parser(prog="finemoe", description="Runs Mixture-of-Experts models larger than memory.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     chosen = next((word for word in given if not word.startswith("-")), None)
-    _quieten()  # first: these libraries look when they are imported
+    _silence_libraries()  # before they are imported
     share_cores()
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
@@ -93,33 +93,33 @@ def _run(given: list[str], interrupts: Interrupts) -> int:
     return status
 
 
-def _take_any_text() -> None:
-    """No character ends a command: what can't be shown is a `?`, input that is no text is refused where it is used."""
+def _tolerate_encodings() -> None:
+    """Replaces characters that the terminal can't show by `?`; undecodable input is refused where it is used."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
 
 
-def _quieten() -> None:
-    """Libraries' notices are for their developers; errors come as our own one line."""
+def _silence_libraries() -> None:
+    """Silences libraries' notices and progress bars; errors are reported as one line of our own."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    if not sys.stderr.isatty():  # a bar that moves is for eyes, not for a log
+    if not sys.stderr.isatty():  # no progress bars in logs
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it finds it, with complaints
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao if installed, which warns
         logging.getLogger(name).setLevel(logging.ERROR)
     if warnings.formatwarning is not _one_line:
         _FORMATS.append(warnings.formatwarning)
         warnings.formatwarning = _one_line
 
 
-_FORMATS: list[Any] = []  # how warnings were shown before
+_FORMATS: list[Any] = []  # the previous `warnings.formatwarning`
 
 
 def _one_line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
-    """Our own warnings are for users: without the line of code that they come from."""
+    """Shows our own warnings in one line, without the source location."""
     if issubclass(category, FinemoeWarning):
         return f"finemoe: warning: {message}\n"
     shown: str = _FORMATS[-1](message, category, *place, **more)

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from finemoe.cli.flags import add_flags, read_flags
-from finemoe.cli.generate import say_lossy, summary
+from finemoe.cli.generate import summary, warn_if_lossy
 from finemoe.config import GenerateConfig, LoadConfig, PrefillConfig, refuse_undecodable
 from finemoe.errors import ConfigError
 from finemoe.system import unmap_idle_code
@@ -19,7 +19,7 @@ from finemoe.system import unmap_idle_code
 if TYPE_CHECKING:
     from finemoe.model.generation import Reply
 
-_HELP = "/reset forgets the conversation, /stats tells what the last answer took, /exit or Ctrl-D leaves"
+_HELP = "/reset clears the conversation, /stats shows the last answer's speed and hits, /exit or Ctrl-D leaves"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -52,14 +52,14 @@ def run(arguments: argparse.Namespace) -> int:
         unmap_idle_code()
         turns, reply = list(opening), None
         print(_HELP, file=sys.stderr)
-        say_lossy(load_config)
+        warn_if_lossy(load_config)
         while (line := _ask()) is not None:
             if line == "/exit":
                 break
             if line == "/reset":
                 turns = list(opening)
             elif line == "/stats":
-                print(summary(reply) if reply else "nothing was answered yet", file=sys.stderr)
+                print(summary(reply) if reply else "no answer yet", file=sys.stderr)
             elif line.startswith("/"):
                 print(f"no command {line}; {_HELP}", file=sys.stderr)
             elif line:
@@ -73,14 +73,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _reply(ask: Callable[[], Reply], arguments: argparse.Namespace) -> Reply | None:
-    """The answer; `None`, and a line on standard error, where only this turn came to nothing."""
+    """The answer, or `None` after a line on standard error if this turn failed or was interrupted."""
     try:
         return ask()
-    except KeyboardInterrupt:  # ends the answer, not the conversation
+    except KeyboardInterrupt:  # interrupts the answer; the conversation goes on
         arguments.interrupts.clear()
-        print("\n(interrupted; this turn is forgotten)", file=sys.stderr)
-    except ConfigError as error:  # of this turn: it is too long, or no text
-        print(f"finemoe: error: {error}; this turn is forgotten", file=sys.stderr)
+        print("\n(interrupted; this turn is dropped)", file=sys.stderr)
+    except ConfigError as error:  # this turn is too long, or not text
+        print(f"finemoe: error: {error}; this turn is dropped", file=sys.stderr)
     return None
 
 

@@ -1,4 +1,4 @@
-"""`finemoe generate PROMPT`: stream an answer, then say what it took."""
+"""`finemoe generate PROMPT`: streams an answer, then prints its speed, hits and memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds this command's flags."""
+    """Adds the flags of this command."""
     parser.add_argument("prompt", metavar="PROMPT", help="what to ask; - reads it from standard input")
     parser.add_argument("--json", action="store_true", help="print one JSON document, and nothing else")
     add_flags(parser, LoadConfig)
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     routing = None if trace is None else open_routing(trace)
     if routing is not None and load_config.map_store is None:
-        load_config = replace(load_config, map_store=NOWHERE)  # what is learned is not this model's
+        load_config = replace(load_config, map_store=NOWHERE)  # forced routing teaches nothing about this model
 
     def show(text: str) -> None:
         arguments.interrupts.check()
@@ -67,8 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def say_lossy(config: LoadConfig) -> None:
-    """A line on standard error if experts are not the checkpoint's own."""
+def warn_if_lossy(config: LoadConfig) -> None:
+    """Warns on standard error if experts are quantized below the checkpoint's precision."""
     if config.lossy:
         print(_lossy(config.expert_dtype), file=sys.stderr)
 
@@ -78,7 +78,7 @@ def _lossy(expert_dtype: str) -> str:
 
 
 def summary(reply: Reply) -> str:
-    """What an answer took, in three lines for people; then, where it was asked for, why."""
+    """Speed, expert hits and I/O of an answer in three lines; with `--explain`, its table."""
     stats = reply.stats
     count = len(reply.token_ids)
     tokens = f"{count} tokens at {reply.tok_s:.2f} tok/s; first after {reply.ttft_s:.2f} s"
@@ -93,11 +93,11 @@ def summary(reply: Reply) -> str:
     if stats.precision is not None:
         experts += f"; {stats.prefetched} prefetched, {stats.precision:.1%} of them used"
     if stats.paused:
-        experts += f"; prefetching rested for {stats.paused} tokens, as it did not pay"
+        experts += f"; prefetching paused for {stats.paused} tokens, as it did not pay"
     if stats.lossy:
         experts += f"\n{_lossy(stats.expert_dtype)}"
     held = stats.link_bandwidth_bytes_s
-    how = f"{stats.io} I/O" if held is None else f"{stats.io} I/O, link held to {format_bytes(held)}/s"
+    how = f"{stats.io} I/O" if held is None else f"{stats.io} I/O, link throttled to {format_bytes(held)}/s"
     moved = f"copied {format_bytes(stats.bytes_read)} to {stats.device}, " if on_gpu else ""
     transfer = (
         f"{moved}read {format_bytes(stats.disk_bytes)} ({how}), waited for it {reply.stall_share:.0%} of the time; "
@@ -106,7 +106,7 @@ def summary(reply: Reply) -> str:
     replayed = (
         ""
         if stats.replayed_routing is None
-        else f"\nrouting replayed from {stats.replayed_routing}: words mean nothing"
+        else f"\nrouting replayed from {stats.replayed_routing}: the text is meaningless"
     )
     explained = "" if stats.explained is None else f"\n\n{explain_table(stats.explained)}"
     return f"\n{tokens}\n{experts}\n{transfer}{replayed}{explained}"

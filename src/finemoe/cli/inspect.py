@@ -1,4 +1,4 @@
-"""`finemoe inspect`: what a model is made of, from its headers."""
+"""`finemoe inspect`: a model's layers, experts and bytes, from headers alone."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which model to describe."""
+    """Adds the flags that choose the model."""
     parser.add_argument("--model", default=None, help="folder or hub id; by default the built-in reference model")
     parser.add_argument("--revision", default=None, help="hub revision (branch, tag or commit)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run modelling code that the model repo ships")
     parser.add_argument(
-        "--expert-dtype", choices=EXPERT_DTYPES, default="stored", help="as of the lossy copy that this flag makes"
+        "--expert-dtype",
+        choices=EXPERT_DTYPES,
+        default="stored",
+        help="describe the lossy copy that loading with this flag makes",
     )
 
 
 def describe_model(arguments: argparse.Namespace) -> Description:
-    """The model that the flags name."""
+    """Describes the model that the flags choose."""
     from finemoe.model import chosen_model, describe
 
     return describe(
@@ -49,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def as_dict(description: Description) -> dict[str, Any]:
-    """For JSON."""
+    """The description as a JSON object."""
     expert_index = description.expert_index
     return {
         "model": description.name,
@@ -84,7 +87,7 @@ def stored_as(description: Description) -> str:
 
 
 def table(description: Description) -> str:
-    """For people; like layers stand on one line."""
+    """The description as text; equal layers share a line."""
     index = description.expert_index
     least = description.least_slots
     lines = [

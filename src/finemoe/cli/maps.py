@@ -1,4 +1,4 @@
-"""`finemoe maps`: show, merge, prune and make files of expert maps."""
+"""`finemoe maps`: shows, merges, prunes and makes files of expert maps."""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ from finemoe.system import refuse_unwritable
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
-    info = actions.add_parser("info", help="say what a file holds")
-    merging = actions.add_parser("merge", help="put several files' maps into one, the newest of each in turn")
+    info = actions.add_parser("info", help="describe a file")
+    merging = actions.add_parser("merge", help="merge files into one, taking the newest maps of each in turn")
     merging.add_argument("files", metavar="FILE", nargs="+")
-    merging.add_argument("--capacity", type=int, default=None, help="keep so many maps, the newest (default: all)")
+    merging.add_argument("--capacity", type=int, default=None, help="keep this many, the newest (default: all)")
     pruning = actions.add_parser("prune", help="keep fewer maps, dropping the most redundant first")
     pruning.add_argument("--keep", type=int, required=True, metavar="N", help="how many maps to keep")
-    learning = actions.add_parser("learn", help="fill a file from a recorded trace")
+    learning = actions.add_parser("learn", help="learn maps from a recorded trace")
     learning.add_argument("trace", metavar="TRACE")
     learning.add_argument("--policy", default="finemoe", help="the policy that learns (default: %(default)s)")
-    learning.add_argument("--capacity", type=int, default=None, help="maps that it holds (default: the policy's own)")
-    showing = actions.add_parser("show", help="a recorded request's expert map: expected against needed")
+    learning.add_argument("--capacity", type=int, default=None, help="maps to hold (default: the policy's own)")
+    showing = actions.add_parser("show", help="compare a policy's predictions with a recorded request")
     showing.add_argument("trace", metavar="TRACE")
     showing.add_argument("--request", type=int, required=True, metavar="N", help="which request, from 0 on")
     showing.add_argument("--iteration", type=int, default=None, help="one of its iterations (default: all decoded)")
-    showing.add_argument("--policy", default="finemoe", help="whose expectations (default: %(default)s)")
+    showing.add_argument("--policy", default="finemoe", help="the policy that predicts (default: %(default)s)")
     showing.add_argument(
-        "--map-store", default=None, metavar="FILE", help="what it learned (default: TRACE's first 70%%, by the seed)"
+        "--map-store",
+        default=None,
+        metavar="FILE",
+        help="the maps it uses (default: learned from a seeded 70%% of TRACE)",
     )
     showing.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
     showing.add_argument("--plot", default=None, metavar="OUT.png", help="draw it; needs finemoe[plots]")
@@ -56,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _info(arguments: argparse.Namespace) -> int:
     path = Path(arguments.file)
-    told = describe(path, read_maps(path))
-    print(json.dumps(told) if arguments.json else table(told))
+    described = describe(path, read_maps(path))
+    print(json.dumps(described) if arguments.json else table(described))
     return 0
 
 
@@ -94,15 +97,15 @@ def _learn(arguments: argparse.Namespace) -> int:
     out = _out(arguments)
     if not policy_class(arguments.policy).is_persistent:
         able = ", ".join(name for name, kind in FACTORIES.items() if kind.is_persistent)
-        raise ConfigError(f"--policy: {arguments.policy} learns no maps that could be kept; choose one of {able}")
+        raise ConfigError(f"--policy: {arguments.policy} learns no maps; choose one of {able}")
     _at_least_one("--capacity", arguments.capacity)
     with open_trace(arguments.trace) as trace:
-        header, evidence = trace.header, TraceView(trace)
-        if "gates" not in evidence.fields:
+        header, view = trace.header, TraceView(trace)
+        if "gates" not in view.fields:
             raise ConfigError(f"{arguments.trace}: has no gate distributions or weights to learn from")
         options: dict[str, Any] = {} if arguments.capacity is None else {"capacity": arguments.capacity}
         policy = make_policy(arguments.policy, header.layers, header.experts, jit=compiler(), **options)
-        requests = evidence.recorded(range(len(trace)))
+        requests = view.recorded(range(len(trace)))
         for recorded in tqdm(
             requests, total=len(trace), desc="Learning", unit=" requests", leave=False, delay=1, disable=None
         ):
@@ -125,7 +128,7 @@ def _show(arguments: argparse.Namespace) -> int:
     from finemoe.trace import open_trace, split
 
     if "predictors" in policy_class(arguments.policy).needs:
-        raise ConfigError(f"--policy: {arguments.policy} values experts, but makes no guess at a layer")
+        raise ConfigError(f"--policy: {arguments.policy} makes no predictions by layer")
     if arguments.plot is not None:
         check(Path(arguments.plot))
     with open_trace(arguments.trace) as trace:
@@ -137,14 +140,14 @@ def _show(arguments: argparse.Namespace) -> int:
         else:
             maps = read_maps(Path(arguments.map_store))
             if (maps.policy, maps.layers, maps.experts) != (arguments.policy, header.layers, header.experts):
-                raise ConfigError(f"--map-store: {arguments.map_store} is of another policy or another shape of model")
+                raise ConfigError(f"--map-store: {arguments.map_store} is for another policy or model shape")
             policy.load_state_dict(maps.arrays)
         found = guess(trace, policy, arguments.request, store, jit)
     if arguments.iteration is not None and not 0 <= arguments.iteration < len(found.phases):
         raise ConfigError(f"--iteration: {arguments.iteration} is not one of 0 to {len(found.phases) - 1}")
     chosen = found.chosen(arguments.iteration)
     recall = found.recall[chosen].mean(axis=0)
-    told = {
+    described = {
         "trace": arguments.trace, "request": arguments.request, "policy": arguments.policy,
         "iterations": int(chosen.sum()), "recall": float(recall.mean()), "recall_by_layer": recall.tolist(),
     }  # fmt: skip
@@ -154,32 +157,33 @@ def _show(arguments: argparse.Namespace) -> int:
         draw_guess(found, title, Path(arguments.plot), arguments.iteration)
         print(f"drawn to {arguments.plot}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps(told))
+        print(json.dumps(described))
     else:
-        print(f"foreseen by {arguments.policy}, of what each layer needed: {recall.mean():.1%}")
+        print(f"recall of {arguments.policy}, experts predicted of those needed: {recall.mean():.1%}")
         for layer, share in enumerate(recall):
             print(f"layer {layer:3}  {share:6.1%}  {'#' * round(40 * share)}")
     return 0
 
 
 def describe(path: Path, maps: Maps) -> dict[str, Any]:
-    """What a file holds, ready for JSON."""
+    """Describes a file as a JSON object."""
     return {"path": str(path), "bytes": path.stat().st_size} | maps.about()
 
 
-def table(told: dict[str, Any]) -> str:
-    """What a file holds, for people."""
-    count = told["stretches"]
+def table(described: dict[str, Any]) -> str:
+    """The description as text."""
+    count = described["stretches"]
     stretches = (
         "" if count is None else f", in {count} {'stretch' if count == 1 else 'stretches'} of successive iterations"
     )
-    keys = f", embeddings of {told['embedding_width']} numbers" if told["embedding_width"] else ""
+    keys = f", embeddings of {described['embedding_width']} numbers" if described["embedding_width"] else ""
     return "\n".join(
         [
-            f"{told['path']}: {told['maps']} expert maps of --policy {told['policy']}{stretches}",
-            f"model: {told['model']} (fingerprint {told['fingerprint']})",
-            f"{told['layers']} MoE layers, {told['experts']} experts each, {told['active']} active{keys}",
-            f"{format_bytes(told['bytes'])} on disk, {format_bytes(told['memory_bytes'])} in memory",
+            f"{described['path']}: {described['maps']} expert maps of --policy {described['policy']}{stretches}",
+            f"model: {described['model']} (fingerprint {described['fingerprint']})",
+            f"{described['layers']} MoE layers, {described['experts']} experts each, "
+            f"{described['active']} active{keys}",
+            f"{format_bytes(described['bytes'])} on disk, {format_bytes(described['memory_bytes'])} in memory",
         ]
     )
 
@@ -189,8 +193,8 @@ def _written(maps: Maps, out: Path, arguments: argparse.Namespace, before: int) 
         write_maps(maps, out)
     except OSError as error:
         raise ConfigError(f"--out: {out} can't be written ({error.strerror or error})") from error
-    told = describe(out, maps) | {"maps_before": before}
-    print(json.dumps(told) if arguments.json else f"kept {len(maps)} of {before} maps\n{table(told)}")
+    described = describe(out, maps) | {"maps_before": before}
+    print(json.dumps(described) if arguments.json else f"kept {len(maps)} of {before} maps\n{table(described)}")
     return 0
 
 

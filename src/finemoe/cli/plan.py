@@ -1,4 +1,4 @@
-"""`finemoe plan`: which budgets fit this machine, and how fast they would be. Needs headers only, no weights."""
+"""`finemoe plan`: which budgets fit this machine and the speed to expect, from headers alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--expert-memory",
         default=",".join(_SHARES),
-        help="budgets to look at, separated by commas (default: %(default)s)",
+        help="budgets to compare, separated by commas (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document, and nothing else")
 
@@ -31,27 +31,27 @@ def run(arguments: argparse.Namespace) -> int:
     description = describe_model(arguments)
     from finemoe.sim.cost_model import Sizes, forecast, measure
 
-    expert_index = description.expert_index
+    index = description.expert_index
     sizes = Sizes(
         layers=description.layers,
         active=description.active,
-        experts=expert_index.experts,
+        experts=index.experts,
         least_slots=description.least_slots,
-        slot_bytes=expert_index.slot_bytes,
-        expert_bytes=expert_index.weight_bytes,
+        slot_bytes=index.slot_bytes,
+        expert_bytes=index.weight_bytes,
         dense_bytes=description.dense_bytes,
     )
     folder = Path(description.name)
     print("measuring this machine's disk and memory ...", file=sys.stderr)
     rates = measure(folder if folder.is_dir() else None)
-    shares = [budget.slots(expert_index.slot_bytes, expert_index.experts) / expert_index.experts for budget in budgets]
+    shares = [budget.slots(index.slot_bytes, index.experts) / index.experts for budget in budgets]
     rows = [forecast(sizes, rates, share) for share in shares]
     if arguments.json:
-        stored = {"expert_dtype": expert_index.stored_dtype, "lossy": description.lossy}
+        stored = {"expert_dtype": index.stored_dtype, "lossy": description.lossy}
         document = {"model": description.name, **stored, "sizes": asdict(sizes), "rates": asdict(rates)}
         print(json.dumps(document | {"rows": [asdict(row) for row in rows]}))
         return 0
-    experts, dense = format_bytes(expert_index.weight_bytes), format_bytes(description.dense_bytes)
+    experts, dense = format_bytes(index.weight_bytes), format_bytes(description.dense_bytes)
     disk, matmul = format_bytes(rates.disk_bytes_s), format_bytes(rates.memory_bytes_s)
     print(f"{description.name}: experts {experts}, stored as {stored_as(description)}; dense {dense}")
     print(f"this machine: {format_bytes(rates.available_bytes)} of memory available")
@@ -64,10 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
         fits = "yes" if row.fits else "no"
         print(f"{held:>24}  {format_bytes(row.total_bytes):>12}  {fits:4}  {speed:>14}")
     if any(row.raised for row in rows):
-        print("* less was asked for; this is the least that a load accepts")
+        print("* raised to the smallest budget that loads")
     print(
         "\ntotal memory: experts in memory, the dense part and the process"
-        "\ntok/s while decoding: the first figure if routing has no locality, the second if it is as local as "
-        "gpt-oss-20b's"
+        "\ntok/s while decoding: without routing locality, and with gpt-oss-20b's"
     )
     return 0

@@ -1,4 +1,4 @@
-"""`finemoe record`: run prompts, and keep what the routers chose."""
+"""`finemoe record`: runs prompts and writes the routing to a trace."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finemoe.cli.flags import add_flags, read_flags
-from finemoe.cli.generate import say_lossy
+from finemoe.cli.generate import warn_if_lossy
 from finemoe.config import GenerateConfig, LoadConfig, RecordConfig, format_bytes
 from finemoe.errors import ConfigError
 from finemoe.metrics import explain_table
@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         required=True,
         metavar="FILE",
-        help="JSON lines, a JSON list or text with a prompt on each line; of conversations, what the person says first",
+        help="JSON lines, a JSON list or text with one prompt per line; of conversations, the first user turn",
     )
     parser.add_argument("--out", required=True, metavar="TRACE", help="the trace to write")
     parser.add_argument("--json", action="store_true", help="print one JSON document, and nothing else")
@@ -47,9 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     refuse_existing(out, append=config.append, overwrite=config.force)
     prompts = read_prompts(Path(arguments.prompts), config.field, config.limit, config.skip)
     if prompts.skipped:
-        print(f"entries without a prompt, left out: {prompts.skipped}", file=sys.stderr)
+        print(f"skipped entries without a prompt: {prompts.skipped}", file=sys.stderr)
     if config.append and (waiting := left_behind(out)):
-        print(f"finished requests of an interrupted recording, taken up: {waiting}", file=sys.stderr)
+        print(f"resuming an interrupted recording with {waiting} finished requests", file=sys.stderr)
     from tqdm import tqdm
 
     from finemoe.model import load_config as load
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         "expert_memory": load_config.expert_memory,
         "expert_dtype": load_config.expert_dtype,
     }
-    say_lossy(load_config)
+    warn_if_lossy(load_config)
     with load(load_config) as model:
         session = Session(model)
         encoded = _encoded(session, prompts.texts, generate_config, config.max_prompt_tokens)
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         def step() -> None:
             arguments.interrupts.check()
-            bar.update(0)  # the clock of a long batch goes on
+            bar.update(0)  # refreshes the elapsed time during a long batch
 
         try:
             with writer, bar:
@@ -90,8 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
                         recorded += 1
                         bar.update()
         except BaseException:
-            if recorded and not left_behind(out):  # else the error says where they are
-                print(f"\n{out} keeps the {recorded} requests that were finished; --append adds to it", file=sys.stderr)
+            if recorded and not left_behind(out):  # otherwise the error names the spool
+                print(f"\n{out} holds the {recorded} finished requests; --append adds to it", file=sys.stderr)
             raise
         if load_config.explain:
             print(explain_table(model.finemoe.explain()), file=sys.stderr)
@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _encoded(session: Session, texts: tuple[str, ...], config: GenerateConfig, longest: int | None) -> list[Tensor]:
-    """The prompts' token ids, each `[1, T]`; those that are too long are left out, and said to be."""
+    """The prompts' token ids, each `[1, T]`, without those that are empty or too long (reported on standard error)."""
     limit = session.context_tokens
     most = min(
         (most for most in (longest, limit and limit - config.max_new_tokens) if most is not None), default=sys.maxsize
@@ -119,7 +119,7 @@ def _encoded(session: Session, texts: tuple[str, ...], config: GenerateConfig, l
     fitting = [ids for ids in encoded if 0 < ids.shape[1] <= most]
     if len(fitting) < len(encoded):
         left_out = len(encoded) - len(fitting)
-        print(f"prompts that are empty or have more than {most} tokens, left out: {left_out}", file=sys.stderr)
+        print(f"skipped prompts that are empty or longer than {most} tokens: {left_out}", file=sys.stderr)
     if not fitting:
         raise ConfigError(f"--prompts: none of the {len(encoded)} prompts has at most {most} tokens")
     return fitting

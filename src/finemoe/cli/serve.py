@@ -1,4 +1,4 @@
-"""`finemoe serve`: an OpenAI-compatible server."""
+"""`finemoe serve`: the OpenAI-compatible server."""
 
 from __future__ import annotations
 

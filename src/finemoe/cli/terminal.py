@@ -1,4 +1,4 @@
-"""Standard output that tells its own failures from everything else's."""
+"""Standard output with distinguishable write errors, and Ctrl-C that survives imports."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 
 class LostOutputError(OSError):
-    """Standard output can't be written: its reader went away, or its disk is full."""
+    """Standard output can't be written: its reader is gone, or the disk is full."""
 
 
 class Output:
-    """Passes everything on to `stream`; what that can't write is a `LostOutputError`.
+    """Wraps a stream and raises `LostOutputError` for its write errors.
 
     Args:
-        stream: standard output as it was.
+        stream: the original standard output.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -38,8 +38,8 @@ class Output:
         except OSError as error:
             raise LostOutputError(error.errno, error.strerror) from error
 
-    def give_up(self) -> None:
-        """What is still held back goes nowhere: flushing it at exit would fail once more."""
+    def discard(self) -> None:
+        """Redirects the stream to the null device, so that flushing buffered text at exit can't fail again."""
         os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
@@ -47,21 +47,21 @@ class Output:
 
 
 class Interrupts:
-    """Raises `KeyboardInterrupt` on Ctrl-C like Python itself, and once more at the next `check` if that was lost."""
+    """Raises `KeyboardInterrupt` on Ctrl-C, and again at the next `check` if a library swallowed it."""
 
     def __init__(self) -> None:
-        self._pending = False  # a Ctrl-C was not acted upon
+        self._pending = False  # a Ctrl-C not handled yet
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._interrupt)
 
     def check(self) -> None:
-        """Raises `KeyboardInterrupt` if a Ctrl-C was not acted upon."""
+        """Raises `KeyboardInterrupt` if a Ctrl-C is pending."""
         if self._pending:
             raise KeyboardInterrupt
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """Within, what a Ctrl-C broke is a `KeyboardInterrupt`, whatever an import in its middle made of that."""
+    def translated(self) -> Iterator[None]:
+        """Re-raises an exception caused by Ctrl-C (as by an interrupted import) as `KeyboardInterrupt`."""
         try:
             yield
         except Exception:
@@ -69,7 +69,7 @@ class Interrupts:
             raise
 
     def clear(self) -> None:
-        """The Ctrl-C was acted upon."""
+        """Marks the Ctrl-C as handled."""
         self._pending = False
 
     def _interrupt(self, _signal: int, _frame: FrameType | None) -> None:

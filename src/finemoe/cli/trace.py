@@ -31,7 +31,7 @@ class RoutingRow:
     weights: list[list[float]] | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """The row as a JSON object."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -72,30 +72,32 @@ def rows(trace: Trace, index: int, count: int) -> list[RoutingRow]:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
-    importing = actions.add_parser("import", help="turn routing that others recorded into a trace")
-    importing.add_argument("source", metavar="SRC", help="folder or file; its layout is recognised")
+    importing = actions.add_parser("import", help="convert routing recorded by another tool")
+    importing.add_argument("source", metavar="SRC", help="folder or file; the format is detected")
     importing.add_argument("--out", required=True, metavar="FILE", help="the trace to write")
-    importing.add_argument("--model", default=None, help="name of the model (default: as the source says)")
-    importing.add_argument("--experts", type=int, default=None, help="routed experts a layer, if the source lacks it")
-    importing.add_argument("--licence", default=None, help="of the data, to be kept with it")
+    importing.add_argument("--model", default=None, help="name of the model (default: the source's)")
+    importing.add_argument(
+        "--experts", type=int, default=None, help="routed experts per layer, if the source does not say"
+    )
+    importing.add_argument("--licence", default=None, help="licence of the data, kept in the trace")
     importing.add_argument("--force", action="store_true", help="replace FILE if it exists")
-    info = actions.add_parser("info", help="say what a trace holds")
+    info = actions.add_parser("info", help="describe a trace")
     head = actions.add_parser("head", help="show the first rows")
     head.add_argument("--rows", type=int, default=8, help="how many (default: %(default)s)")
     head.add_argument("--request", type=int, default=0, help="of which request, from 0 on (default: %(default)s)")
-    stats = actions.add_parser("stats", help="measure locality, skew and predictability of the routing")
-    stats.add_argument("--plot", default=None, metavar="OUT.png", help="draw it too; needs finemoe[plots]")
-    train = actions.add_parser("train", help="train the predictors that --policy promoe needs, on the store's share")
+    stats = actions.add_parser("stats", help="measure the routing's locality, skew and predictability")
+    stats.add_argument("--plot", default=None, metavar="OUT.png", help="also plot it; needs finemoe[plots]")
+    train = actions.add_parser("train", help="train the predictors of --policy promoe on the store split")
     train.add_argument("--out", required=True, metavar="FILE", help="the predictors to write")
     train.add_argument("--force", action="store_true", help="replace FILE if it exists")
     train.add_argument(
         "--store-split",
         type=float,
         default=0.7,
-        help="share of the requests to learn from, as in simulate (%(default)s)",
+        help="share of the requests to learn from, as in simulate (default: %(default)s)",
     )
-    train.add_argument("--seed", type=int, default=0, help="of the split, as in simulate, and of the training")
-    train.add_argument("--epochs", type=int, default=6, help="how often each iteration is seen (default: %(default)s)")
+    train.add_argument("--seed", type=int, default=0, help="seed of the split, as in simulate, and of the training")
+    train.add_argument("--epochs", type=int, default=6, help="training epochs (default: %(default)s)")
     for action in (info, head, stats, train):
         action.add_argument("trace", metavar="TRACE")
     for action in (importing, info, head, stats, train):
@@ -114,11 +116,11 @@ def _import(arguments: argparse.Namespace) -> int:
 
     if arguments.experts is not None and arguments.experts < 1:
         raise ConfigError(f"--experts: {arguments.experts} is not at least 1")
-    told = TraceMetadata(arguments.model, arguments.experts, arguments.licence)
+    metadata = TraceMetadata(arguments.model, arguments.experts, arguments.licence)
     importing = import_trace(
         arguments.source,
         arguments.out,
-        told,
+        metadata,
         overwrite=arguments.force,
         progress=lambda files: tqdm(files, desc="Reading", unit=" files", leave=False, delay=1, disable=None),
     )
@@ -191,11 +193,11 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.epochs < 1:
         raise ConfigError(f"--epochs: {arguments.epochs} is not at least 1")
     with open_trace(arguments.trace) as trace:
-        evidence, header = TraceView(trace), trace.header
-        if "gates" not in evidence.fields:
+        view, header = TraceView(trace), trace.header
+        if "gates" not in view.fields:
             raise ConfigError(f"{arguments.trace}: has no gate distributions or weights to learn from")
         stored, _ = split(len(trace), arguments.store_split, arguments.seed)
-        kept = max(1, len(stored) // 10)  # of the store's share, to say how good they are
+        kept = max(1, len(stored) // 10)  # held back to measure recall
         with tqdm(desc="Training", unit=" steps", leave=False, delay=1, disable=None) as bar:
 
             def progress(done: int, total: int, loss: float) -> None:
@@ -205,10 +207,10 @@ def _train(arguments: argparse.Namespace) -> int:
                 arguments.interrupts.check()
 
             predictors = train(
-                evidence.recorded(stored[kept:].tolist()), header.layers, header.experts, seed=arguments.seed,
+                view.recorded(stored[kept:].tolist()), header.layers, header.experts, seed=arguments.seed,
                 epochs=arguments.epochs, progress=progress,
             )  # fmt: skip
-        recalls = recall(predictors, evidence.recorded(stored[:kept].tolist()))
+        recalls = recall(predictors, view.recorded(stored[:kept].tolist()))
     try:
         save(predictors, out, header.fingerprint or header.model)
     except OSError as error:
@@ -222,7 +224,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def describe(trace: Trace) -> dict[str, Any]:
-    """What a trace holds, ready for JSON. Of the vocabulary, only its size."""
+    """Describes a trace as a JSON object; of the vocabulary, only its size."""
     from finemoe.trace.spool import left_behind
 
     header = trace.header.as_dict()
@@ -241,8 +243,8 @@ def describe(trace: Trace) -> dict[str, Any]:
 
 
 def table(trace: Trace) -> str:
-    """What a trace holds, for people."""
-    told = describe(trace)
+    """The description as text."""
+    described = describe(trace)
     header = trace.header
     phases = ", decoding only" if trace.decode_only else ""
     lines = [
@@ -267,8 +269,10 @@ def table(trace: Trace) -> str:
         lines.append("settings: " + ", ".join(f"{name} {value}" for name, value in header.settings.items()))
     if header.notes:
         lines.append(f"notes: {header.notes}")
-    if told["left_behind"]:
-        lines.append(f"{told['left_behind']} more requests wait in {trace.path}.partial: finemoe record --append")
+    if described["left_behind"]:
+        lines.append(
+            f"{described['left_behind']} more requests are in {trace.path}.partial: resume with finemoe record --append"
+        )
     return "\n".join(lines)
 
 

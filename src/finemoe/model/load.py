@@ -1,9 +1,11 @@
-"""Loads a model whose experts live in a pool: what is asked for is checked, then `Loading` does the work."""
+"""`finemoe.load`: checks the settings, then `Loading` does the work."""
 
 from __future__ import annotations
 
+from dataclasses import fields
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack, get_type_hints
 
 import torch
 
@@ -20,91 +22,82 @@ from finemoe.policy import policy_class
 from finemoe.system import release_threads
 
 
-def load(
-    model: str | Path | None = None,
-    *,
-    expert_memory: str | float = "25%",
-    device: str = "auto",
-    host_memory: str | float | None = None,
-    expert_kernel: Literal["auto", "eager", "grouped_mm"] = "auto",
-    host_compute: Literal["off", "auto"] = "off",
-    expert_dtype: str = "stored",
-    policy: str = "finemoe",
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | torch.dtype = "auto",
-    io: Literal["auto", "direct", "buffered"] = "auto",
-    reader_threads: int = 4,
-    link_bandwidth: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    predictors: str | Path | None = None,
-    map_store: str | Path | None = None,
-    explain: bool = False,
-    verify: bool = False,
-) -> Any:
-    """A transformers model whose routed experts live in a bounded pool.
+class LoadSettings(TypedDict, total=False):
+    """The keyword arguments of `load`; defaults and descriptions stand in `LoadConfig`."""
 
-    It generates, streams, batches and serves as an assistant like any other, and answers exactly as it would with all
-    of its experts in memory, unless `expert_dtype` asks for less. `model.finemoe.stats()` tells what the pool did;
-    `close()`, or a `with` block, frees it.
+    expert_memory: str | float
+    device: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | torch.dtype
+    expert_dtype: str
+    policy: str
+    explain: bool
+    revision: str | None
+    trust_remote_code: bool
+    predictors: str | Path | None
+    map_store: str | Path | None
+    io: Literal["auto", "direct", "buffered"]
+    reader_threads: int
+    link_bandwidth: str | None
+    verify: bool
+    host_memory: str | float | None
+    expert_kernel: Literal["auto", "eager", "grouped_mm"]
+    host_compute: Literal["off", "auto"]
+
+
+def load(model: str | Path | None = None, **settings: Unpack[LoadSettings]) -> Any:
+    """Loads a transformers model whose routed experts live in a bounded pool.
+
+    The model generates, streams, batches and serves as an assistant like any other, and answers exactly as with all of
+    its experts in memory, unless `expert_dtype` is lossy. `model.finemoe.stats()` reports hits, bytes and time;
+    `close()`, or a `with` block, frees the pool.
 
     Args:
         model: folder or Hugging Face hub id; `None` is the built-in reference model.
-        expert_memory: hard limit for resident experts: bytes (`2GiB`, or an int), a share (`25%`, or the float 0.25),
-            or `all`.
-        device: where the model runs and its pool is: `cpu`, `cuda`, one or several devices (`cuda:0,cuda:1`), or
-            `auto`: `cuda` where there is one.
-        host_memory: on a GPU: pinned memory for experts between disk and GPU, like `expert_memory`; by default all of
-            them, or as many as fit.
-        expert_kernel: on a GPU: which of transformers' experts implementations the arithmetic is that of; `auto` is
-            `grouped_mm` where its results do not depend on what was resident, else `eager`.
-        host_compute: on a GPU: `auto` computes missing experts of few tokens on the CPU where that is faster than to
-            copy them; answers then differ in rounding, by what was resident.
-        expert_dtype: `int8` or `int4` keep experts in fewer bits, which is lossy, by a copy in the cache folder.
-        policy: what to keep and what to prefetch; one of `finemoe.policy.POLICIES`.
-        dtype: of computation; `auto` takes the checkpoint's.
-        io: `direct` reads past the page cache, `buffered` through it, `auto` chooses.
-        reader_threads: threads that read experts.
-        link_bandwidth: for experiments: move experts no faster than this many bytes per second (`500MiB`).
-        revision: hub revision.
-        trust_remote_code: run modelling code that the model's repository ships.
-        predictors: the file that `finemoe trace train` wrote, of a policy that needs one.
-        map_store: the file that a policy that learns starts from, and that `close()` leaves what it learned in; by
-            default one for each model and policy in the user's cache folder, `none` for nothing.
-        explain: count by layer and by source, for `model.finemoe.explain()`.
-        verify: debug: read every landed expert a second time, by another path, and compare.
+        **settings: fields of `LoadConfig`, the same as the command line's flags. A budget may also be an int (bytes) or
+            a float (a share), a dtype torch's, a path a `Path`.
 
     Raises:
         CheckpointError: the checkpoint is missing, incomplete or damaged.
         UnsupportedModelError: its experts can't be offloaded exactly.
-        ConfigError: an argument can't be used; `BudgetError` where it is the expert memory.
+        ConfigError: a setting can't be used; `BudgetError` for expert memory.
+        TypeError: no setting of that name.
     """
-    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-    return load_config(
-        LoadConfig(
-            model=None if model is None else str(model),
-            revision=revision,
-            dtype=name,  # type: ignore[arg-type] # checked by LoadConfig
-            trust_remote_code=trust_remote_code,
-            expert_memory=budget_text(expert_memory),
-            device=device,
-            host_memory=None if host_memory is None else budget_text(host_memory, "--host-memory"),
-            expert_kernel=expert_kernel,
-            host_compute=host_compute,
-            expert_dtype=expert_dtype,
-            policy=policy,
-            predictors=None if predictors is None else str(predictors),
-            map_store=None if map_store is None else str(map_store),
-            io=io,
-            reader_threads=reader_threads,
-            link_bandwidth=link_bandwidth,
-            explain=explain,
-            verify=verify,
-        )
+    values: dict[str, Any] = {"model": model, **settings}
+    if unknown := values.keys() - {field.name for field in fields(LoadConfig)}:
+        raise TypeError(f"load() got an unexpected keyword argument {min(unknown)!r}")
+    for name, value in values.items():
+        if isinstance(value, Path):
+            values[name] = str(value)
+        elif isinstance(value, torch.dtype):
+            values[name] = str(value).removeprefix("torch.")
+        elif name in {"expert_memory", "host_memory"} and value is not None:
+            values[name] = budget_text(value, f"--{name.replace('_', '-')}")
+    return load_config(LoadConfig(**values))
+
+
+def _show_settings() -> None:
+    """Gives `load` the signature and argument descriptions of `LoadConfig`, for `help()` and notebooks."""
+    shown = [field for field in fields(LoadConfig) if field.name != "model"]
+    hints = get_type_hints(LoadSettings)
+    load.__signature__ = signature(load).replace(  # type: ignore[attr-defined]
+        parameters=[
+            signature(load).parameters["model"],
+            *(
+                Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=hints[each.name])
+                for each in shown
+            ),
+        ]
     )
+    assert load.__doc__ is not None
+    lines = "\n".join(f"        {each.name}: {each.metadata['help']}." for each in shown)
+    load.__doc__ += f"\n    Settings:\n{lines}\n"
+
+
+_show_settings()
 
 
 def load_config(config: LoadConfig) -> Any:
-    """`load`, from a `LoadConfig`."""
+    """Like `load`, from a `LoadConfig`."""
     kind = policy_class(config.policy)  # an unknown one is refused before anything is read
     if ("predictors" in kind.needs) != (config.predictors is not None):
         raise ConfigError(
