@@ -182,7 +182,7 @@ def table(described: dict[str, Any]) -> str:
             f"{described['path']}: {described['maps']} expert maps of --policy {described['policy']}{stretches}",
             f"model: {described['model']} (fingerprint {described['fingerprint']})",
             f"{described['layers']} MoE layers, {described['experts']} experts each, "
-            f"{described['active']} active{keys}",
+            + f"{described['active']} active{keys}",
             f"{format_bytes(described['bytes'])} on disk, {format_bytes(described['memory_bytes'])} in memory",
         ]
     )
