@@ -177,12 +177,12 @@ def table(described: dict[str, Any]) -> str:
         "" if count is None else f", in {count} {'stretch' if count == 1 else 'stretches'} of successive iterations"
     )
     keys = f", embeddings of {described['embedding_width']} numbers" if described["embedding_width"] else ""
+    shape = f"{described['layers']} MoE layers, {described['experts']} experts each, {described['active']} active{keys}"
     return "\n".join(
         [
             f"{described['path']}: {described['maps']} expert maps of --policy {described['policy']}{stretches}",
             f"model: {described['model']} (fingerprint {described['fingerprint']})",
-            f"{described['layers']} MoE layers, {described['experts']} experts each, "
-            + f"{described['active']} active{keys}",
+            shape,
             f"{format_bytes(described['bytes'])} on disk, {format_bytes(described['memory_bytes'])} in memory",
         ]
     )
