@@ -11,7 +11,7 @@ import pytest
 PROGRAM = """
 import torch
 from pathlib import Path
-from finemoe.process import return_freed_memory, unmap_idle_code
+from finemoe.system import return_freed_memory, unmap_idle_code
 
 def file_kib():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -32,7 +32,7 @@ assert json.loads("[1]") == [1]
 THREADS = """
 import os
 import torch
-from finemoe.process import release_threads
+from finemoe.system import release_threads
 
 def threads():
     return len(os.listdir("/proc/self/task"))
@@ -64,7 +64,7 @@ def test_idle_code_is_unmapped_and_comes_back() -> None:
 
 SPINNING = """
 import os, sys
-from finemoe.process import share_cores
+from finemoe.system import share_cores
 
 assert "torch" not in sys.modules
 share_cores()

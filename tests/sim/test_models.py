@@ -67,7 +67,7 @@ def put_on_link(model: Any, policy: str, link: VirtualLink, experts: int) -> Eng
     store, pool, layers = offload._store, offload._engine.pool, len(offload.expert_index.layouts)
 
     def fill(expert: ExpertId, slot: memoryview) -> None:
-        for run in store.runs(expert):
+        for run in store.byte_ranges(expert):
             for start in range(0, run.length_bytes, 1 << 20):
                 end = min(run.length_bytes, start + (1 << 20))
                 store.read(run, start, slot[run.slot_offset_bytes + start : run.slot_offset_bytes + end])

@@ -12,7 +12,7 @@ import pytest
 BUILD = """
 import json, sys
 from pathlib import Path
-from finemoe.reference import ReferenceModelError, ensure
+from finemoe.model.reference import ReferenceModelError, ensure
 from finemoe.store import peak_rss_bytes
 try:
     folder = ensure(Path(sys.argv[1]), progress=False)
