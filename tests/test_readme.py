@@ -12,6 +12,7 @@ import pytest
 from finemoe.cli import main
 from tests.bench.rows import run_rows_here
 from tests.chat_model import make_chat_model
+from tests.hub import QWEN3_30B_A3B, publish
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -29,7 +30,9 @@ def commands() -> list[str]:
 USAGE = [command for command in commands() if command.startswith("finemoe ")]
 SERVE = [command for command in commands() if command.startswith("finemoe serve ")]
 (RECORD,) = [command for command in USAGE if command.startswith("finemoe record ")]
-FIRST, *_, LAST = commands()
+(PLAN,) = [command for command in USAGE if command.startswith("finemoe plan ")]
+FIRST, LAST = [command for command in commands() if command.startswith("python3 -m venv ")]
+NUMBERS = re.compile(r"[\d.,]+")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", sorted(set(USAGE) - set(SERVE)))
+@pytest.mark.parametrize("command", sorted({*USAGE} - {*SERVE, PLAN}))
 @pytest.mark.usefixtures("own_process")
 def test_command_runs(
     command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -86,13 +89,25 @@ def test_first_command_prints_what_is_shown(reference_model: Path, folder: Path)
     assert install == ["python3 -m venv .venv", ".venv/bin/pip install -q -c constraints.txt ."]
     done = run(shlex.join(shlex.split(generate.removeprefix(".venv/bin/"))), folder)
     assert done.returncode == 0, done.stderr
-    shown = blocks("text")[0]
+    shown = blocks("text")[1]
     assert done.stdout.strip()[:40] == shown.strip()[:40]  # later words may differ in rounding between processors
-    numbers = re.compile(r"[\d.,]+")
     summary = done.stderr.strip().splitlines()[-3:]
-    assert [numbers.sub("#", line) for line in summary] == [
-        numbers.sub("#", s) for s in shown.strip().splitlines()[-3:]
+    assert [NUMBERS.sub("#", line) for line in summary] == [
+        NUMBERS.sub("#", s) for s in shown.strip().splitlines()[-3:]
     ]
+
+
+def test_plan_of_a_big_model_prints_what_is_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(PLAN.split()[-1], QWEN3_30B_A3B, tmp_path, monkeypatch)
+    assert main(shlex.split(PLAN)[1:]) == 0
+    printed, shown = capsys.readouterr().out.splitlines(), blocks("text")[0].splitlines()
+    assert printed[0] == shown[0]  # the model's sizes; the rest is measured on this machine
+    machine = re.compile(r"[\d.,]+|[KMG]iB|yes|no| +")
+    assert [machine.sub("#", line) for line in printed] == [machine.sub("#", line) for line in shown]
+    budgets = re.compile(r"\d+ \(\d+%\), [\d.]+ GiB")
+    assert budgets.findall("\n".join(printed)) == budgets.findall("\n".join(shown))
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
