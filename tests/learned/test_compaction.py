@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from finemoe.errors import ConfigError
 from finemoe.learned import Maps, merge, prune
 from finemoe.learned.compaction import _overlap
-from finemoe.learned.file import fault
+from finemoe.learned.file import check_arrays
 from finemoe.policy import make_policy
 from finemoe.policy.finemoe.history import NO_ROW
 from tests.learned.make import REMEMBERING, SHAPE, make_maps
@@ -20,7 +20,7 @@ Seeds = st.lists(st.integers(0, 4), min_size=1, max_size=3, unique=True)
 
 def contents(maps: Maps) -> list[bytes]:
     """Of each map, what can be told of it by itself."""
-    names = ("ids", "weights", "tokens") if maps.linked else ("maps", "tokens")
+    names = ("ids", "weights", "tokens") if maps.has_links else ("maps", "tokens")
     return [b"".join(maps.arrays[name][row].tobytes() for name in names) for row in range(len(maps))]
 
 
@@ -30,7 +30,7 @@ def follows(maps: Maps) -> set[tuple[bytes, bytes]]:
 
 
 def sound(maps: Maps) -> None:
-    assert fault(maps.arrays, maps.layers, maps.experts) is None
+    assert check_arrays(maps.arrays, maps.layers, maps.experts) is None
     policy = make_policy(maps.policy, maps.layers, maps.experts)
     policy.load_state_dict(maps.arrays)
     assert len(policy.state_dict()["tokens"]) == len(maps)
@@ -47,7 +47,7 @@ def test_a_merge_has_what_its_parts_have_once(policy: str, parts: list[list[int]
     assert len(set(found)) == len(found)
     assert set(found) <= everything
     assert len(found) == min(len(everything), capacity or len(everything))
-    if merged.linked:
+    if merged.has_links:
         links = {link for store in stores for link in follows(store)}
         assert follows(merged) <= links
         if capacity is None:
@@ -81,7 +81,7 @@ def test_pruning_keeps_as_many_as_asked(policy: str, seed: int, keep: int, windo
     pruned = prune(maps, keep, window=window)
     sound(pruned)
     assert len(pruned) == min(keep, len(maps))
-    if pruned.linked:
+    if pruned.has_links:
         assert follows(pruned) <= follows(maps)
 
 
@@ -104,7 +104,7 @@ def test_pruning_is_what_it_says(seed: int, keep: int) -> None:
     while len(kept) > keep:
         redundancy = [max((common[row, other] for other in kept if other > row), default=0.0) for row in kept]
         kept.pop(int(np.argmax(np.asarray(redundancy, np.float32))))
-    assert contents(prune(maps, keep)) == contents(maps.only(kept))
+    assert contents(prune(maps, keep)) == contents(maps.select(kept))
 
 
 def test_overlap_is_one_for_the_same_and_nothing_for_strangers() -> None:

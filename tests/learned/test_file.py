@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from finemoe.errors import DamagedMapsError, MapsError
 from finemoe.learned import Maps, read_maps, write_maps
-from finemoe.learned.file import fault
+from finemoe.learned.file import check_arrays
 from finemoe.learned.maps import ROW_ARRAYS
 from finemoe.policy import make_policy
 from tests.learned.make import REMEMBERING, SHAPE, make_file, make_maps
@@ -25,7 +25,7 @@ def test_what_was_written_is_read(policy: str, tmp_path: Path) -> None:
     maps = make_maps(policy)
     write_maps(maps, tmp_path / "new" / "m")
     read = read_maps(tmp_path / "new" / "m")
-    assert read.about() == maps.about()
+    assert read.summary() == maps.summary()
     assert set(read.arrays) == set(maps.arrays)
     for name, array in maps.arrays.items():
         np.testing.assert_array_equal(read.arrays[name], array)
@@ -108,15 +108,15 @@ def test_values_that_no_policy_hands_out_are_refused(tmp_path: Path, policy: str
 @pytest.mark.parametrize("policy", REMEMBERING)
 def test_arrays_of_another_shape_or_type_or_name_are_refused(policy: str) -> None:
     maps = make_maps(policy)
-    assert fault(maps.arrays, maps.layers, maps.experts) is None
-    assert fault(maps.arrays, maps.layers + 1, maps.experts) is not None
+    assert check_arrays(maps.arrays, maps.layers, maps.experts) is None
+    assert check_arrays(maps.arrays, maps.layers + 1, maps.experts) is not None
     for name, array in maps.arrays.items():
         for other in (array[..., None], array.astype(np.float16), array[:0], array.ravel()[0] * np.ones(())):
-            assert fault(maps.arrays | {name: other}, maps.layers, maps.experts) is not None, name
+            assert check_arrays(maps.arrays | {name: other}, maps.layers, maps.experts) is not None, name
         if name != "keys":
             without = {other: kept for other, kept in maps.arrays.items() if other != name}
-            assert fault(without, maps.layers, maps.experts) is not None, name
-    assert fault(maps.arrays | {"extra": np.zeros(1)}, maps.layers, maps.experts) == "extra is unknown"
+            assert check_arrays(without, maps.layers, maps.experts) is not None, name
+    assert check_arrays(maps.arrays | {"extra": np.zeros(1)}, maps.layers, maps.experts) == "extra is unknown"
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,11 +135,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 def test_maps_tell_what_they_are() -> None:
     maps: Maps = make_maps()
-    assert maps.about() == {
+    assert maps.summary() == {
         "policy": "finemoe", "model": "a-model", "fingerprint": "0123", "maps": 10, "layers": 3, "experts": 6,
         "active": 2, "stretches": 2, "embedding_width": 0, "memory_bytes": 10 * (3 * (6 + 2) + 12),
     }  # fmt: skip
-    told = make_maps("expert-map").about()
+    told = make_maps("expert-map").summary()
     assert (told["maps"], told["stretches"], told["embedding_width"]) == (12, None, SHAPE.width)
 
 

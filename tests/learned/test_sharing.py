@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from finemoe.errors import ConfigError, MapsError
-from finemoe.learned import FolderMaps, LocalMaps, Maps, SharedMaps, Version, counted_once, merge, news, num_updates
+from finemoe.learned import (
+    FolderMaps,
+    LocalMaps,
+    Maps,
+    SharedMaps,
+    Version,
+    merge,
+    new_maps,
+    num_updates,
+    with_new_totals,
+)
 from finemoe.policy import make_policy
 from tests.learned.make import REMEMBERING, SHAPE, make_maps
 from tests.policy.workload import recorded
@@ -118,16 +128,16 @@ def test_news_are_what_was_learned_since_and_counted_once(name: str) -> None:
 
     policy.learn(recorded(0, SHAPE, length=6))
     before = known()
-    assert news(before, None) is before
-    assert news(before, before) is None
+    assert new_maps(before, None) is before
+    assert new_maps(before, before) is None
     policy.learn(recorded(1, SHAPE, length=5))
     now = known()
-    fresh = news(now, before)
+    fresh = new_maps(now, before)
     assert fresh is not None and len(fresh) == len(now) - len(before)
     again = merge([before, fresh])
     assert len(again) == len(now) and num_updates(again) == len(now)
-    assert len(merge([again, counted_once(now, now)])) == len(now)
-    totals = merge([before, counted_once(now, before)]).arrays
+    assert len(merge([again, with_new_totals(now, now)])) == len(now)
+    totals = merge([before, with_new_totals(now, before)]).arrays
     for total in {"usual", "iterations", "visits"} & set(totals):
         np.testing.assert_allclose(totals[total], now.arrays[total], atol=1e-12)
         np.testing.assert_allclose(again.arrays[total], now.arrays[total], atol=1e-12)
@@ -140,10 +150,10 @@ def test_prompts_are_told_once(tmp_path: Path) -> None:
     now = make_maps(seeds=(0, 1))
     before.arrays.update(openings=width[None], opened=usage)
     now.arrays.update(openings=np.stack([width, width + 1]), opened=np.concatenate([usage, usage / 2]))
-    fresh = news(now, before)
+    fresh = new_maps(now, before)
     assert fresh is not None and np.array_equal(fresh.arrays["openings"], [width + 1])
     assert np.array_equal(fresh.arrays["opened"], usage / 2)
-    nothing = counted_once(now, now)
+    nothing = with_new_totals(now, now)
     assert nothing.arrays["openings"].shape == (0, 4)
     FolderMaps(str(tmp_path), "0123", "finemoe").publish(nothing)
     _, maps = pull(FolderMaps(str(tmp_path), "0123", "finemoe"))

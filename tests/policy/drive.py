@@ -105,7 +105,7 @@ class Drive:
     def cancel(self) -> None:
         """Prefetches under way that are not wanted any more, or whose slot is needed, give it up."""
         for expert in [e for e in self.in_flight if e not in self.needed]:
-            if self.cache_manager.short_of_slots or not self.cache_manager.still_wanted(expert):
+            if self.cache_manager.short_of_slots or not self.cache_manager.should_continue_prefetch(expert):
                 self.fail(expert)
 
     def follow(self, plan: Plan) -> None:

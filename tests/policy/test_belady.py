@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finemoe.policy import POLICIES, CacheManager, Policy, foresee, make_policy
+from finemoe.policy import POLICIES, CacheManager, Policy, compute_future, make_policy
 from finemoe.policy.belady import NEVER, Belady, Oracle
 from finemoe.types import ExpertId, Routed
 from tests.policy.drive import Drive
@@ -41,7 +41,7 @@ def routed(event: list[int]) -> Routed:
 
 @given(events)
 def test_next_uses_are_found(trace: Events) -> None:
-    ptr, next_use, first_use = foresee(LAYERS, EXPERTS, *accesses(trace))
+    ptr, next_use, first_use = compute_future(LAYERS, EXPERTS, *accesses(trace))
     for expert in range(LAYERS * EXPERTS):
         when = [i for i, event in enumerate(trace) if expert in event]
         assert first_use.reshape(-1)[expert] == (when[0] if when else NEVER)
@@ -72,7 +72,7 @@ def fewest_misses(trace: Events, capacity: int) -> int:
 @given(events, st.integers(2, 5))
 @settings(max_examples=50)
 def test_belady_misses_as_seldom_as_possible(trace: Events, capacity: int) -> None:
-    least = misses(Belady(LAYERS, EXPERTS, foresee(LAYERS, EXPERTS, *accesses(trace))), trace, capacity)
+    least = misses(Belady(LAYERS, EXPERTS, compute_future(LAYERS, EXPERTS, *accesses(trace))), trace, capacity)
     assert least == fewest_misses(trace, capacity)
     for policy in POLICIES:
         assert misses(make_policy(policy, LAYERS, EXPERTS), trace, capacity) >= least
@@ -80,7 +80,7 @@ def test_belady_misses_as_seldom_as_possible(trace: Events, capacity: int) -> No
 
 @given(events, st.integers(2, 6))
 def test_the_oracle_wants_what_comes_first_and_keeps_it(trace: Events, capacity: int) -> None:
-    oracle = Oracle(LAYERS, EXPERTS, foresee(LAYERS, EXPERTS, *accesses(trace)))
+    oracle = Oracle(LAYERS, EXPERTS, compute_future(LAYERS, EXPERTS, *accesses(trace)))
     drive = Drive(CacheManager(LAYERS, EXPERTS, capacity, oracle))
 
     def coming(expert: ExpertId, now: int) -> int:
@@ -101,7 +101,7 @@ def test_the_oracle_wants_what_comes_first_and_keeps_it(trace: Events, capacity:
 
 
 def test_events_beyond_the_future_are_refused() -> None:
-    belady = Belady(1, 2, foresee(1, 2, np.array([0, 1]), np.array([0])))
+    belady = Belady(1, 2, compute_future(1, 2, np.array([0, 1]), np.array([0])))
     belady.routed(Routed(0, (0,)))
     with pytest.raises(IndexError):
         belady.routed(Routed(0, (1,)))

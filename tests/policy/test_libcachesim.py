@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finemoe.policy import CacheManager, foresee
+from finemoe.policy import CacheManager, compute_future
 from finemoe.policy.base import Policy
 from finemoe.policy.belady import Belady
 from finemoe.policy.eviction import LFU, LRU
@@ -74,7 +74,9 @@ def theirs(cache: Any, accesses: Accesses) -> list[bool]:
 
 
 def belady(accesses: Accesses, layers: int, experts: int) -> Policy:
-    return Belady(layers, experts, foresee(layers, experts, np.arange(len(accesses) + 1), np.array(accesses, np.int64)))
+    return Belady(
+        layers, experts, compute_future(layers, experts, np.arange(len(accesses) + 1), np.array(accesses, np.int64))
+    )
 
 
 Make = Callable[[Accesses, int, int], Policy]

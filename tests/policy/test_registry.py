@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from finemoe.errors import ConfigError
-from finemoe.policy import FACTORIES, any_class, make_policy, policy_class
+from finemoe.policy import FACTORIES, make_policy, policy_class, policy_or_bound_class
 from finemoe.policy.finemoe.policy import FinemoePolicy
 from finemoe.policy.published.expert_map import ExpertMapPolicy
 from tests.policy.workload import Shape, recorded, workload
@@ -18,7 +18,7 @@ def test_settings_reach_the_policy() -> None:
     policy = make_policy("expert-map/distance=2/capacity=7", 4, 6)
     assert isinstance(policy, ExpertMapPolicy)
     assert (policy.distance, policy.store.columns.shape[2]) == (2, 7)
-    assert any_class("oracle").clairvoyant
+    assert policy_or_bound_class("oracle").clairvoyant
     assert policy_class("finemoe/no-own") is FinemoePolicy
 
 

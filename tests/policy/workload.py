@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from finemoe.policy import Future, foresee
+from finemoe.policy import Future, compute_future
 from finemoe.policy.published.promoe import Predictors
 from finemoe.types import DECODE, PREFILL, Recorded, Routed, Step
 
@@ -101,7 +101,7 @@ def future(played: list[Iteration], shape: Shape = Shape()) -> Future:
     events = [event for iteration in played for event in iteration.events]
     ptr = np.cumsum([0] + [len(event.experts) for event in events])
     flat = [event.layer * shape.experts + expert for event in events for expert in event.experts]
-    return foresee(shape.layers, shape.experts, ptr.astype(np.int64), np.array(flat, np.int64))
+    return compute_future(shape.layers, shape.experts, ptr.astype(np.int64), np.array(flat, np.int64))
 
 
 def untrained(shape: Shape = Shape(), *, stride: int = 2, history: int = 3, hidden: int = 4) -> Predictors:

@@ -45,7 +45,7 @@ def test_sums_are_the_engines_own_counters(
         link = VirtualLink(link_ratio, chunks)
         driven = EngineReplay.make(schedule, make_policy(policy, LAYERS, EXPERTS), capacity, link)
         driven.engine.cache_manager.source_counts = SourceCounts(LAYERS, EXPERTS)
-        driven.engine.cache_manager.watch()
+        driven.engine.cache_manager.enable_expert_counts()
         driven.run(schedule, evidence)
     rows, counters = driven.engine.cache_manager.source_counts.explained(), driven.engine.counters
     assert (total(rows, "hits"), total(rows, "late"), total(rows, "misses")) == (
@@ -64,8 +64,8 @@ def test_sums_are_the_engines_own_counters(
     assert counts[[HITS, MISSES, expert_counts.WASTED], :EXPERTS].sum(axis=1).tolist() == by_layer
     prefetches = tuple(row for row in rows if row.source.startswith("prefetch"))
     assert total(prefetches, "hits") + total(prefetches, "late") == tally[PREFETCHED_USED]
-    fresh = int(driven.engine.cache_manager.cache.fresh.sum())
-    assert tally[PREFETCHED] == tally[PREFETCHED_USED] + tally[WASTED] + fresh
+    unused_prefetch = int(driven.engine.cache_manager.cache.unused_prefetch.sum())
+    assert tally[PREFETCHED] == tally[PREFETCHED_USED] + tally[WASTED] + unused_prefetch
     assert total(rows, "misses") == total(tuple(row for row in rows if row.source == "demand"), "misses")
     for row in prefetches:  # of each source on its own, nothing is used that was not predicted
         assert row.hits + row.late + row.wasted <= row.predicted
@@ -118,7 +118,7 @@ def test_a_withdrawn_prefetch_is_wasted() -> None:
 
 def test_each_expert_is_counted_on_its_own() -> None:
     cache_manager = make({(2, 1): 3.0, (0, 2): 2.0})
-    cache_manager.watch()
+    cache_manager.enable_expert_counts()
     begin(cache_manager)
     cache_manager.routed(Routed(0, [0]))
     cache_manager.landed(ExpertId(0, 0))

@@ -3,12 +3,21 @@
 from finemoe.learned.compaction import merge, prune
 from finemoe.learned.file import read_maps, write_maps
 from finemoe.learned.maps import Maps
-from finemoe.learned.persistence import NOWHERE, MapPersistence, open_map_persistence, refuse_useless
+from finemoe.learned.persistence import NO_MAP_STORE, MapPersistence, check_map_store, open_map_persistence
 from finemoe.learned.shared_folder import FolderMaps
-from finemoe.learned.sharing import SHARED_MAPS, LocalMaps, Pulled, SharedMaps, Version, counted_once, news, num_updates
+from finemoe.learned.sharing import (
+    SHARED_MAPS,
+    LocalMaps,
+    Pulled,
+    SharedMaps,
+    Version,
+    new_maps,
+    num_updates,
+    with_new_totals,
+)
 
 __all__ = [
-    "NOWHERE",
+    "NO_MAP_STORE",
     "SHARED_MAPS",
     "FolderMaps",
     "LocalMaps",
@@ -17,13 +26,13 @@ __all__ = [
     "Pulled",
     "SharedMaps",
     "Version",
-    "counted_once",
+    "with_new_totals",
     "merge",
     "news",
     "num_updates",
     "open_map_persistence",
     "prune",
     "read_maps",
-    "refuse_useless",
+    "check_map_store",
     "write_maps",
 ]

@@ -32,7 +32,7 @@ def merge(stores: Sequence[Maps], capacity: int | None = None) -> Maps:
     """
     first = stores[0]
     for other in stores[1:]:
-        if difference := first.difference(other):
+        if difference := first.incompatibility(other):
             raise ConfigError(f"maps of {first.name} and {other.name} can't be merged: they differ in {difference}")
     arrays = _concatenated(stores)
     origin = np.repeat(np.arange(len(stores)), [len(store) for store in stores])
@@ -51,7 +51,7 @@ def merge(stores: Sequence[Maps], capacity: int | None = None) -> Maps:
 def _concatenated(stores: Sequence[Maps]) -> StateDict:
     """All rows, one store after the other; links and keys adapted."""
     found: StateDict = {}
-    width = max(store.width for store in stores)
+    width = max(store.embedding_width for store in stores)
     for name in sorted({name for store in stores for name in store.arrays} & ROW_ARRAYS):
         pieces, offset = [], 0
         for store in stores:
@@ -123,7 +123,7 @@ def _totals(stores: Sequence[Maps], number: int) -> StateDict:
     every = [store.arrays for store in stores]
     known = [int(arrays["active"][0]) for arrays in every if arrays["active"][0]]
     totals: StateDict = {"active": np.array([min(known, default=0)])}
-    if not stores[0].linked:
+    if not stores[0].has_links:
         return totals | {"p": every[0]["p"], "visits": np.sum([arrays["visits"] for arrays in every], axis=0)}
     iterations = np.sum([arrays["iterations"] for arrays in every], axis=0)
     known_by_all = min(len(arrays["lookahead"]) for arrays in every)
@@ -170,7 +170,7 @@ def prune(maps: Maps, keep: int, *, window: int = _WINDOW, tick: Callable[[], No
     """
     if len(maps) <= keep:
         return maps
-    likeness = _overlap(maps) if maps.linked else _redundancy(maps)
+    likeness = _overlap(maps) if maps.has_links else _redundancy(maps)
     kept = np.ones(len(maps), np.bool_)
     families = list(_families(maps))
     family = np.empty(len(maps), np.int64)  # of each row
@@ -199,13 +199,13 @@ def prune(maps: Maps, keep: int, *, window: int = _WINDOW, tick: Callable[[], No
             continue
         kept[row] = False
         left -= 1
-    return maps.only(np.flatnonzero(kept))
+    return maps.select(np.flatnonzero(kept))
 
 
 def _families(maps: Maps) -> Iterator[Ints]:
     """Rows that are compared with each other, oldest first."""
     order = np.argsort(-maps.ages, kind="stable")
-    if not maps.linked:
+    if not maps.has_links:
         yield order
         return
     tokens = maps.arrays["tokens"][order]

@@ -33,13 +33,13 @@ _OF_OPENINGS = {"openings": ("float32", "RD"), "opened": ("float32", "RLE")}
 _SIGNED = {"tokens", "keys", "before", "lookahead", "openings"}
 
 
-def fault(arrays: Arrays, layers: int, experts: int) -> str | None:
+def check_arrays(arrays: Arrays, layers: int, experts: int) -> str | None:
     """What is wrong with the arrays of a policy; `None` if nothing is."""
-    linked = "before" in arrays
-    expected = dict(_OF_ROWS if linked else _OF_MAPS)
+    has_links = "before" in arrays
+    expected = dict(_OF_ROWS if has_links else _OF_MAPS)
     sizes = {"L": layers, "E": experts, "1": 1, "n": int(np.size(arrays.get("tokens", ())))}
     sizes["W"] = max(3, int(np.size(arrays.get("lookahead", ()))) // 3 * 3)  # three weights for each distance
-    if linked:
+    if has_links:
         expected["ids"] = ("uint8" if experts <= np.iinfo(np.uint8).max else "uint16", "nLK")
         sizes["K"] = arrays["ids"].shape[-1] if "ids" in arrays and arrays["ids"].ndim else 0
         if "openings" in arrays or "opened" in arrays:
@@ -59,7 +59,7 @@ def fault(arrays: Arrays, layers: int, experts: int) -> str | None:
             return f"{name} has values that are no share or count"
     if not sizes["n"]:
         return "there is no map in it"
-    return _of_rows(arrays, experts) if linked else _of_maps(arrays, experts)
+    return _of_rows(arrays, experts) if has_links else _of_maps(arrays, experts)
 
 
 def _of_rows(arrays: Arrays, experts: int) -> str | None:
@@ -151,7 +151,7 @@ def _checked(path: Path, about: str, arrays: StateDict) -> Maps:
         )  # fmt: skip
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedMapsError(f"{path}: the expert maps are damaged (their header can't be read)") from error
-    wrong = fault(arrays, maps.layers, maps.experts)
+    wrong = check_arrays(arrays, maps.layers, maps.experts)
     if wrong is None and (header.get("active"), header.get("maps")) != (maps.active, len(maps)):
         wrong = "header and arrays disagree"
     if wrong is not None:

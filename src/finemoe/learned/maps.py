@@ -40,24 +40,24 @@ class Maps:
         return len(self.arrays["tokens"])
 
     @property
-    def linked(self) -> bool:
+    def has_links(self) -> bool:
         """Whether maps know the one before them: then they lie oldest first."""
         return "before" in self.arrays
 
     @property
     def active(self) -> int:
         """K."""
-        return int(self.arrays["ids"].shape[2] if self.linked else self.arrays["active"][0])
+        return int(self.arrays["ids"].shape[2] if self.has_links else self.arrays["active"][0])
 
     @property
-    def stretches(self) -> int | None:
+    def num_sequences(self) -> int | None:
         """Runs of successive iterations: the requests, unless one was cut by pruning. `None` where nobody knows."""
-        return int((self.arrays["before"] == NO_ROW).sum()) if self.linked else None
+        return int((self.arrays["before"] == NO_ROW).sum()) if self.has_links else None
 
     @property
     def memory_bytes(self) -> int:
         """What these maps take in a loaded policy."""
-        if self.linked:
+        if self.has_links:
             of_one = self.layers * (self.experts + self.active * self.arrays["ids"].itemsize) + 3 * 4
         else:
             width = self.arrays["keys"].shape[1] if "keys" in self.arrays else 0
@@ -67,13 +67,13 @@ class Maps:
     @property
     def ages(self) -> Ints:
         """`[n]`: how many maps are newer than each."""
-        if self.linked:
+        if self.has_links:
             return np.arange(len(self))[::-1]
         ages = np.empty(len(self), np.int64)
         ages[np.argsort(-self.arrays["born"], kind="stable")] = np.arange(len(self))
         return ages
 
-    def difference(self, other: Maps) -> str | None:
+    def incompatibility(self, other: Maps) -> str | None:
         """What keeps `other` from being merged with these; `None` if nothing does."""
         for name in ("policy", "model", "layers", "experts", "active", "width"):
             ours, theirs = getattr(self, name), getattr(other, name)
@@ -82,22 +82,22 @@ class Maps:
         return None
 
     @property
-    def width(self) -> int:
+    def embedding_width(self) -> int:
         """`D`, of the keys; 0 without any."""
         return int(self.arrays["keys"].shape[1]) if "keys" in self.arrays else 0
 
-    def only(self, rows: Sequence[int] | Ints) -> Maps:
+    def select(self, rows: Sequence[int] | Ints) -> Maps:
         """The maps of ascending rows alone. A map whose predecessor is not among them has none any more."""
         chosen = np.asarray(rows, np.int64)
         arrays = {name: array[chosen] if name in ROW_ARRAYS else array for name, array in self.arrays.items()}
-        if self.linked:
+        if self.has_links:
             place = np.full(len(self) + 1, NO_ROW, np.int32)  # the last entry is nobody's
             place[chosen] = np.arange(len(chosen))
             arrays["before"] = place[arrays["before"]]
             arrays["number"] = np.array([len(chosen)])
         return replace(self, arrays=arrays)
 
-    def about(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """What there is, ready for JSON."""
         return {
             "policy": self.policy,
@@ -107,8 +107,8 @@ class Maps:
             "layers": self.layers,
             "experts": self.experts,
             "active": self.active,
-            "stretches": self.stretches,
-            "embedding_width": self.width,
+            "stretches": self.num_sequences,
+            "embedding_width": self.embedding_width,
             "memory_bytes": self.memory_bytes,
         }
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from finemoe.errors import ConfigError, DamagedMapsError, FinemoeWarning, MapsError
 from finemoe.learned.file import read_maps, write_maps
 from finemoe.learned.maps import ROW_ARRAYS, Maps
-from finemoe.learned.sharing import SHARED_MAPS, bounded, counted_once
+from finemoe.learned.sharing import SHARED_MAPS, bounded, with_new_totals
 from finemoe.policy import policy_class
 from finemoe.policy.base import Policy
 from finemoe.system import locked, unwritable, user_maps
 
-NOWHERE = "none"
+NO_MAP_STORE = "none"
 
 
 class MapPersistence:
@@ -108,7 +108,11 @@ class MapPersistence:
             return maps
         if (theirs.policy, theirs.model) != (maps.policy, maps.model):
             raise MapsError(f"{self.path} has become a file of other maps, of {theirs.name} under {theirs.policy}")
-        return maps if maps.difference(theirs) else bounded([theirs, counted_once(maps, self._totals)], SHARED_MAPS)
+        return (
+            maps
+            if maps.incompatibility(theirs)
+            else bounded([theirs, with_new_totals(maps, self._totals)], SHARED_MAPS)
+        )
 
     def _put_aside(self, reason: str) -> None:
         aside = self.path.with_name(f"{self.path.name}.damaged")
@@ -134,7 +138,7 @@ def open_map_persistence(choice: str | None, policy: str, model: str, name: str)
         ConfigError: a file is named that does not fit, is a folder, or can't be written.
     """
     folder, policy = user_maps(), policy.partition("/")[0]  # settings do not change what maps are
-    if choice == NOWHERE or not policy_class(policy).is_persistent or (choice is None and folder is None):
+    if choice == NO_MAP_STORE or not policy_class(policy).is_persistent or (choice is None and folder is None):
         return None
     if choice is not None:
         path = Path(choice).expanduser()
@@ -145,9 +149,9 @@ def open_map_persistence(choice: str | None, policy: str, model: str, name: str)
     return MapPersistence(folder / f"{model}-{policy}.safetensors", policy, model, name, chosen=False)
 
 
-def refuse_useless(choice: str | None, policy: str) -> None:
+def check_map_store(choice: str | None, policy: str) -> None:
     """Raises `ConfigError` if a file is named for a policy that learns nothing."""
-    if choice not in {None, NOWHERE} and not policy_class(policy).is_persistent:
+    if choice not in {None, NO_MAP_STORE} and not policy_class(policy).is_persistent:
         raise ConfigError(f"--map-store: --policy {policy} learns no maps that could be kept; leave it out")
 
 

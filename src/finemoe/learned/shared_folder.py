@@ -134,7 +134,9 @@ class FolderMaps:
 
     def _refuse_others(self, maps: Maps) -> None:
         mine = self._own or next(iter(self._others.values()), maps)
-        if (maps.model, maps.policy) != (self._model, self._policy) or (mine is not maps and mine.difference(maps)):
+        if (maps.model, maps.policy) != (self._model, self._policy) or (
+            mine is not maps and mine.incompatibility(maps)
+        ):
             raise MapsError(f"{self._url}: has maps of {maps.name} under --policy {maps.policy}, which are not ours")
 
 

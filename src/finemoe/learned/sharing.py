@@ -77,7 +77,7 @@ class LocalMaps:
 
     def publish(self, maps: Maps) -> Version:
         with self._lock:
-            if self._held and (difference := self._held[0].difference(maps)):
+            if self._held and (difference := self._held[0].incompatibility(maps)):
                 raise MapsError(f"maps of {maps.name} are not shared here: another {difference}")
             self._held.append(maps)
             if len(self._held) > _PENDING:
@@ -103,10 +103,10 @@ def bounded(stores: Sequence[Maps], limit: int) -> Maps:
 
 def num_updates(maps: Maps) -> int:
     """How many iterations the policy that knows these had taken in."""
-    return int(maps.arrays["number"][0]) if maps.linked else int(maps.arrays["born"].max(initial=0))
+    return int(maps.arrays["number"][0]) if maps.has_links else int(maps.arrays["born"].max(initial=0))
 
 
-def news(now: Maps, before: Maps | None) -> Maps | None:
+def new_maps(now: Maps, before: Maps | None) -> Maps | None:
     """The maps that are new, with the totals of these alone.
 
     Args:
@@ -121,11 +121,11 @@ def news(now: Maps, before: Maps | None) -> Maps | None:
     count = min(num_updates(now) - num_updates(before), len(now))
     if count <= 0:
         return None
-    fresh = now.only(np.flatnonzero(now.ages < count))
+    fresh = now.select(np.flatnonzero(now.ages < count))
     return replace(fresh, arrays=fresh.arrays | _totals(now, before))
 
 
-def counted_once(now: Maps, before: Maps | None) -> Maps:
+def with_new_totals(now: Maps, before: Maps | None) -> Maps:
     """All maps of `now` with the totals of what is new: to be merged with what others know, who know `before`."""
     return now if before is None else replace(now, arrays=now.arrays | _totals(now, before))
 
@@ -133,7 +133,7 @@ def counted_once(now: Maps, before: Maps | None) -> Maps:
 def _totals(now: Maps, before: Maps) -> StateDict:
     """What happened between."""
     new, old = now.arrays, before.arrays
-    if not now.linked:
+    if not now.has_links:
         return {"visits": np.maximum(0.0, new["visits"] - old["visits"])}
     iterations = np.maximum(0.0, new["iterations"] - old["iterations"])
     uses = new["usual"] * new["iterations"][:, None] - old["usual"] * old["iterations"][:, None]

@@ -8,7 +8,7 @@ from typing import Any
 from finemoe.errors import ConfigError
 from finemoe.jit import Jit, interpreted
 from finemoe.policy.base import Policy
-from finemoe.policy.belady import Belady, Future, Oracle, foresee
+from finemoe.policy.belady import Belady, Future, Oracle, compute_future
 from finemoe.policy.cache_manager import CacheManager
 from finemoe.policy.eviction import LFRU, LFU, LRU
 from finemoe.policy.finemoe.policy import FinemoePolicy
@@ -49,7 +49,7 @@ def policy_class(policy: str) -> type[Policy]:
     return parse(policy, FACTORIES)[0]
 
 
-def any_class(policy: str) -> type[Policy]:
+def policy_or_bound_class(policy: str) -> type[Policy]:
     """The same, of a name of `FACTORIES` or `BOUNDS`."""
     return parse(policy, FACTORIES | BOUNDS)[0]
 
@@ -102,7 +102,7 @@ __all__ = [
     "CacheManager",
     "Future",
     "Policy",
-    "any_class",
+    "policy_or_bound_class",
     "foresee",
     "make_cache_manager",
     "make_policy",

@@ -35,13 +35,13 @@ class SourceCounts:
         """A layer's routing is known."""
         self._gate = layer
 
-    def access(self, index: int, status: int, *, fresh: bool) -> None:
-        """An expert is needed, and was found so; `fresh` if it was prefetched and not needed before."""
+    def access(self, index: int, status: int, *, unused_prefetch: bool) -> None:
+        """An expert is needed, and was found so; `unused_prefetch` if it was prefetched and not needed before."""
         source = int(self._source[index])
         if status == ABSENT:
             self._count(index, DEMAND, MISSES)
         else:
-            kept = source if fresh else min(source, KEPT)
+            kept = source if unused_prefetch else min(source, KEPT)
             self._count(index, kept, HITS if status == RESIDENT else LATE)
 
     def prefetched(self, index: int) -> None:

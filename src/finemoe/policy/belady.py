@@ -45,7 +45,7 @@ def uses(
             first_use[expert] = event
 
 
-def foresee(
+def compute_future(
     layers: int,
     experts: int,
     ptr: npt.NDArray[np.int64],

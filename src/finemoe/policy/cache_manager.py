@@ -23,8 +23,8 @@ from finemoe.policy.base import Policy
 from finemoe.policy.cache_state import (
     ABSENT,
     LOADING,
+    NO_EXPERT,
     NONE,
-    NOWHERE,
     RESIDENT,
     WASTED,
     access_all,
@@ -33,7 +33,7 @@ from finemoe.policy.cache_state import (
     begin_prefetch,
     make_cache_state,
     release_slot,
-    still_wanted,
+    should_continue_prefetch,
     throttle_prefetch,
 )
 from finemoe.types import ExpertId, Fetch, Plan, Routed, Step
@@ -73,7 +73,7 @@ class CacheManager:
         self.policy = policy
         self.cache = make_cache_state(layers, experts, capacity, devices)
         for layer, size in enumerate(sizes or ()):
-            self.cache.device[layer * experts + size : (layer + 1) * experts] = NOWHERE
+            self.cache.device[layer * experts + size : (layer + 1) * experts] = NO_EXPERT
         self.source_counts = SourceCounts(layers, experts) if explain else None
         self.expert_counts: ExpertCounts | None = None
         self._experts = experts
@@ -85,12 +85,12 @@ class CacheManager:
             jit, (throttle_prefetch, access_all, allocate_slot, release_slot)
         )
         self._begin_next_prefetch, self._begin_prefetch, self._still_wanted = map(
-            jit, (begin_next_prefetch, begin_prefetch, still_wanted)
+            jit, (begin_next_prefetch, begin_prefetch, should_continue_prefetch)
         )
         self._chosen = np.zeros(2, np.int64)  # by `begin_next_prefetch`
         self._waiting: deque[int] = deque()  # needed, not resident, no slot to be had yet
 
-    def watch(self) -> None:
+    def enable_expert_counts(self) -> None:
         """From now on, count every expert on its own: keep a `expert_counts`."""
         self.expert_counts = self.expert_counts or ExpertCounts(len(self.cache.status) // self._experts, self._experts)
 
@@ -174,7 +174,7 @@ class CacheManager:
     def prefetch_if_free(self, expert: ExpertId) -> Fetch | None:
         """A prefetch of an absent expert into a free slot, wanted or not; `None` if it is here or no slot is free."""
         index = self._index(expert)
-        if self.cache.status[index] != ABSENT or self.cache.room[self.cache.device[index]] <= 0:
+        if self.cache.status[index] != ABSENT or self.cache.free_slots[self.cache.device[index]] <= 0:
             return None
         self._begin_prefetch(self.cache, self._retention_priority, index)
         if self.source_counts is not None:
@@ -183,7 +183,7 @@ class CacheManager:
             self.expert_counts.prefetched(index)
         return Fetch(expert, None, urgent=False)
 
-    def still_wanted(self, expert: ExpertId) -> bool:
+    def should_continue_prefetch(self, expert: ExpertId) -> bool:
         """Whether a prefetch under way is worth going on with. One that a layer needs by now always is."""
         index = self._index(expert)
         if self.cache.pinned[index]:
@@ -205,9 +205,9 @@ class CacheManager:
         cache = self.cache
         cache.status[:] = ABSENT
         cache.pinned[:] = False
-        cache.fresh[:] = False
-        cache.displaced[:] = False
-        cache.room[:] = make_cache_state(1, 1, self.capacity, len(cache.room)).room
+        cache.unused_prefetch[:] = False
+        cache.evicted_for_prefetch[:] = False
+        cache.free_slots[:] = make_cache_state(1, 1, self.capacity, len(cache.free_slots)).free_slots
         self._waiting.clear()
 
     def statuses(self, layer: int) -> list[int]:
@@ -225,13 +225,13 @@ class CacheManager:
     def check_integrity(self) -> None:
         """Raises `InvariantError` if the bookkeeping contradicts itself. For tests and debug runs."""
         cache = self.cache
-        for device, room in enumerate(cache.room):
+        for device, room in enumerate(cache.free_slots):
             here = cache.device == device
             occupied = int(np.count_nonzero(here & (cache.status != ABSENT)))
-            slots = int(make_cache_state(1, 1, self.capacity, len(cache.room)).room[device])
+            slots = int(make_cache_state(1, 1, self.capacity, len(cache.free_slots)).free_slots[device])
             if room < 0 or occupied + room != slots:
                 raise InvariantError(f"device {device}: {occupied} experts and {room} free slots, of {slots} slots")
-        if (cache.fresh & (cache.status == ABSENT)).any():
+        if (cache.unused_prefetch & (cache.status == ABSENT)).any():
             raise InvariantError("an absent expert counts as prefetched")
 
     def _leave_flight(self, expert: ExpertId) -> None:
@@ -242,7 +242,7 @@ class CacheManager:
         for index in needed:
             status = int(self.cache.status[index])
             if self.source_counts is not None:
-                self.source_counts.access(index, status, fresh=bool(self.cache.fresh[index]))
+                self.source_counts.access(index, status, unused_prefetch=bool(self.cache.unused_prefetch[index]))
             if self.expert_counts is not None:
                 self.expert_counts.access(index, status)
 

@@ -16,7 +16,7 @@ from finemoe.jit import compiled_as, kernel
 Scores = npt.NDArray[np.float64]
 
 ABSENT, LOADING, RESIDENT = 0, 1, 2
-NOWHERE = 255  # Book.device of what there is not: experts that a layer has less than the largest
+NO_EXPERT = 255  # Book.device of what there is not: experts that a layer has less than the largest
 FREE, NONE = -1, -2  # instead of a victim's index: a free slot was there; there is nothing to be had
 EVICTED, PREFETCHED, PREFETCHED_USED, WASTED, REGRETTED, THROTTLED = range(6)  # of Book.tally
 TRIED, GAINED, LOST, THROTTLE = range(4)  # of Book.account
@@ -29,9 +29,9 @@ class CacheState(NamedTuple):
 
     status: npt.NDArray[np.uint8]
     pinned: npt.NDArray[np.bool_]  # needed by the layer under way, and not used yet
-    fresh: npt.NDArray[np.bool_]  # came, or is coming, by prefetch, and was not needed yet
-    displaced: npt.NDArray[np.bool_]  # absent, because its slot went to a prefetch
-    device: npt.NDArray[np.uint8]  # where it lives: round-robin, or `NOWHERE`
+    unused_prefetch: npt.NDArray[np.bool_]  # came, or is coming, by prefetch, and was not needed yet
+    evicted_for_prefetch: npt.NDArray[np.bool_]  # absent, because its slot went to a prefetch
+    device: npt.NDArray[np.uint8]  # where it lives: round-robin, or `NO_EXPERT`
     room: npt.NDArray[np.int64]  # [devices], free slots
     counters: npt.NDArray[np.int64]  # [6], see above
     prefetch_balance: npt.NDArray[np.int64]  # [4]: what prefetches brought and cost, see `throttle_prefetch`
@@ -43,8 +43,8 @@ def make_cache_state(layers: int, experts: int, capacity: int, devices: int = 1)
     return CacheState(
         status=np.zeros(size, np.uint8),
         pinned=np.zeros(size, np.bool_),
-        fresh=np.zeros(size, np.bool_),
-        displaced=np.zeros(size, np.bool_),
+        unused_prefetch=np.zeros(size, np.bool_),
+        evicted_for_prefetch=np.zeros(size, np.bool_),
         device=(np.arange(size) % devices).astype(np.uint8),
         room=np.array([(capacity + devices - 1 - i) // devices for i in range(devices)], np.int64),
         counters=np.zeros(6, np.int64),
@@ -76,15 +76,15 @@ def choose_victim(cache: CacheState, retention_priority: Scores, device: int) ->
 @kernel
 def allocate_slot(cache: CacheState, retention_priority: Scores, device: int) -> int:
     """Takes a slot: `FREE`, or the index of the victim that lost its own, or `NONE`."""
-    if cache.room[device] > 0:
-        cache.room[device] -= 1
+    if cache.free_slots[device] > 0:
+        cache.free_slots[device] -= 1
         return FREE
     victim = choose_victim(cache, retention_priority, device)
     if victim != NONE:
         cache.status[victim] = ABSENT
         cache.counters[EVICTED] += 1
-        if cache.fresh[victim]:
-            cache.fresh[victim] = False
+        if cache.unused_prefetch[victim]:
+            cache.unused_prefetch[victim] = False
             cache.counters[WASTED] += 1
     return victim
 
@@ -93,12 +93,12 @@ def allocate_slot(cache: CacheState, retention_priority: Scores, device: int) ->
 def access(cache: CacheState, expert: int) -> int:
     """A layer needs this expert now: pins it. Returns its status."""
     cache.pinned[expert] = True
-    if cache.fresh[expert]:
-        cache.fresh[expert] = False
+    if cache.unused_prefetch[expert]:
+        cache.unused_prefetch[expert] = False
         cache.counters[PREFETCHED_USED] += 1
         cache.prefetch_balance[GAINED] += 1
-    elif cache.displaced[expert]:
-        cache.displaced[expert] = False
+    elif cache.evicted_for_prefetch[expert]:
+        cache.evicted_for_prefetch[expert] = False
         cache.counters[REGRETTED] += 1
         cache.prefetch_balance[LOST] += 1
     return int(cache.status[expert])
@@ -119,10 +119,10 @@ def begin_prefetch(cache: CacheState, retention_priority: Scores, expert: int) -
     """Takes a slot for a prefetch that `next_prefetch_candidate` named. Returns the victim, or `FREE`."""
     victim = allocate_slot(cache, retention_priority, cache.device[expert])
     cache.status[expert] = LOADING
-    cache.fresh[expert] = True
-    cache.displaced[expert] = False
+    cache.unused_prefetch[expert] = True
+    cache.evicted_for_prefetch[expert] = False
     if victim >= 0:
-        cache.displaced[victim] = True
+        cache.evicted_for_prefetch[victim] = True
     cache.counters[PREFETCHED] += 1
     cache.prefetch_balance[TRIED] += 1
     return victim
@@ -148,9 +148,9 @@ def throttle_prefetch(cache: CacheState) -> None:
 def release_slot(cache: CacheState, expert: int) -> None:
     """What was loading will not come: its slot is free."""
     cache.status[expert] = ABSENT
-    cache.room[cache.device[expert]] += 1
-    if cache.fresh[expert]:
-        cache.fresh[expert] = False
+    cache.free_slots[cache.device[expert]] += 1
+    if cache.unused_prefetch[expert]:
+        cache.unused_prefetch[expert] = False
         cache.counters[WASTED] += 1
 
 
@@ -188,7 +188,7 @@ def next_prefetch_candidate(
     )
     if best == NONE:
         return NONE
-    if cache.room[device] > 0:
+    if cache.free_slots[device] > 0:
         return best
     victim = choose_victim(cache, retention_priority, device)
     if victim == NONE:
@@ -214,7 +214,7 @@ def begin_next_prefetch(
 
 
 @kernel
-def still_wanted(
+def should_continue_prefetch(
     cache: CacheState,
     retention_priority: Scores,
     prefetch_priority: Scores,

@@ -12,7 +12,7 @@ from finemoe.types import Routed
 Distribution = npt.NDArray[np.floating]
 
 
-class Active:
+class TopKEstimator:
     """K: as given, or the fewest experts that any event said that a token uses, or needed, so far.
 
     An event is the union over tokens and requests, so it never needs fewer than K; one token alone needs exactly K.

@@ -35,14 +35,14 @@ def test_what_one_kernel_makes_of_a_layer_is_what_the_steps_make_of_it(
     one, other = (kind(SHAPE.layers, SHAPE.experts, capacity, without=without) for kind in (FinemoePolicy, StepByStep))
     for iteration in workload(seed, SHAPE, iterations=12, batch=1):
         for policy in (one, other):
-            policy.behind = False
+            policy.lagging = False
             policy.begin(iteration.steps)
         for event in iteration.events:
             if left_out and random.random() < 0.1:
                 continue  # as where a policy could not keep up
             late = random.random() < 0.3
             for policy in (one, other):
-                policy.behind = late
+                policy.lagging = late
                 policy.routed(event if gated else event._replace(gates=None, lookahead=None))
             assert (one.retention_priority == other.retention_priority).all()
         for policy in (one, other):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from finemoe.policy import CacheManager, make_policy
 from finemoe.policy.base import Policy
 from finemoe.policy.published.lru_prefetch import DeepSpeedPolicy, MixtralOffloadingPolicy
-from finemoe.policy.top_k import Active, likeliest
+from finemoe.policy.top_k import TopKEstimator, likeliest
 from finemoe.types import ExpertId, Routed
 from tests.policy.workload import Shape, workload
 
@@ -106,7 +106,7 @@ def test_likeliest_keeps_the_top_of_each_request(p: list[list[float]], count: in
 
 
 def test_k_is_the_fewest_experts_ever_needed_or_as_given() -> None:
-    learned, given_ = Active(), Active(3)
+    learned, given_ = TopKEstimator(), TopKEstimator(3)
     for needed in (0, 9, 4, 7, 0):
         learned.see(needed)
         given_.see(needed)

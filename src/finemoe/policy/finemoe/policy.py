@@ -28,7 +28,7 @@ from finemoe.policy.finemoe.history import (
 from finemoe.policy.finemoe.prompt_prior import PromptPrior
 from finemoe.policy.finemoe.request_state import GlobalFrequencies, RequestState, use
 from finemoe.policy.finemoe.search import CONSTANTS, Constants, begin_search, extend_search
-from finemoe.policy.top_k import Active
+from finemoe.policy.top_k import TopKEstimator
 from finemoe.types import DECODE, PREFILL, Recorded, Routed, Step
 
 STORE_BYTES = 128 << 20  # of a store's columns, unless told otherwise
@@ -111,7 +111,7 @@ class FinemoePolicy(Policy):
         self.throttles_prefetch = "pause" not in without
         self.lookahead = lookahead
         self.capacity = capacity or max(1, min(_MOST_ROWS, STORE_BYTES // (layers * experts)))
-        self.active = Active(active)
+        self.active = TopKEstimator(active)
         self.constants = constants._replace(  # noqa: SLF001 - a named tuple's way
             neighbours=1 if "neighbours" in without else constants.neighbours,
             horizon=0 if "successors" in without else constants.horizon,
@@ -213,7 +213,7 @@ class FinemoePolicy(Policy):
         for step, running in self._each():
             if _decodes(step) and self.history is not None:
                 token = int(step.token_ids[0])
-                self._begin_search(self.history, self.size, token, self.constants, running.search, int(self.behind))
+                self._begin_search(self.history, self.size, token, self.constants, running.search, int(self.lagging))
             else:
                 running.expect_by_frequency(-1, len(step.token_ids))
         self._value(-1)
@@ -235,7 +235,7 @@ class FinemoePolicy(Policy):
                 request.iteration.executed[layer] = executed
                 request.iteration.gates[layer] = 0.0 if own is None else own
             if request.known == layer + 1 and self.history is not None:
-                iteration, search, late = request.iteration, request.search, int(self.behind)
+                iteration, search, late = request.iteration, request.search, int(self.lagging)
                 self._extend_search(self.history, self.size, layer, iteration, self.constants, search, late)
             else:
                 request.expect_by_frequency(layer, len(step.token_ids))
@@ -270,12 +270,12 @@ class FinemoePolicy(Policy):
             return False
         gates = event.gates[0] if event.gates is not None and len(event.gates) == 1 else self._unsaid
         told = self._unasked
-        if event.lookahead is not None and len(event.lookahead) == 1 and not self.behind:
+        if event.lookahead is not None and len(event.lookahead) == 1 and not self.lagging:
             told = told if "lookahead" in self.without else event.lookahead[0]
         self._hear_alone(
             self._usual, self.history, self.size, running.state, self._weights, layer,
             np.array(event.experts, np.int64), gates, told, self.active.count, self.constants, self.retention_priority,
-            int(self.behind),
+            int(self.lagging),
         )  # fmt: skip
         running.known += 1
         running.tokens += layer == self.layers - 1
@@ -315,14 +315,14 @@ class FinemoePolicy(Policy):
         if "lookahead" in self.without:
             return
         known = np.zeros(self.experts, np.bool_) if executed is None else executed
-        told = ahead[:0] if self.behind else ahead
+        told = ahead[:0] if self.lagging else ahead
         chances = running.search.chances[0]
         self._look_ahead(self._weights, running.named, layer, known, told, self.active.count, chances)
 
     def _value(self, now: int) -> None:
         """Brings the scores up to date. Of several requests, any may need an expert."""
         running = [request.search for request in self._running.values()]
-        if not running or self.behind:
+        if not running or self.lagging:
             return
         chances, frequency = running[0].chances, running[0].frequency
         if len(running) > 1:

@@ -14,7 +14,7 @@ from finemoe.policy.base import Policy, StateDict
 from finemoe.policy.cache_state import Scores
 from finemoe.policy.published.expert_map_store import Floats, MapStore
 from finemoe.policy.published.lru_prefetch import KEPT
-from finemoe.policy.top_k import Active
+from finemoe.policy.top_k import TopKEstimator
 from finemoe.types import Recorded, Routed, Step
 
 _FLOOR = 1e-6  # instead of a probability of 0
@@ -171,7 +171,7 @@ class ExpertMapPolicy(Policy):
         super().__init__(layers, experts)
         self.distance = distance or next((d for most, d in _DISTANCES if experts <= most), 6)
         self.store = MapStore(layers, experts, capacity, self.distance)
-        self.active = Active(active)
+        self.active = TopKEstimator(active)
         p, frequency, chosen = np.zeros((3, layers, experts))
         self.scores = Scored(p, frequency, chosen, self.retention_priority, self.prefetch_priority)
         self._follow, self._predict, self._appraise = jit(follow), jit(predict), jit(appraise)

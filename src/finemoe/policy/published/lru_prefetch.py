@@ -11,7 +11,7 @@ from finemoe.jit import Jit, interpreted, kernel
 from finemoe.policy.base import Policy
 from finemoe.policy.cache_state import Scores
 from finemoe.policy.eviction import RECENCY, make_ranking, visit
-from finemoe.policy.top_k import Active, likeliest
+from finemoe.policy.top_k import TopKEstimator, likeliest
 from finemoe.types import Routed
 
 KEPT = float(1 << 40)  # worth more than any use; what is wanted for a layer ahead is worth that and its want
@@ -112,7 +112,7 @@ class MixtralOffloadingPolicy(LayerPrefetch):
     def __init__(self, layers: int, experts: int, fetch: int | None = None, *, jit: Jit[Any] = interpreted) -> None:
         super().__init__(layers, experts, jit=jit)
         self._likeliest = jit(likeliest)
-        self.active = Active(fetch)
+        self.active = TopKEstimator(fetch)
 
     def routed(self, event: Routed) -> None:
         self.used(event.layer, event.experts)

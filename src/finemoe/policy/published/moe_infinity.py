@@ -11,7 +11,7 @@ import numpy.typing as npt
 from finemoe.jit import Jit, interpreted, kernel
 from finemoe.policy.base import Policy
 from finemoe.policy.cache_state import Scores
-from finemoe.policy.top_k import Active
+from finemoe.policy.top_k import TopKEstimator
 from finemoe.types import DECODE, Recorded, Routed, Step
 
 Floats = npt.NDArray[np.float32]
@@ -210,7 +210,7 @@ class MoEInfinityPolicy(Policy):
     ) -> None:
         super().__init__(layers, experts)
         self.collection = Collection(layers, experts, capacity)
-        self.active = Active(active)
+        self.active = TopKEstimator(active)
         self._current: Scores = np.zeros((layers, experts))
         self._observe, self._prioritise = jit(observe), jit(prioritise)
         self._steps: tuple[Step, ...] = ()

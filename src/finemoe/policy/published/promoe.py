@@ -13,7 +13,7 @@ from finemoe.errors import ConfigError
 from finemoe.jit import Jit, compiled_as, interpreted, kernel
 from finemoe.policy.cache_state import Scores
 from finemoe.policy.published.lru_prefetch import LayerPrefetch
-from finemoe.policy.top_k import Active, likeliest
+from finemoe.policy.top_k import TopKEstimator, likeliest
 from finemoe.types import Routed, Step
 
 Floats = npt.NDArray[np.float32]
@@ -165,7 +165,7 @@ class ProMoEPolicy(LayerPrefetch):
             self._inputs = inputs(layers, experts, predictors.stride, predictors.history) % one_state
         self.predictors = predictors
         self._predict = jit(predict)
-        self.active = Active(active)
+        self.active = TopKEstimator(active)
         self._requests: list[int] = []
         self._states: Floats = np.zeros((0, 2, layers, experts), np.float32)
         self._expected = np.zeros((layers, experts))
