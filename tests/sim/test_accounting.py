@@ -47,7 +47,7 @@ def test_sums_are_the_engines_own_counters(
         driven.engine.cache_manager.source_counts = SourceCounts(LAYERS, EXPERTS)
         driven.engine.cache_manager.enable_expert_counts()
         driven.run(schedule, evidence)
-    rows, counters = driven.engine.cache_manager.source_counts.explained(), driven.engine.counters
+    rows, counters = driven.engine.cache_manager.source_counts.rows(), driven.engine.counters
     assert (total(rows, "hits"), total(rows, "late"), total(rows, "misses")) == (
         counters.hits, counters.late, counters.misses,
     )  # fmt: skip
@@ -99,7 +99,7 @@ def test_an_expert_is_told_by_how_it_came() -> None:
     begin(cache_manager)
     cache_manager.routed(Routed(0, [0, 2]))
     cache_manager.routed(Routed(2, [1]))
-    assert cache_manager.source_counts.explained() == (
+    assert cache_manager.source_counts.rows() == (
         ExplainRow(0, "demand", None, predicted=0, hits=1, late=0, misses=1, wasted=0),
         ExplainRow(0, "prefetch-next", None, predicted=1, hits=0, late=1, misses=0, wasted=0),
         ExplainRow(2, "kept", None, predicted=0, hits=1, late=0, misses=0, wasted=0),
@@ -113,7 +113,7 @@ def test_a_withdrawn_prefetch_is_wasted() -> None:
     begin(cache_manager)
     assert cache_manager.prefetch() is not None
     cache_manager.failed(ExpertId(0, 0))
-    assert cache_manager.source_counts.explained() == (ExplainRow(0, "prefetch", 1, 1, 0, 0, 0, 1),)
+    assert cache_manager.source_counts.rows() == (ExplainRow(0, "prefetch", 1, 1, 0, 0, 0, 1),)
 
 
 def test_each_expert_is_counted_on_its_own() -> None:

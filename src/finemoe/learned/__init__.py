@@ -1,4 +1,4 @@
-"""What policies learned, kept from one run to the next: expert maps in files. See docs/maps.md."""
+"""What policies learned (expert maps): saved, restored, merged, pruned and shared. See docs/maps.md."""
 
 from finemoe.learned.compaction import merge, prune
 from finemoe.learned.file import read_maps, write_maps
@@ -26,13 +26,13 @@ __all__ = [
     "Pulled",
     "SharedMaps",
     "Version",
-    "with_new_totals",
+    "check_map_store",
     "merge",
-    "news",
+    "new_maps",
     "num_updates",
     "open_map_persistence",
     "prune",
     "read_maps",
-    "check_map_store",
+    "with_new_totals",
     "write_maps",
 ]

@@ -111,7 +111,7 @@ class ModelHandle:
             stall_s=counters.stall_s,
             stalled_bytes=counters.stalled_bytes,
             peak_rss_bytes=peak_rss_bytes(),
-            explained=None if source_counts is None else source_counts.explained(),
+            explained=None if source_counts is None else source_counts.rows(),
             replayed_routing=self.replayed_routing,
             device=self.device,
             expert_kernel=self._kernel(),
@@ -187,7 +187,7 @@ class ModelHandle:
         source_counts = self._engine.cache_manager.source_counts
         if source_counts is None:
             raise ConfigError("explain: was not asked for; load the model with explain=True, or --explain")
-        return source_counts.explained()
+        return source_counts.rows()
 
     def watch(self) -> None:
         """From now on, count every expert on its own, for `experts()`."""
