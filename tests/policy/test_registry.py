@@ -54,9 +54,7 @@ def test_throttling_of_finemoe_can_be_left_out() -> None:
     assert (full.throttles_prefetch, ablated.throttles_prefetch) == (True, False)
 
 
-@pytest.mark.parametrize(
-    "part", [part for part in FinemoePolicy.parts if part != "pause"]
-)  # throttling changes no score
+@pytest.mark.parametrize("part", [part for part in FinemoePolicy.parts if part != "pause"])  # which changes no score
 def test_leaving_out_a_part_of_finemoe_changes_scores(part: str) -> None:
     full, ablated = (make_policy(name, *(SHAPE.layers, SHAPE.experts)) for name in ("finemoe", f"finemoe/no-{part}"))
     differ = False

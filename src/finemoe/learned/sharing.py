@@ -43,7 +43,7 @@ class Pulled(NamedTuple):
 
 
 class SharedMaps(Protocol):
-    """A merge_newest store of the newest maps of one model and policy. Thread-safe.
+    """A bounded store of the newest maps of one model and policy. Thread-safe.
 
     Failures of the storage or network are raised as they are; callers continue without sharing and retry later.
     """

@@ -78,10 +78,8 @@ def test_gates_beyond_the_last_layer_are_ignored() -> None:
 def test_gates_without_new_information_change_little() -> None:
     random, weights = np.random.default_rng(0), make_weights(1)[0]
     for _ in range(20_000):
-        probabilities = random.random(8)
-        learn(
-            weights, probabilities > 0.5, probabilities, random.random(8) < probabilities
-        )  # the gate repeats the prior
+        probabilities = random.random(8)  # the gate only repeats them
+        learn(weights, probabilities > 0.5, probabilities, random.random(8) < probabilities)
     probabilities = np.linspace(0, 1, 11)[:8]
     fused = probabilities.copy()
     fuse(weights, probabilities > 0.5, fused)

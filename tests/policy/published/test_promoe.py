@@ -21,9 +21,7 @@ class Plain:
 
     def __init__(self, predictors: Predictors) -> None:
         self.predictors = predictors
-        self.seen: dict[
-            int, list[list[list[float]]]
-        ] = {}  # by request and layer: roots of the gates, one row per iteration
+        self.seen: dict[int, list[list[list[float]]]] = {}  # by request, layer and iteration: roots of the gates
         self.p: dict[int, list[float]] = {}  # by layer
 
     def mean(self, rows: list[list[float]]) -> list[float]:
