@@ -87,7 +87,7 @@ class FolderMaps:
             return Pulled(self._version, merge_newest(stores, self._limit) if stores else None)
 
     def _next_version(self) -> Version:
-        self._version = self._version._replace(number=self._version.number + 1)  # noqa: SLF001 - public method of named tuples
+        self._version = self._version._replace(number=self._version.number + 1)  # noqa: SLF001 - public in named tuples
         return self._version
 
     def _list_others(self) -> dict[str, _Stamp]:

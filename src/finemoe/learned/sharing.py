@@ -82,7 +82,7 @@ class LocalMaps:
             self._stores.append(maps)
             if len(self._stores) > _MOST_PENDING:
                 self._merge()
-            self._version = self._version._replace(number=self._version.number + 1)  # noqa: SLF001 - public method of named tuples
+            self._version = self._version._replace(number=self._version.number + 1)  # noqa: SLF001 - public in named tuples
             return self._version
 
     def pull(self, since: Version | None = None) -> Pulled | None:

@@ -111,7 +111,7 @@ class FinemoePolicy(Policy):
         self.lookahead = lookahead
         self.capacity = capacity or max(1, min(_MOST_ROWS, STORE_BYTES // (layers * experts)))
         self.active = TopKEstimator(active)
-        self.constants = constants._replace(  # noqa: SLF001 - public method of named tuples
+        self.constants = constants._replace(  # noqa: SLF001 - public in named tuples
             neighbours=1 if "neighbours" in without else constants.neighbours,
             horizon=0 if "successors" in without else constants.horizon,
             context=0.0 if "context" in without else constants.context,
