@@ -15,7 +15,7 @@ from finemoe.config import LoadConfig, budget_text
 from finemoe.engine.expert_layer import IMPLEMENTATION
 from finemoe.errors import ConfigError
 from finemoe.gpu.device import open_devices
-from finemoe.learned import open_map_persistence, refuse_useless
+from finemoe.learned import check_map_store, open_map_persistence
 from finemoe.model.introspect import model_class, read_config, refuse_made_up, transformers_errors
 from finemoe.model.loader import Loading, diverted
 from finemoe.policy import policy_class
@@ -105,7 +105,7 @@ def load_config(config: LoadConfig) -> Any:
             if config.predictors is None
             else f"--predictors: --policy {config.policy} takes none"
         )
-    refuse_useless(config.map_store, config.policy)
+    check_map_store(config.map_store, config.policy)
     devices = open_devices(config.device)
     if devices:
         config.refuse_cpu_settings()

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from finemoe import __version__
 from finemoe.config import LoadConfig
 from finemoe.errors import ConfigError
-from finemoe.learned import NOWHERE, FolderMaps, SharedMaps
+from finemoe.learned import NO_MAP_STORE, FolderMaps, SharedMaps
 from finemoe.model import load_config as load
 from finemoe.model.generation import load_tokenizer
 from finemoe.policy import policy_class
@@ -96,7 +96,7 @@ def open_service(
     if shares:
         refuse_to_share_nothing(load_config.policy)
         if load_config.map_store is None:
-            load_config = replace(load_config, map_store=NOWHERE)
+            load_config = replace(load_config, map_store=NO_MAP_STORE)
     with load(load_config) as model:
         if store is None and config.shared_maps is not None:
             store = _folder(model, config.shared_maps, config.max_shared_maps)
