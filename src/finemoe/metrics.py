@@ -181,8 +181,8 @@ class Counters:
             setattr(self, field.name, field.default)
 
 
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+def _ratio(part: float, total: float) -> float:
+    return part / total if total else 0.0
 
 
 @dataclass(frozen=True)
@@ -231,15 +231,15 @@ class Stats:
 
     @property
     def hit_rate(self) -> float:
-        return _share(self.hits, self.accesses)
+        return _ratio(self.hits, self.accesses)
 
     @property
     def late_rate(self) -> float:
-        return _share(self.late, self.accesses)
+        return _ratio(self.late, self.accesses)
 
     @property
     def miss_rate(self) -> float:
-        return _share(self.misses, self.accesses)
+        return _ratio(self.misses, self.accesses)
 
     @property
     def precision(self) -> float | None:

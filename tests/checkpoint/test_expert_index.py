@@ -33,14 +33,14 @@ def gathered_equals_loaded(folder: Path, loaded: Path | None = None) -> None:
     with finemoe.load(folder, expert_memory="all") as model:
         offloaded = experts_modules(model)
         assert len(offloaded) == len(reference) > 0
-        for module, twin in zip(offloaded, reference, strict=True):
+        for module, expected in zip(offloaded, reference, strict=True):
             handle = module.finemoe_layer
             assert {field.name for field in handle.layout.fields} == {
-                n for n, p in twin.named_parameters(recurse=False)
+                n for n, p in expected.named_parameters(recurse=False)
             }
             for expert, slot in handle.serve(range(handle.layout.experts)):
                 for name, parameter in handle.parameters(expert, slot).items():
-                    assert torch.equal(parameter, getattr(twin, name)[expert]), (name, expert)
+                    assert torch.equal(parameter, getattr(expected, name)[expert]), (name, expert)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -26,7 +26,7 @@ class BaseTransfer(Generic[Job]):
         self._closed = False
         self._moved_bytes = 0
         self._waited_bytes = 0.0
-        self._waiting_since_s: float | None = None  # when the consumer's `wait` under way began
+        self._waiting_since_s: float | None = None  # when the consumer began to wait
         self.when_idle: Callable[..., None] | None = None
 
     @property
