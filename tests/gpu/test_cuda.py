@@ -1,4 +1,7 @@
-"""On a real GPU: the answers are those of the whole model on it, whatever is resident and however late copies are."""
+"""On a real GPU, output equals the full model's, whatever is resident and however late copies are.
+
+Run with `FINEMOE_TEST_GPU=1 pytest -m gpu tests/gpu`; skipped without a CUDA device.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from finemoe.errors import BudgetError
 from finemoe.gpu.device import CudaDevice
 from tests.tiny import Make, eager, prompt
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and FINEMOE_TEST_GPU=1"),
+]
 CASES = [("mixtral", "float32"), ("mixtral", "bfloat16"), ("gpt_oss", "bfloat16"), ("nemotron_h", "bfloat16")]
 
 
