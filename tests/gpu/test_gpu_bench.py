@@ -1,4 +1,4 @@
-"""The GPU benchmark runs from end to end, at tiny sizes on the CPU."""
+"""`scripts/gpu_bench.py` end to end, at tiny sizes on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Serves one MoE layer: submits loads of missing experts, yields experts as they become ready, and unpins them after use.
+"""Serves one MoE layer: submits loads of missing experts, yields experts as they become ready, unpins them after use.
 
 The engine connects a `CacheManager` (decides), a `Transfer` (moves bytes) and a `SlotPool` (owns the slots). It knows
 neither how a policy decides nor what is computed with an expert.

@@ -1,9 +1,9 @@
-"""A layer's answer does not depend on what was resident, on what landed first, or on the budget: not in one bit."""
+"""A layer's output equals the module's own, bit for bit, whatever is resident, lands first, or fits the budget."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor
 import finemoe
 from finemoe.engine.engine import Engine
 from finemoe.engine.expert_layer import ExpertLayer, LazyParameter, compute_as_ready, compute_reference
-from finemoe.engine.token_dispatch import OneToken, Tokens, group_rows, rows_of
+from finemoe.engine.token_dispatch import group_rows
 from finemoe.errors import ExpertReadError, FinemoeError
 from finemoe.policy import POLICIES, make_cache_manager
 from finemoe.store import DiskStore, RamSlotPool
@@ -23,17 +23,17 @@ from finemoe.types import ExpertId
 from tests.fakes import ManualTransfer
 from tests.tiny import Make, eager, experts_modules
 
-# each is one way in which experts differ: plain, transposed with biases and interleaved rows, no gate and sums
-# in the dtype of the weights
+# forms of experts: plain, in two dtypes; transposed, with biases and interleaved rows; no gate, results added up in the
+# dtype of the routing weights
 CASES = [("mixtral", "float32"), ("mixtral", "bfloat16"), ("gpt_oss", "bfloat16"), ("nemotron_h", "bfloat16")]
-MoreTokens = st.integers(1, 9)
+TokenCounts = st.integers(1, 9)
 
 
 class Case(NamedTuple):
-    """One experts module, offloaded and whole."""
+    """One experts module: offloaded, and with its weights in memory."""
 
     module: Any
-    whole: Any
+    reference: Any
     store: DiskStore
     slot_bytes: int
     handle: ExpertLayer
@@ -45,17 +45,17 @@ def case(request: pytest.FixtureRequest, tiny: Make) -> Iterator[Case]:
     folder = tiny(*request.param)
     with finemoe.load(folder, expert_memory="60%") as model:
         module = experts_modules(model)[0]
-        whole = experts_modules(eager(folder))[0]
-        offload = model.finemoe
-        yield Case(module, whole, offload._store, offload.expert_index.slot_bytes, module.finemoe_layer, model.dtype)
+        reference = experts_modules(eager(folder))[0]
+        store, slot_bytes = model.finemoe._store, model.finemoe.expert_index.slot_bytes
+        yield Case(module, reference, store, slot_bytes, module.finemoe_layer, model.dtype)
 
 
 def offloaded(case: Case, capacity: int, policy: str = "lru") -> tuple[ExpertLayer, ManualTransfer]:
-    """The module's first layer over an engine of its own, swapped into the module's parameters too."""
-    layouts, transfer = case.handle.layout, ManualTransfer(case.store)
-    cache_manager = make_cache_manager(policy, 1, layouts.experts, capacity)
+    """The module's layer over an engine of its own, which the module's parameters use too."""
+    layout, transfer = case.handle.layout, ManualTransfer(case.store)
+    cache_manager = make_cache_manager(policy, 1, layout.experts, capacity)
     engine = Engine(RamSlotPool(capacity, case.slot_bytes), cache_manager, transfer)
-    layer = ExpertLayer(engine, threading.RLock(), 0, layouts, case.handle._dtypes)
+    layer = ExpertLayer(engine, threading.RLock(), 0, layout, case.handle._dtypes)
     layer.accumulator = case.handle.accumulator
     for name, value in case.module.__dict__.items():
         if isinstance(value, LazyParameter):
@@ -64,17 +64,17 @@ def offloaded(case: Case, capacity: int, policy: str = "lru") -> tuple[ExpertLay
 
 
 def inputs(case: Case, tokens: int, seed: int, active: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    first = next(iter(case.whole.parameters()))
+    generator = torch.Generator().manual_seed(seed)
+    first = next(iter(case.reference.parameters()))
     width = first.shape[1] if case.module.is_transposed else first.shape[-1]
-    hidden = torch.randn(tokens, width, generator=draw).to(case.dtype)
+    hidden = torch.randn(tokens, width, generator=generator).to(case.dtype)
     experts = case.handle.layout.experts
-    index = torch.stack([torch.randperm(experts, generator=draw)[:active] for _ in range(tokens)])
+    index = torch.stack([torch.randperm(experts, generator=generator)[:active] for _ in range(tokens)])
     weights_dtype = torch.float32 if seed % 2 else case.dtype
-    return hidden, index, torch.rand(tokens, active, generator=draw).to(weights_dtype)
+    return hidden, index, torch.rand(tokens, active, generator=generator).to(weights_dtype)
 
 
-def both_ways(case: Case, layer: ExpertLayer, given_inputs: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+def both_paths(case: Case, layer: ExpertLayer, given_inputs: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
     with torch.no_grad():
         outputs = [compute_reference(layer, case.module, *given_inputs)]
         if layer.accumulator is not None:
@@ -82,19 +82,19 @@ def both_ways(case: Case, layer: ExpertLayer, given_inputs: tuple[Tensor, Tensor
     return outputs
 
 
-def whole_output(case: Case, given_inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def reference_output(case: Case, given_inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     with torch.no_grad():
-        output: Tensor = type(case.whole).forward.__wrapped__(case.whole, *given_inputs)
+        output: Tensor = type(case.reference).forward.__wrapped__(case.reference, *given_inputs)
     return output
 
 
-def test_the_fast_path_is_taken(case: Case) -> None:
+def test_an_accumulator_is_chosen(case: Case) -> None:
     assert case.handle.accumulator is not None
 
 
 @settings(max_examples=settings().max_examples // 3, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    calls=st.lists(st.tuples(MoreTokens, st.integers(0, 9), st.integers(1, 6)), min_size=1, max_size=4),
+    calls=st.lists(st.tuples(TokenCounts, st.integers(0, 9), st.integers(1, 6)), min_size=1, max_size=4),
     capacity=st.integers(1, 8),
     policy=st.sampled_from(POLICIES),
     random=st.randoms(use_true_random=False),
@@ -108,26 +108,26 @@ def test_output_does_not_depend_on_residency(
     assert layer.engine is not None
     for tokens, seed, active in calls:
         given_inputs = inputs(case, tokens, seed, active)
-        expected = whole_output(case, given_inputs)
-        for output in both_ways(case, layer, given_inputs):
+        expected = reference_output(case, given_inputs)
+        for output in both_paths(case, layer, given_inputs):
             assert torch.equal(output, expected)
         layer.engine.check_integrity()
 
 
-def test_indices_beyond_the_experts_belong_to_nobody(case: Case) -> None:
+def test_indices_beyond_the_experts_are_ignored(case: Case) -> None:
     layer, _ = offloaded(case, 4)
     hidden, index, weights = inputs(case, 5, 1)
     index[3, 0] = index[2] = layer.layout.experts
-    nobody = index == layer.layout.experts
-    without = hidden, index.masked_fill(nobody, 0), weights.masked_fill(nobody, 0)
+    ignored = index == layer.layout.experts
+    without = hidden, index.masked_fill(ignored, 0), weights.masked_fill(ignored, 0)
     assert layer.accumulator is not None
     with torch.no_grad():
         output = compute_as_ready(layer, case.module, hidden, index, weights, layer.accumulator)
-    assert torch.equal(output, whole_output(case, without))
+    assert torch.equal(output, reference_output(case, without))
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
-def test_tokens_that_need_no_expert_get_zeros(case: Case, tokens: int) -> None:
+def test_tokens_without_experts_get_zeros(case: Case, tokens: int) -> None:
     layer, transfer = offloaded(case, 4)
     hidden, _, weights = inputs(case, tokens or 1, 0)
     index = torch.full((tokens, 3), layer.layout.experts)
@@ -159,24 +159,23 @@ def test_resident_experts_are_computed_before_missing_ones_have_landed(
     assert [in_flight for _, in_flight in order] == [1, 1, 0]
 
 
-@pytest.mark.parametrize("way", ["ready first", "twin"])
+@pytest.mark.parametrize("path", ["as ready", "reference"])
 @pytest.mark.parametrize("failure", [OSError(5, "Input/output error", "shard"), KeyboardInterrupt()], ids=repr)
-def test_a_call_that_breaks_off_leaves_the_next_one_exact(case: Case, way: str, failure: BaseException) -> None:
+def test_a_call_after_an_aborted_one_is_exact(case: Case, path: str, failure: BaseException) -> None:
     layer, transfer = offloaded(case, 4)
     assert layer.engine is not None
     given_inputs = inputs(case, 6, 2)
-    expected = whole_output(case, given_inputs)
-    fast: Callable[..., Tensor] = compute_as_ready
+    expected = reference_output(case, given_inputs)
 
     def call() -> Tensor:
         with torch.no_grad():
-            if way == "twin":
+            if path == "reference":
                 return compute_reference(layer, case.module, *given_inputs)
             assert layer.accumulator is not None
-            return fast(layer, case.module, *given_inputs, layer.accumulator)
+            return compute_as_ready(layer, case.module, *given_inputs, layer.accumulator)
 
-    for survivors in range(6):
-        left = [survivors]
+    for landed in range(6):
+        left = [landed]
 
         def fail(_: ExpertId, left: list[int] = left) -> BaseException | None:
             left[0] -= 1
@@ -192,7 +191,7 @@ def test_a_call_that_breaks_off_leaves_the_next_one_exact(case: Case, way: str, 
         assert torch.equal(call(), expected)
 
 
-def test_an_interrupt_while_an_expert_is_let_go_does_not_leave_a_stale_one(case: Case) -> None:
+def test_an_interrupted_release_leaves_no_stale_expert(case: Case) -> None:
     layer, _ = offloaded(case, 1)
     assert layer.engine is not None
     name = layer.layout.fields[0].name
@@ -216,42 +215,3 @@ def test_gradients_are_refused(case: Case) -> None:
     hidden, index, weights = inputs(case, 2, 0)
     with pytest.raises(FinemoeError, match=r"no gradients; run the model under torch.no_grad\(\)"):
         layer.run(case.module, hidden.requires_grad_(), index, weights)
-
-
-@given(st.integers(0, 6), st.integers(1, 4), st.integers(1, 5), st.integers(0, 99))
-def test_rows_are_grouped_as_eager_groups_them(tokens: int, active: int, experts: int, seed: int) -> None:
-    index = torch.randint(0, experts + 1, (tokens, active), generator=torch.Generator().manual_seed(seed))
-    groups = group_rows(index, experts)
-    mask = torch.nn.functional.one_hot(index, experts + 1).permute(2, 1, 0)  # [E + 1, K, T], as transformers does
-    expected = {e: torch.where(mask[e]) for e in range(experts) if mask[e].any()}
-    assert list(groups) == list(expected)
-    for expert, (ks, ts) in expected.items():
-        assert torch.equal(groups[expert][0], ks)
-        assert torch.equal(groups[expert][1], ts)
-
-
-@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("index", [[4, 0, 2], [8, 1, 9], [8, 8, 8], [3, 3, 1]])
-def test_one_token_is_computed_as_several_are(index: list[int], weights_dtype: torch.dtype) -> None:
-    draw = torch.Generator().manual_seed(0)
-    hidden, weights = torch.randn(1, 32, generator=draw).bfloat16(), torch.rand(1, 3, generator=draw).to(weights_dtype)
-    given_inputs = hidden, torch.tensor([index]), weights, 8
-    one, several = rows_of(*given_inputs), Tokens(*given_inputs)
-    assert isinstance(one, OneToken) == (index in ([4, 0, 2], [8, 1, 9]))
-    assert one.experts == several.experts
-    sums = [torch.full((1, 32), 0.1, dtype=torch.bfloat16) for _ in range(2)]
-    for expert in one.experts:
-        for rows, total in zip((one, several), sums, strict=True):
-            x, scale = rows.of(expert)
-            rows.add(total, expert, (x.square() * scale).bfloat16())
-    assert torch.equal(*sums)
-
-
-def test_a_token_that_does_not_start_where_tensors_start_is_copied() -> None:
-    """A matmul may round in another way where a vector starts elsewhere."""
-    memory = torch.arange(65.0)
-    for hidden in (memory[1:].view(1, -1), memory[:64].view(32, 2).T[:1]):
-        rows = rows_of(hidden, torch.tensor([[0]]), torch.ones(1, 1), 8)
-        assert isinstance(rows, Tokens)
-        x, _ = rows.of(0)
-        assert torch.equal(x, hidden) and x.data_ptr() % 64 == 0 and x.is_contiguous()

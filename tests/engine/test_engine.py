@@ -1,4 +1,4 @@
-"""The life of a layer, with a transfer in which nothing happens by itself."""
+"""Serving a layer, with a transfer that moves nothing unless the test lets it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finemoe.engine.engine import Engine
+from finemoe.engine.layer_timing import LayerTiming
 from finemoe.errors import ExpertReadError, FinemoeError, InvariantError
 from finemoe.metrics import NEVER, Durations
 from finemoe.policy import POLICIES, CacheManager, make_cache_manager
@@ -32,7 +33,7 @@ def make(capacity: int, policy: str = "lru", transfer: ManualTransfer | None = N
 
 
 def run(engine: Engine, layer: int, experts: list[int]) -> list[int]:
-    """Serves a layer, checking that each slot holds its expert for as long as it may be used."""
+    """Serves a layer, checking that each yielded slot holds its expert. Returns the experts in order."""
     order = []
     for expert, slot in engine.serve(Routed(layer, experts)):
         assert engine.pool.bytes_of(slot).unique().tolist() == [1 + layer * EXPERTS + expert]
@@ -53,7 +54,7 @@ def test_resident_experts_are_served_before_anything_is_waited_for() -> None:
     serving = engine.serve(Routed(0, [0, 1, 2, 3]))
     assert [next(serving)[0], next(serving)[0]] == [1, 3]
     assert transfer.waits == waits
-    assert transfer.submitted[-2:] == [(0, 0), (0, 2)]  # but their loading is under way
+    assert transfer.submitted[-2:] == [(0, 0), (0, 2)]  # they are being loaded
     assert sorted(expert for expert, _ in serving) == [0, 2]
     assert transfer.waits > waits
 
@@ -64,7 +65,7 @@ def test_experts_are_served_in_the_order_in_which_they_land() -> None:
     assert run(engine, 0, [0, 1, 2, 3]) == [3, 2, 1, 0]
 
 
-def test_what_lands_while_another_is_computed_is_not_waited_for() -> None:
+def test_an_expert_that_lands_while_another_is_computed_is_not_waited_for() -> None:
     engine, transfer = make(6)
     run(engine, 0, [0])
     serving = engine.serve(Routed(0, [0, 1, 2]))
@@ -101,15 +102,15 @@ def test_each_need_is_served_once_and_counted_once(
     assert counters.evictions == max(0, counters.misses - engine.pool.resident)
 
 
-def test_hits_and_misses_are_told_apart() -> None:
+def test_hits_and_misses_are_counted() -> None:
     engine, _ = make(6)
     run(engine, 0, [0, 1])
     run(engine, 0, [1, 2, 3])
     assert (engine.counters.hits, engine.counters.late, engine.counters.misses) == (1, 0, 4)
 
 
-class NextLayerToo(LRU):
-    """Wants the first expert of a layer in the next layer too, and nothing else."""
+class NextLayerPrefetch(LRU):
+    """Prefetches the first expert of a layer in the next layer too, and nothing else."""
 
     prefetches = True
 
@@ -121,7 +122,7 @@ class NextLayerToo(LRU):
 
 def prefetching(capacity: int = 8) -> tuple[Engine, ManualTransfer]:
     transfer = ManualTransfer(SOURCE)
-    cache_manager = CacheManager(LAYERS, EXPERTS, capacity, NextLayerToo(LAYERS, EXPERTS))
+    cache_manager = CacheManager(LAYERS, EXPERTS, capacity, NextLayerPrefetch(LAYERS, EXPERTS))
     return Engine(RamSlotPool(capacity, SLOT_BYTES), cache_manager, transfer), transfer
 
 
@@ -134,7 +135,7 @@ def test_an_expert_in_flight_when_it_is_needed_is_late_and_not_fetched_again() -
     assert transfer.submitted.count(ExpertId(1, 2)) == 1
 
 
-def test_a_prefetch_that_has_landed_by_then_is_a_hit() -> None:
+def test_a_prefetch_that_landed_before_it_is_needed_is_a_hit() -> None:
     engine, transfer = prefetching()
     run(engine, 0, [2])
     transfer.ripe = lambda in_flight: in_flight
@@ -153,55 +154,56 @@ def test_stalls_are_the_time_and_bytes_of_waiting() -> None:
     assert engine.counters.stalled_bytes == 2 * SLOT_BYTES
 
 
-def ticking() -> Engine:
-    """With a clock that goes on by 1 whenever it is read."""
-    ticks = iter(range(1000))
-    cache_manager = make_cache_manager("lru", LAYERS, EXPERTS, 4)
-    return Engine(RamSlotPool(4, SLOT_BYTES), cache_manager, ManualTransfer(SOURCE), clock=lambda: float(next(ticks)))
+def timed() -> tuple[Engine, LayerTiming]:
+    """An engine whose clock advances by 1 s whenever it is read."""
+    ticks, timing = iter(range(1000)), LayerTiming(LAYERS)
+    cache_manager, transfer = make_cache_manager("lru", LAYERS, EXPERTS, 4), ManualTransfer(SOURCE)
+    engine = Engine(RamSlotPool(4, SLOT_BYTES), cache_manager, transfer, clock=lambda: float(next(ticks)))
+    engine.layer_timing = timing
+    return engine, timing
 
 
-def test_time_is_told_apart_by_layers_and_gates_and_waiting_is_left_out() -> None:
-    engine = ticking()
+def test_time_is_split_at_layers_and_gates_without_waiting() -> None:
+    engine, timing = timed()
     for _ in range(2):
         for layer in range(LAYERS):
             run(engine, layer, [0])  # reads the clock at the gate, twice for a wait, and at the end
-    layer_timing = engine.layer_timing
-    assert layer_timing.befores == sum([Durations.one(1)] * 4, NEVER)
-    assert layer_timing.afters == sum([Durations.one(2)] * 3 + [Durations.one(1)] * 3, NEVER)  # misses, then hits
-    assert layer_timing.arounds == Durations.one(1)
+    assert timing.befores == sum([Durations.one(1)] * 4, NEVER)
+    assert timing.afters == sum([Durations.one(2)] * 3 + [Durations.one(1)] * 3, NEVER)  # misses, then hits
+    assert timing.arounds == Durations.one(1)
 
 
-def test_a_layer_that_asks_expert_by_expert_is_one_layer() -> None:
-    engine = ticking()
+def test_a_layer_served_expert_by_expert_is_timed_as_one() -> None:
+    engine, timing = timed()
     for experts in ([0], [1]):
         run(engine, 0, experts)
     run(engine, 1, [2])
-    assert engine.layer_timing.befores == Durations.one(1)
-    assert engine.layer_timing.afters == Durations.one((2 + 2) + 1) + Durations.one(2)  # between its two experts, too
+    assert timing.befores == Durations.one(1)
+    assert timing.afters == Durations.one((2 + 2) + 1) + Durations.one(2)  # between its two experts, too
 
 
-def test_what_follows_a_broken_off_layer_does_not_follow_it_in_time() -> None:
-    engine = ticking()
+def test_the_time_after_an_aborted_layer_is_not_counted() -> None:
+    engine, timing = timed()
     run(engine, 0, [0])
-    leave(engine.serve(Routed(1, [1])))
+    close(engine.serve(Routed(1, [1])))
     run(engine, 2, [2])
-    assert (engine.layer_timing.befores.count, engine.layer_timing.afters.count) == (1, 2)
-    engine.layer_timing.reset()
-    assert engine.layer_timing.befores == engine.layer_timing.afters == NEVER
+    assert (timing.befores.count, timing.afters.count) == (1, 2)
+    timing.reset()
+    assert timing.befores == timing.afters == NEVER
 
 
-def leave(serving: Iterator[tuple[int, int]]) -> None:
+def close(serving: Iterator[tuple[int, int]]) -> None:
     next(serving)
     serving.close()  # type: ignore[attr-defined] # a generator
 
 
-def break_off_inside(serving: Iterator[tuple[int, int]]) -> None:
+def interrupt(serving: Iterator[tuple[int, int]]) -> None:
     next(serving)
     serving.throw(KeyboardInterrupt)  # type: ignore[attr-defined] # a generator
 
 
-@pytest.mark.parametrize("stop", [leave, break_off_inside])
-def test_a_layer_left_in_the_middle_empties_the_pool(stop: Callable[[Iterator[tuple[int, int]]], None]) -> None:
+@pytest.mark.parametrize("stop", [close, interrupt])
+def test_an_aborted_layer_empties_the_pool(stop: Callable[[Iterator[tuple[int, int]]], None]) -> None:
     engine, transfer = make(6)
     run(engine, 0, [0])
     serving = engine.serve(Routed(0, [0, 1, 2]))
@@ -225,7 +227,7 @@ def test_an_interrupt_while_waiting_empties_the_pool(kind: type[BaseException]) 
     assert works(engine, transfer)
 
 
-def test_a_second_interrupt_while_clearing_up_leaves_nothing_wedged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_clear_is_repeated_by_the_next_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, transfer = make(6)
     transfer.fail = lambda _: KeyboardInterrupt()
 
@@ -252,8 +254,8 @@ def test_a_read_error_names_file_and_expert_and_the_next_layer_works() -> None:
     assert works(engine, transfer)
 
 
-@pytest.mark.parametrize("error", [InvariantError("broken rule"), ValueError("bug"), FinemoeError("said already")])
-def test_errors_that_are_no_read_errors_come_through_as_they_are(error: Exception) -> None:
+@pytest.mark.parametrize("error", [InvariantError("broken rule"), ValueError("bug"), FinemoeError("its own message")])
+def test_other_errors_are_raised_unchanged(error: Exception) -> None:
     engine, transfer = make(6)
     transfer.fail = lambda _: error
     with pytest.raises(type(error)) as caught:
@@ -285,7 +287,7 @@ def test_a_failed_verification_is_never_served() -> None:
     assert engine.pool.resident == 0
 
 
-def test_a_layer_without_needs_is_served_nothing() -> None:
+def test_a_layer_without_needs_yields_nothing() -> None:
     engine, transfer = make(2)
     assert run(engine, 0, []) == []
     assert transfer.submitted == []
