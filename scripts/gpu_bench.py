@@ -53,10 +53,10 @@ def link_rates(device: Device, size_bytes: int, chunks: tuple[int, ...]) -> dict
     for chunk in chunks:
         best_s = float("inf")
         for _ in range(3):
-            start = device.mark_copies()
+            start = device.record_copies()
             for begin in range(0, size_bytes, chunk):
                 device.copy(into[begin : begin + chunk], source[begin : begin + chunk])
-            end = device.mark_copies()
+            end = device.record_copies()
             end.wait()
             best_s = min(best_s, end.since_s(start))
         rates[str(chunk)] = size_bytes / max(best_s, 1e-9)

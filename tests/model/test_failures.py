@@ -111,7 +111,7 @@ def test_ctrl_c_in_mid_generation_leaves_nothing_wedged(
 
 
 @pytest.mark.parametrize(
-    "name", ["find_experts", "DiskStore", "RamSlotPool", "ReaderThreads", "choose_path", "Engine", "ModelHandle"]
+    "name", ["find_experts", "DiskStore", "RamSlotPool", "ReaderThreads", "choose_accumulator", "Engine", "ModelHandle"]
 )
 def test_ctrl_c_while_loading_gives_everything_back(
     chat_folder: Path, whole: Any, monkeypatch: pytest.MonkeyPatch, name: str

@@ -29,7 +29,7 @@ def generate(model: Any, seed: int = 0, tokens: int = 8) -> None:
 def state_dict(model: Any) -> dict[str, Any]:
     policy = model.finemoe._engine.cache_manager.policy
     assert isinstance(policy, AsyncPolicy)
-    policy.settle()
+    policy.flush()
     policy.inner.begin(())
     return policy.inner.state_dict()
 

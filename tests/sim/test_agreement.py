@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from finemoe.engine.layer_timing import LayerTiming
 from finemoe.policy import FACTORIES, Policy, make_policy
 from finemoe.sim.hardware import Machine, Noise
 from finemoe.sim.simulator import Replay
@@ -74,8 +75,9 @@ def test_the_engine_tells_what_the_simulator_must_be_given(tmp_path: Path, befor
     with make_trace(tmp_path, seed=9, prompt=0) as trace:
         schedule, evidence = make_schedule(trace, range(2)), TraceView(trace)
         driven = EngineReplay.make(schedule, made("deepspeed"), 9, VirtualLink(1.3, 13))
+        layer_timing, passes = LayerTiming(LAYERS), len(schedule)
+        driven.engine.layer_timing = layer_timing
         driven.run(schedule, evidence, before_gate=before_gate, gap=gap)
-    layer_timing, passes = driven.engine.layer_timing, len(schedule)
     assert driven.engine.counters.stall_s > 0  # and is in none of these
     timed = (layer_timing.befores, layer_timing.afters, layer_timing.arounds)
     assert [each.count for each in timed] == [passes * (LAYERS - 1), passes * LAYERS, passes - 1]

@@ -19,7 +19,7 @@ from finemoe.engine.expert_layer import ExpertLayer
 from finemoe.engine.layer_timing import LayerTiming
 from finemoe.errors import ConfigError, DamagedMapsError, FinemoeError, MapsError
 from finemoe.gpu.copier import HostToDeviceCopier
-from finemoe.gpu.setup import Tiers
+from finemoe.gpu.setup import DeviceTiers
 from finemoe.learned import MapPersistence, Maps
 from finemoe.learned.file import check_arrays
 from finemoe.metrics import ExplainRow, PerExpert, Stats
@@ -49,7 +49,7 @@ class ModelHandle:
         *,
         keeper: MapPersistence | None = None,
         observer: Observer | None = None,
-        tiers: Tiers | None = None,
+        tiers: DeviceTiers | None = None,
         fingerprint: str | None = None,
     ) -> None:
         self.observer = observer  # None where the policy listens to nothing
@@ -78,7 +78,7 @@ class ModelHandle:
 
     def _stats(self) -> Stats:
         if self._tiers is not None:
-            self._tiers.settle()
+            self._tiers.collect_counters()
         policy = self._engine.cache_manager.policy
         counters, pool, tally = self._engine.counters, self._engine.pool, self._engine.cache_manager.cache.counters
         source_counts = self._engine.cache_manager.source_counts
@@ -106,7 +106,7 @@ class ModelHandle:
             regretted=int(tally[cache.REGRETTED]),
             paused=int(tally[cache.THROTTLED]),
             searches=policy.searches if isinstance(policy, AsyncPolicy) else 0,
-            searches_late=policy.late if isinstance(policy, AsyncPolicy) else 0,
+            searches_late=policy.dropped if isinstance(policy, AsyncPolicy) else 0,
             bytes_read=self._engine.transfer.moved_bytes - self._read_before,
             stall_s=counters.stall_s,
             stalled_bytes=counters.stalled_bytes,
@@ -122,14 +122,22 @@ class ModelHandle:
 
     @property
     def layer_timing(self) -> LayerTiming:
-        """Where the model's time went since loading, or since `reset_stats`."""
-        return self._engine.layer_timing
+        """Time spent in and between layers since loading, or since `reset_stats`; all 0 without `attach_timing`."""
+        return self._engine.layer_timing or LayerTiming(self._engine.cache_manager.policy.layers)
 
     @property
     def policy_timings(self) -> PolicyTimings:
-        """How long a policy beside the model thought, since then."""
+        """Time an asynchronous policy took per event, since then; all 0 for others, and without `attach_timing`."""
         policy = self._engine.cache_manager.policy
-        return policy.policy_timings if isinstance(policy, AsyncPolicy) else PolicyTimings()
+        return (policy.timings if isinstance(policy, AsyncPolicy) else None) or PolicyTimings()
+
+    def attach_timing(self) -> None:
+        """Measure layers and asynchronous policy events from now on, for benchmarks."""
+        policy = self._engine.cache_manager.policy
+        with self._engine.lock:
+            self._engine.layer_timing = LayerTiming(policy.layers)
+            if isinstance(policy, AsyncPolicy):
+                policy.timings = PolicyTimings()
 
     def attach_link_accounting(self) -> None:
         """Account the time and bytes of the link into the pool from now on, for benchmarks; not on devices."""
@@ -227,15 +235,16 @@ class ModelHandle:
         """Start counting anew; what is resident stays."""
         with self._engine.lock:
             if self._tiers is not None:
-                self._tiers.settle()
+                self._tiers.collect_counters()
             self._engine.counters.reset()
-            self._engine.layer_timing.reset()
+            if self._engine.layer_timing is not None:
+                self._engine.layer_timing.reset()
             self._link_before = self._link_totals()
             self._engine.cache_manager.cache.counters[:] = 0
             policy = self._engine.cache_manager.policy
             if isinstance(policy, AsyncPolicy):
-                policy.searches = policy.late = 0
-                policy.policy_timings = PolicyTimings()
+                policy.searches = policy.dropped = 0
+                policy.timings = None if policy.timings is None else PolicyTimings()
             if self._engine.cache_manager.source_counts is not None:
                 self._engine.cache_manager.source_counts.counts[:] = 0
             if self._engine.cache_manager.expert_counts is not None:
@@ -262,7 +271,7 @@ class ModelHandle:
         for recorded in requests:
             policy.learn(recorded)
         if isinstance(policy, AsyncPolicy):
-            policy.settle()
+            policy.flush()
 
     @property
     def num_updates(self) -> int:
@@ -305,7 +314,7 @@ class ModelHandle:
         """
         policy = self._engine.cache_manager.policy
         if isinstance(policy, AsyncPolicy):
-            policy.settle()
+            policy.flush()
         with self._engine.lock:
             if policy.num_updates != num_updates:
                 return False

@@ -22,13 +22,21 @@ from finemoe.checkpoint.weight_conversion import ExpertsModule, read_expert_inde
 from finemoe.config import LoadConfig, format_bytes
 from finemoe.engine.async_policy import AsyncPolicy
 from finemoe.engine.engine import Engine
-from finemoe.engine.expert_layer import HANDLE, Accumulator, ExpertLayer, Kernel, LazyParameter, Views, choose_path
+from finemoe.engine.expert_layer import (
+    HANDLE,
+    Accumulator,
+    ExpertLayer,
+    Kernel,
+    LazyParameter,
+    Views,
+    choose_accumulator,
+)
 from finemoe.engine.warmup import warm_up
 from finemoe.errors import BudgetError, CheckpointError
 from finemoe.gpu.copier import HostToDeviceCopier
 from finemoe.gpu.device import Device
 from finemoe.gpu.expert_layer import DeviceExpertLayer
-from finemoe.gpu.setup import DeviceReader, Tiers, choose_kernel
+from finemoe.gpu.setup import DeviceTiers, DeviceVerifier, choose_kernel
 from finemoe.gpu.slot_pool import DeviceSlotPool
 from finemoe.jit import interpreted
 from finemoe.learned import MapPersistence
@@ -79,7 +87,7 @@ class Loading:
         self._files = checkpoint.files  # that experts are read from
         self._store: DiskStore | None = None  # over these
         self._devices = devices
-        self._tiers: Tiers | None = None  # where there are devices
+        self._tiers: DeviceTiers | None = None  # where there are devices
         self._pool: RamSlotPool | DeviceSlotPool | None = None
         self._transfer: ReaderThreads | HostToDeviceCopier | None = None
         self._beside: AsyncPolicy | None = None  # the policy, where it has a thread
@@ -98,7 +106,7 @@ class Loading:
             refuse_on_devices(self._expert_index)
             owners = {module.name: module for module in modules}
             dtypes = [parameter_dtypes(owners[layout.module]) for layout in self._expert_index.layouts]
-            self._tiers = Tiers(self._devices, self._expert_index, dtypes)
+            self._tiers = DeviceTiers(self._devices, self._expert_index, dtypes)
             slot_bytes = self._tiers.slot_bytes
         slots, least = pool_slots(self._expert_index, self._model_config, self._config.expert_memory, slot_bytes)
         dense_bytes = restored_bytes((self._headers[key] for key in dense), model.dtype)
@@ -161,7 +169,7 @@ class Loading:
             offloaded.to(self._devices[0].torch_device)
         self._choose_paths(handles, model.dtype)
         if self._tiers is not None and self._config.host_compute == "auto":
-            self._tiers.help_out(handles, [module for _, module in self._experts], model.dtype)
+            self._tiers.enable_host_compute(handles, [module for _, module in self._experts], model.dtype)
         trial.clear()
         warm_up(self._config.policy, **self.options)
         policy = make_policy(self._config.policy, *shape, **self.options)
@@ -175,7 +183,7 @@ class Loading:
         )  # fmt: skip
         engine = Engine(self._pool, cache_manager, self._transfer, verify, experts=self._expert_index.experts)
         if self._tiers is not None:
-            self._tiers.follow(engine)
+            self._tiers.attach_engine(engine)
         for handle in handles:
             handle.engine = engine
         seen = cache_manager.policy.needs | cache_manager.policy.uses
@@ -200,7 +208,7 @@ class Loading:
     def _connect(self, store: DiskStore) -> ReaderThreads | HostToDeviceCopier:
         threads, bandwidth_bytes_s = self._config.reader_threads, self._config.link_bandwidth_bytes_s
         if self._tiers is not None:
-            return self._tiers.connect(store, threads)
+            return self._tiers.make_copier(store, threads)
         return ReaderThreads(store, threads, bandwidth_bytes_s=bandwidth_bytes_s)
 
     def _swap(self, expert_index: ExpertIndex, engine: Engine, lock: threading.RLock) -> dict[str, ExpertLayer]:
@@ -214,7 +222,7 @@ class Loading:
             if self._tiers is None:
                 handle = ExpertLayer(engine, lock, layer, expert_index.layouts[layer], dtypes, dequantizer, views)
             else:
-                handle = self._tiers.layer(engine, lock, layer, dtypes, views)
+                handle = self._tiers.make_layer(engine, lock, layer, dtypes, views)
             for name, parameter in described.parameters.items():
                 delattr(module, name)
                 module.__dict__[name] = LazyParameter(handle, name, parameter)
@@ -246,7 +254,7 @@ class Loading:
             if kind not in chosen:
                 width = up.shape[1] if getattr(module, "is_transposed", False) else up.shape[-1]
                 kernel: Kernel = "eager"
-                handle.accumulator = choose_path(handle, module, width, dtype)
+                handle.accumulator = choose_accumulator(handle, module, width, dtype)
                 if isinstance(handle, DeviceExpertLayer):
                     kernel = choose_kernel(handle, module, width, dtype, self._config.expert_kernel)
                 chosen[kind] = handle.accumulator, kernel
@@ -257,7 +265,7 @@ class Loading:
     def _verifier(self) -> Callable[[ExpertId, int], None]:
         assert self._expert_index is not None and self._pool is not None
         if self._tiers is not None:
-            return DeviceReader(self._tiers, self._expert_index, self._files).check
+            return DeviceVerifier(self._tiers, self._expert_index, self._files).check
         assert isinstance(self._pool, RamSlotPool)
         return SecondReader(self._files, self._expert_index, self._pool).check
 

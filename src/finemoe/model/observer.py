@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from finemoe.engine.engine import Engine
-from finemoe.engine.expert_layer import ExpertLayer, Listen
+from finemoe.engine.expert_layer import ExpertLayer, ReadGates
 from finemoe.model.introspect import read_pass
 from finemoe.model.router_hooks import Router, Scale, ask, find_routers, normalise, scale_of, scores_of, with_linear
 from finemoe.types import DECODE, PREFILL, Step
@@ -89,7 +89,7 @@ class Observer:
         model.register_forward_hook(self._on_end)
         self._embed.register_forward_hook(self._on_embedding)
         for layer, (handle, router) in enumerate(zip(self._handles, self._routers, strict=True)):
-            handle.listen = self._listener(layer)
+            handle.read_gates = self._listener(layer)
             if router is not None:
                 router.module.register_forward_hook(self._on_router(layer, router), with_kwargs=True)
 
@@ -162,8 +162,8 @@ class Observer:
 
         return collect
 
-    def _listener(self, layer: int) -> Listen:
-        def listen(ids: Tensor, weights: Tensor) -> Tensor | None:
+    def _listener(self, layer: int) -> ReadGates:
+        def read_gates(ids: Tensor, weights: Tensor) -> Tensor | None:
             """Gates and, after them, lookahead `[B, 1 + n, E]` of a layer, for executed ids and weights `[T, K]`.
 
             Of one request, that of one token, it may be `[1 + n, E]`.
@@ -177,7 +177,7 @@ class Observer:
             pooled = [torch.zeros_like(gates) if each is None else self._pool(each) for each in foreseen]
             return torch.stack([gates, *pooled], 1).float()
 
-        return listen
+        return read_gates
 
     def _of_one_token(self, layer: int) -> Tensor | None:
         """`[1 + n, E]`: what a listener says of one token, as in decoding; `None` where only the long way can tell.
