@@ -23,7 +23,7 @@ from finemoe.system import end_openmp_threads
 
 
 class LoadSettings(TypedDict, total=False):
-    """The keyword arguments of `load`; defaults and descriptions stand in `LoadConfig`."""
+    """The keyword arguments of `load`; defaults and descriptions are in `LoadConfig`."""
 
     expert_memory: str | float
     device: str

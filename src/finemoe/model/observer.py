@@ -48,7 +48,7 @@ class ForcedGates(Protocol):
 
 
 class PackedRequest(NamedTuple):
-    """One request's tokens in a packed pass: requests lie one after the other in a single row `[1, T]`."""
+    """One request's tokens in a packed pass: requests follow one another in a single row `[1, T]`."""
 
     request: int  # from `Observer.new_request`
     phase: int  # PREFILL or DECODE

@@ -120,7 +120,7 @@ def _work(cache_dir: Path, bundle: Bundle, label: str) -> Path:
 
 
 def _drop_stale(cache_dir: Path, bundle: Bundle) -> None:
-    """Remove what killed builds of other bundles left; the lock is held, so nobody is at them."""
+    """Deletes interrupted builds from other bundles. The caller holds the lock."""
     for old in cache_dir.glob(".smollm2-moe-*.partial"):
         if bundle.sha256[:12] not in old.name:
             shutil.rmtree(old, ignore_errors=True)
