@@ -127,7 +127,7 @@ def record(given: argparse.Namespace, trace: Path) -> None:
             for number, request in enumerate(requests, 1):
                 say(f"recording {number} of {len(requests)} ...")
                 answer = partial(answered, model, request, given.new_tokens)
-                writer.add(recorder.overhear(answer, len(request)))
+                writer.add(recorder.record_call(answer, len(request)))
 
 
 def answered(model: Any, request: Request, new_tokens: int) -> int:

@@ -35,13 +35,13 @@ class Learner:
         arrays = self.policy.state_dict()
         return Maps("finemoe", "0123", "a-model", SHAPE.layers, SHAPE.experts, arrays) if arrays else None
 
-    def refuse_others(self, maps: Maps) -> None:
+    def check_maps(self, maps: Maps) -> None:
         assert maps.model == "0123"
 
     def end_requests(self) -> None:
         self.policy.begin(())
 
-    def take_in(self, maps: Maps, num_updates: int) -> bool:
+    def load_maps(self, maps: Maps, num_updates: int) -> bool:
         if self.policy.num_updates != num_updates:
             return False
         self.policy.load_state_dict(maps.arrays)
@@ -146,14 +146,14 @@ def test_what_is_learned_while_maps_are_merged_is_not_lost(monkeypatch: pytest.M
     store, learner = LocalMaps(), Learner(0)
     store.publish(make_maps(seeds=(1,)))
     sharing = make_sharing(learner, store)
-    take_in = learner.take_in
+    load_maps = learner.load_maps
 
     def late(maps: Maps, num_updates: int) -> bool:
         learner.learn(2)
         monkeypatch.undo()
-        return take_in(maps, num_updates)
+        return load_maps(maps, num_updates)
 
-    monkeypatch.setattr(learner, "take_in", late)
+    monkeypatch.setattr(learner, "load_maps", late)
     sharing.exchange()
     sharing.exchange()
     assert iterations(learner) == learner.num_updates == 3 * len(make_maps(seeds=(0,)))

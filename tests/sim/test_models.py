@@ -41,7 +41,7 @@ def record(folder: Path, path: Path) -> list[torch.Tensor]:
     """Writes what the model's routers choose. Returns the tokens."""
     with finemoe.load(folder, expert_memory="all", policy="lru") as model:
         tap = RouterTap(model)
-        with tap.listening():
+        with tap.recording():
             tokens = continue_prompts(model)
         passes = tap.take()
     active = passes[0].ids.shape[2]

@@ -25,7 +25,8 @@ from finemoe.bench.measurements import Answered, Measured, Order, Subject, subje
 from finemoe.bench.report import ANSWER_NAMES, NAMES, BenchReport, BenchRun, summarise
 from finemoe.checkpoint import Checkpoint, ExpertIndex, locate, read_headers
 from finemoe.errors import CheckpointError
-from finemoe.model import chosen_model, describe, read_config
+from finemoe.model import chosen_model, read_config
+from finemoe.model.describe import describe
 from finemoe.model.introspect import pool_slots
 from finemoe.store import DiskStore
 from finemoe.store.quantization import SCHEMES

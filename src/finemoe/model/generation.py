@@ -1,4 +1,4 @@
-"""Talks to a loaded model: a prompt or a conversation in, streamed text and its timings out."""
+"""Text generation with a loaded model: tokenizes a prompt or conversation, streams the answer, and times it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from finemoe.config import GenerateConfig, refuse_undecodable
 from finemoe.engine.expert_layer import HANDLE
 from finemoe.errors import CheckpointError, ConfigError, FinemoeWarning
 from finemoe.metrics import Stats
-from finemoe.model import context_tokens
+from finemoe.model.introspect import context_tokens
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer, and what it took."""
+    """One answer and its timings."""
 
     text: str
     token_ids: list[int]
     prompt_tokens: int
-    finish_reason: str  # "stop": the model ended it; "length": max_new_tokens or the context did
+    finish_reason: str  # "stop": end-of-sequence token; "length": max_new_tokens or the context's end
     ttft_s: float  # time to first token
     tpot_s: float  # mean time per token after the first; 0 for a single token
     total_s: float
@@ -37,15 +37,16 @@ class Reply:
 
     @property
     def tok_s(self) -> float:
+        """Tokens per second, prefill included."""
         return len(self.token_ids) / self.total_s if self.total_s else 0.0
 
     @property
     def stall_share(self) -> float:
-        """Of the time that this answer took, the part spent waiting for experts."""
+        """Share of the answer's time spent waiting for experts."""
         return min(1.0, self.stats.stall_s / self.total_s) if self.total_s else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+        """All fields and the statistics, ready for JSON."""
         return self.stats.as_dict() | {
             "text": self.text,
             "tokens": len(self.token_ids),
@@ -61,7 +62,7 @@ class Reply:
 
 
 class _Stream(TextStreamer):
-    """Hands on text as it becomes printable, and remembers when each token came."""
+    """Calls back with text as it becomes printable, and records the time of each token."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None], on_token: Callable[[], None]
@@ -70,42 +71,42 @@ class _Stream(TextStreamer):
         self.times_s: list[float] = []
         self._on_text = on_text
         self._on_token = on_token
-        self._prompt = True
+        self._is_prompt = True  # `generate` puts the prompt first
 
     def put(self, value: torch.Tensor) -> None:
-        if not self._prompt:
+        if not self._is_prompt:
             self.times_s.append(time.perf_counter())
             self._on_token()
-        self._prompt = False
+        self._is_prompt = False
         super().put(value)  # type: ignore[no-untyped-call]
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002 - theirs
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002
         if text:
             self._on_text(text)
 
 
-class _Finite(LogitsProcessor):
-    """Changes nothing; raises `CheckpointError` where no token can be chosen: NaN has no greatest and no likeliest."""
+class _FiniteLogits(LogitsProcessor):
+    """Returns logits unchanged; raises `CheckpointError` if no token can be chosen from them (NaN, or all `-inf`)."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - theirs
-        if not bool(torch.isfinite(scores.amax(dim=-1)).all()):  # single tokens may be ruled out by -inf
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - transformers' signature
+        if not bool(torch.isfinite(scores.amax(dim=-1)).all()):  # single tokens may be masked by -inf
             raise CheckpointError(
                 f"{self._name}: the model's logits are not finite; the checkpoint is damaged (fetch it again), or "
-                "--dtype does not suit it (give another)"
+                "its values overflow --dtype (give another)"
             )
         return scores
 
 
 def finite_logits(model: Any) -> LogitsProcessorList:
-    """For `generate`: ends an answer with `CheckpointError` where its logits are not finite, as a damaged model's."""
-    return LogitsProcessorList([_Finite(model.finemoe.checkpoint.name)])
+    """A logits processor for `generate` that raises `CheckpointError` if logits are not finite (a damaged model)."""
+    return LogitsProcessorList([_FiniteLogits(model.finemoe.checkpoint.name)])
 
 
 def sampling_options(config: GenerateConfig) -> dict[str, Any]:
-    """What `generate` is to be told: greedy unless there is a temperature, whatever the model's own defaults are."""
+    """Arguments of `generate`: greedy at temperature 0, else sampling; overrides the model's own defaults."""
     if config.temperature > 0:
         return {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
     return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -115,7 +116,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model's folder.
 
     Raises:
-        CheckpointError: there is none that can be used.
+        CheckpointError: it has none, or transformers can't load it.
     """
     try:
         return AutoTokenizer.from_pretrained(folder)
@@ -124,11 +125,16 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def encode(tokenizer: Any, prompt: str | Sequence[dict[str, str]], *, raw: bool = False) -> torch.Tensor:
-    """Token ids `[1, T]` of a conversation, or of a prompt: one user turn where there is a chat template.
+    """Token ids `[1, T]` of a conversation or a prompt. With a chat template, a prompt is one user turn.
+
+    Args:
+        tokenizer: transformers' own.
+        prompt: text, or the turns of a conversation (`role`, `content`).
+        raw: encode text without the chat template.
 
     Raises:
-        CheckpointError: the chat template is broken, or refuses the conversation; or there is none for it.
-        ConfigError: what is asked is no text.
+        CheckpointError: the chat template fails, or is missing for a conversation.
+        ConfigError: the prompt is not valid text.
     """
     refuse_undecodable(prompt if isinstance(prompt, str) else prompt[-1]["content"], "PROMPT")
     if not isinstance(prompt, str) or (tokenizer.chat_template and not raw):
@@ -149,7 +155,7 @@ def _templated(tokenizer: Any, turns: list[dict[str, str]]) -> Any:
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{where}: its chat template fails ({reason}); mend it, or use finemoe generate --raw"
+            f"{where}: its chat template fails ({reason}); repair it, or use finemoe generate --raw"
         ) from error
 
 
@@ -166,10 +172,10 @@ class Session:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.tokenizer = load_tokenizer(model.finemoe.checkpoint.folder)
-        self.context_tokens = context_tokens(model.config)  # the longest prompt and answer together; None: unbounded
+        self.context_tokens = context_tokens(model.config)  # prompt and answer together; None: no limit
 
     def prompt_ids(self, prompt: str | Sequence[dict[str, str]], *, raw: bool = False) -> torch.Tensor:
-        """Token ids `[1, T]` of a conversation, or of a prompt: one user turn where there is a chat template."""
+        """Token ids `[1, T]` of a conversation or a prompt, by `encode`."""
         return encode(self.tokenizer, prompt, raw=raw)
 
     def reply(
@@ -181,14 +187,14 @@ class Session:
         prefill_chunk: int | None = None,
         progress: bool = False,
     ) -> Reply:
-        """Continue `prompt`.
+        """Generates an answer to `prompt`.
 
         Args:
             prompt: text, or the turns of a conversation (`role`, `content`).
-            config: how long and how to sample.
-            on_text: called with each stretch of new text as soon as it is printable.
-            prefill_chunk: read the prompt so many tokens at a time; `None`: whole.
-            progress: show a bar on standard error until the first token.
+            config: length and sampling.
+            on_text: called with new text as soon as it is printable.
+            prefill_chunk: tokens of the prompt per forward pass; `None`: all in one.
+            progress: show a progress bar on standard error until the first token.
 
         Raises:
             ConfigError: the prompt is empty, or leaves no room for an answer in the model's context.
@@ -197,7 +203,7 @@ class Session:
         ids = self.prompt_ids(prompt, raw=config.raw).to(self.model.device)
         if not ids.shape[1]:
             raise ConfigError("PROMPT: is empty; there is nothing to continue")
-        max_new_tokens = self._fitting(ids.shape[1], config.max_new_tokens)
+        max_new_tokens = self._cap_to_context(ids.shape[1], config.max_new_tokens)
         if config.temperature > 0:
             torch.manual_seed(config.seed)
         self.model.finemoe.reset_stats()
@@ -230,8 +236,8 @@ class Session:
             stats=self.model.finemoe.stats(),
         )
 
-    def _fitting(self, prompt_tokens: int, max_new_tokens: int) -> int:
-        """As many new tokens as are asked for and fit behind the prompt; says so where these are fewer."""
+    def _cap_to_context(self, prompt_tokens: int, max_new_tokens: int) -> int:
+        """`max_new_tokens`, reduced with a warning to what fits into the context after the prompt."""
         limit = self.context_tokens
         if limit is None or prompt_tokens + max_new_tokens <= limit:
             return max_new_tokens
@@ -240,23 +246,23 @@ class Session:
                 f"PROMPT: has {prompt_tokens} tokens, and the model's context holds {limit}, at least one of them an "
                 "answer's; shorten it"
             )
-        warnings.warn(  # the same text each time: shown once
-            f"--max-new-tokens: {max_new_tokens} do not fit behind the prompt; an answer ends where the model's "
-            f"context of {limit} tokens does",
+        warnings.warn(  # without the prompt's length: Python shows the same text only once
+            f"--max-new-tokens: {max_new_tokens} do not fit after the prompt; answers end at the model's context of "
+            f"{limit} tokens",
             FinemoeWarning,
             stacklevel=2,
         )
         return limit - prompt_tokens
 
     def pad_token_id(self) -> int | None:
-        """Any id will do for one prompt; naming one keeps transformers from warning that it chose."""
+        """A padding id for `generate`. One prompt has no padding, but transformers warns if none is given."""
         end = self.model.generation_config.eos_token_id
         own = self.tokenizer.pad_token_id
         chosen = own if own is not None else end[0] if isinstance(end, list) else end
         return None if chosen is None else int(chosen)
 
     def _show_prefill(self, until_first_token: ExitStack) -> None:
-        """A bar over the MoE layers of the prompt's forward pass."""
+        """Shows a progress bar over the MoE layers of the prompt's forward pass."""
         modules = [module for module in self.model.modules() if HANDLE in module.__dict__]
         bar = until_first_token.enter_context(
             tqdm(total=len(modules), desc="Reading prompt", unit="layer", leave=False, delay=1)

@@ -21,11 +21,11 @@ class Learner(Protocol):
 
     def learned(self) -> Maps | None: ...
 
-    def refuse_others(self, maps: Maps) -> None: ...
+    def check_maps(self, maps: Maps) -> None: ...
 
     def end_requests(self) -> None: ...
 
-    def take_in(self, maps: Maps, num_updates: int) -> bool: ...
+    def load_maps(self, maps: Maps, num_updates: int) -> bool: ...
 
 
 class IdleRunner(Protocol):
@@ -134,11 +134,11 @@ class Sharing:
 
     def _take_in(self, pulled: Maps, now: Maps | None, told: Maps | None) -> bool:
         """What others know and what is known here, as one; if nothing was learned here in the meantime."""
-        self._learner.refuse_others(pulled)
+        self._learner.check_maps(pulled)
         merged = pulled if now is None else merge([pulled, with_new_totals(now, told)])
         before = 0 if now is None else num_updates(now)
         taken: list[bool] = []
-        self._worker.run_when_idle(lambda: taken.append(self._learner.take_in(merged, before)), self._patience_s)
+        self._worker.run_when_idle(lambda: taken.append(self._learner.load_maps(merged, before)), self._patience_s)
         if any(taken):
             self._told = merged
             return True

@@ -1,4 +1,4 @@
-"""The dense model's own answers to chat prompts: what the mixture is distilled on besides plain text."""
+"""Generate the dense model's own answers to chat prompts: distillation data besides plain text."""
 
 import json
 from pathlib import Path

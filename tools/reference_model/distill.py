@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast; rates are Adam's, for parts of order 1 (the router's is relative to its own size)."""
+    """Length and learning rates (Adam's, for parameters of order 1; the router's is relative to its own size)."""
 
     steps: int
     tokens: int  # per step

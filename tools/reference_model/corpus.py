@@ -1,4 +1,4 @@
-"""Text for calibration, distillation and evaluation, from folders that the caller names.
+"""Text for calibration, distillation and evaluation, from folders given by the caller.
 
 Domains are read from `text` (books, code, dialogue, math, factbook, speeches) and chat prompts from `prompts`
 (OpenAssistant, self-instruct, GSM8K, MBPP). The last tenth of every domain is held out: training never sees it.

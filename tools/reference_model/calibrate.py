@@ -1,4 +1,4 @@
-"""The start of a mixture, without gradients through the model: who gets which neurons, tokens and scales.
+"""Initialise a mixture without gradients through the model: neurons, router and scales of each expert.
 
 Per layer, from the dense model's feed-forward inputs on calibration text: balanced soft clusters of tokens by
 their neuron energies, a linear router fitted to them, the neurons of highest routed energy for each expert, and
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Design:
-    """The mixture's numbers, and the mean renormalised top-1 weight that routing starts from."""
+    """The mixture's sizes, and the mean renormalised top-1 weight that the initial router is scaled to."""
 
     experts: int
     top_k: int
