@@ -9,12 +9,10 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from finemoe.engine.async_policy import AsyncPolicy
 from finemoe.policy import FACTORIES, Policy
-from finemoe.policy.cache_state import Scores
 from finemoe.types import Routed, Step
 from tests.policy.test_contract import informed
 from tests.policy.workload import Iteration, Shape, workload
@@ -178,25 +176,6 @@ def test_a_fault_reaches_whoever_tells_the_next_event() -> None:
             run.settle()
         with pytest.raises(ValueError, match="no layer 7"):
             run.end()
-
-
-def test_what_is_foreseen_waits_for_what_was_told_but_nobody_for_it() -> None:
-    class Foreseeing(Slow):
-        def predict_request(self, embedding: npt.NDArray[np.float32]) -> Scores:
-            return np.full((2, 3), len(self.seen) + float(embedding.sum()))
-
-    heard: list[Scores | None] = []
-    policy = Foreseeing()
-    with beside(policy) as run:
-        run.routed(Routed(0, [0]))
-        run.ask_ahead(np.ones(4, np.float32), heard.append)
-        assert not heard  # nobody has waited
-        run.routed(Routed(1, [0]))
-        policy.go.release(2)
-        run.settle()
-        assert len(heard) == 1
-        assert heard[0] == pytest.approx(np.full((2, 3), 6.0))
-        assert run.searches == 2
 
 
 def test_the_thread_ends() -> None:

@@ -17,7 +17,6 @@ import numpy.typing as npt
 from finemoe.metrics import NEVER, Durations
 from finemoe.policy import Policy
 from finemoe.policy.base import StateDict
-from finemoe.policy.cache_state import Scores
 from finemoe.types import Recorded, Routed, Step
 
 R = TypeVar("R")
@@ -93,10 +92,6 @@ class AsyncPolicy(Policy):
 
     def learn(self, recorded: Recorded) -> None:
         self._tell(self.inner.learn, recorded)
-
-    def ask_ahead(self, embedding: npt.NDArray[np.float32], reply: Callable[[Scores | None], object]) -> None:
-        """What the other policy foresees of a prompt; `reply` hears it from the thread, when that gets there."""
-        self._calls.put(lambda: reply(self.inner.predict_request(embedding)))
 
     def settle(self) -> None:
         """Returns when everything is thought through. Raises what a thought has raised."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -26,7 +26,6 @@ from finemoe.metrics import ExplainRow, PerExpert, Stats
 from finemoe.model.observer import ForcedGates, Observer
 from finemoe.policy import accounting as expert_counts
 from finemoe.policy import cache_state as cache
-from finemoe.policy.cache_state import Scores
 from finemoe.store import DiskStore
 from finemoe.store.bandwidth import LinkTotals
 from finemoe.store.reader import ReaderThreads
@@ -242,19 +241,6 @@ class ModelHandle:
                 self._engine.cache_manager.expert_counts.counts[:] = 0
             self._read_before = self._engine.transfer.moved_bytes
             self._disk_before = self._disk_bytes()
-
-    def predict_request(self, token_ids: Sequence[int], reply: Callable[[Scores | None], object]) -> None:
-        """Says what a request will use, by its prompt: `[L, E]`, the share of its tokens for each expert, or `None`.
-
-        `reply` hears it, it may be later, from the policy's thread; not at all if the model is closed before.
-        """
-        policy = self._engine.cache_manager.policy
-        if self.observer is None:
-            reply(None)
-        elif isinstance(policy, AsyncPolicy):
-            policy.ask_ahead(self.observer.opening(token_ids), reply)
-        else:
-            reply(policy.predict_request(self.observer.opening(token_ids)))
 
     def learn(self, requests: Iterable[Recorded]) -> None:
         """The policy takes in requests that were recorded earlier; returns when it has thought them through."""

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -96,14 +95,6 @@ class Observer:
     def new_request(self) -> int:
         """A number for a request that comes in packed passes, never given to another."""
         return next(self._numbers)
-
-    def opening(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """`[D]`: the mean of a prompt's embeddings, as policies see it, without a pass."""
-        ids = torch.tensor([list(token_ids)], device=next(self._embed.parameters()).device)
-        with torch.no_grad():
-            embedded = self._embed.forward(ids)  # past our own hook: no iteration begins
-        mean: npt.NDArray[np.float32] = embedded[0].float().mean(0).cpu().numpy()
-        return mean
 
     @contextmanager
     def packed(self, pieces: Sequence[PackedRequest]) -> Iterator[None]:
