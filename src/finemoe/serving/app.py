@@ -109,7 +109,7 @@ def make_app(app_state: AppState, *, api_key: str | None = None, routers: Iterab
         exception_handlers={HTTPException: on_http_exception, RequestValidationError: on_invalid_request},
     )
     # Only documents the key in OpenAPI: the middleware checks it, before a body is read.
-    keyed = [Depends(HTTPBearer(auto_error=False, description="where the server asks for a key"))]
+    keyed = [Depends(HTTPBearer(auto_error=False, description="if the server requires a key"))]
     for keyed_router in (chat.routes(app_state), completions.routes(app_state), models.routes(app_state)):
         app.include_router(keyed_router, dependencies=keyed)
     app.include_router(models.probes(app_state))

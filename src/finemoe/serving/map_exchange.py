@@ -10,7 +10,7 @@ from typing import Protocol
 from finemoe.learned import Maps, SharedMaps, Version, merge, new_maps, num_updates, with_new_totals
 
 _LOG = logging.getLogger(__name__)
-_IDLE_TIMEOUT_S = 10.0  # how long an exchange waits for a moment without running requests
+_IDLE_TIMEOUT_S = 10.0  # how long an exchange waits until no request runs
 
 
 class PersistentPolicyModel(Protocol):

@@ -58,7 +58,7 @@ class ApiMiddleware:
         except Exception:  # any other error becomes a 500; the server goes on
             LOG.exception("broken", extra={"fields": {"request_id": record.id}})
             if record.status is None:
-                internal = ApiError(500, "something broke here; the server's log says what", code="internal_error")
+                internal = ApiError(500, "internal error; see the server's log", code="internal_error")
                 await internal.response()(scope, receive, record.send)
         finally:
             record.end()
@@ -71,7 +71,7 @@ class ApiMiddleware:
         if scheme.lower() != "bearer" or not hmac.compare_digest(key, self._api_key.encode()):
             raise ApiError(
                 401,
-                "this server asks for a key; send Authorization: Bearer KEY",
+                "this server requires an API key; send Authorization: Bearer KEY",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )

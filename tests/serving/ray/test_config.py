@@ -1,4 +1,4 @@
-"""Arguments of the Ray application: all settings, as text or YAML values, and nothing else."""
+"""Settings of the Ray application: all names, as text or YAML values, and nothing else; and its import paths."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import finemoe.serving.ray
 from finemoe.config import LoadConfig
 from finemoe.errors import ConfigError
 from finemoe.serving.config import ServeConfig
-from finemoe.serving.ray.application import RayAppSettings, parse_arguments
-from finemoe.serving.ray.config import RayConfig
+from finemoe.serving.ray.config import RayAppSettings, RayConfig, parse_arguments
 
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "ray.md").read_text(encoding="utf-8")
 
