@@ -78,7 +78,7 @@ class BatchingWorker:
             )
         except UnsupportedModelError as error:
             self._batch = self._sequential(error)
-        end_openmp_threads()  # OpenMP threads that filled the cache here would compete with the model thread's for cores
+        end_openmp_threads()  # OpenMP threads that filled the cache would compete with the model thread for cores
         self._changed = threading.Condition()  # guards all fields below
         self._jobs: dict[str, _JobState] = {}  # submitted and not ended
         self._new_jobs: deque[_JobState] = deque()  # of these, not handed to the batch yet
