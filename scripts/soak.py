@@ -241,7 +241,7 @@ def serve(arguments: Sequence[str]) -> None:
     from finemoe.config import LoadConfig
     from finemoe.model import load_config
     from finemoe.serving.config import ServeConfig
-    from finemoe.serving.middleware import to_standard_error
+    from finemoe.serving.middleware import log_to_stderr
     from finemoe.system import return_freed_memory, unmap_idle_code
 
     return_freed_memory()
@@ -249,7 +249,7 @@ def serve(arguments: Sequence[str]) -> None:
     add_flags(parser, LoadConfig)
     add_flags(parser, ServeConfig)
     flags = parser.parse_args(arguments)
-    to_standard_error()
+    log_to_stderr()
     with load_config(read_flags(flags, LoadConfig)) as model:
         with server_parts(model, read_flags(flags, ServeConfig)) as parts:
             unmap_idle_code()

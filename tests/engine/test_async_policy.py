@@ -9,12 +9,10 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from finemoe.engine.async_policy import AsyncPolicy, PolicyTimings
 from finemoe.policy import FACTORIES, Policy
-from finemoe.policy.cache_state import Scores
 from finemoe.types import Routed, Step
 from tests.policy.test_contract import informed
 from tests.policy.workload import Iteration, Shape, workload
@@ -188,25 +186,6 @@ def test_an_error_is_raised_by_the_next_event() -> None:
             run.flush()
         with pytest.raises(ValueError, match="no layer 7"):
             run.end()
-
-
-def test_a_request_is_predicted_after_the_events_before_it_without_blocking() -> None:
-    class Predicting(SlowPolicy):
-        def predict_request(self, embedding: npt.NDArray[np.float32]) -> Scores:
-            return np.full((2, 3), len(self.processed) + float(embedding.sum()))
-
-    replies: list[Scores | None] = []
-    policy = Predicting()
-    with running(policy) as run:
-        run.routed(Routed(0, [0]))
-        run.ask_ahead(np.ones(4, np.float32), replies.append)
-        assert not replies
-        run.routed(Routed(1, [0]))
-        policy.go.release(2)
-        run.flush()
-        assert len(replies) == 1
-        assert replies[0] == pytest.approx(np.full((2, 3), 6.0))
-        assert run.searches == 2
 
 
 def test_the_thread_ends() -> None:

@@ -1,4 +1,4 @@
-"""Workers on tiny models in float32: where rounding is small, answers do not depend on what else runs. And scripts."""
+"""Workers on tiny float32 models, in which rounding is too small for batching to change answers; and scripts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def a_prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
-    """What `generate` answers, never ended early."""
+    """The answer of `generate`, without stop tokens."""
     ids = torch.tensor([prompt])
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None, pad_token_id=0,
@@ -40,7 +40,7 @@ def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
 
 @contextmanager
 def serving(model: Any, **settings: Any) -> Iterator[BatchingWorker]:
-    """A worker, which must leave the pool sound and no thread behind."""
+    """A worker; checks at the end that it leaves a consistent pool and no thread."""
     worker = BatchingWorker(model, ServeConfig(**SMALL | settings))
     try:
         yield worker
@@ -53,7 +53,7 @@ def serving(model: Any, **settings: Any) -> Iterator[BatchingWorker]:
 
 
 @pytest.fixture(scope="package")
-def whole(tiny: Make) -> Any:
+def eager_model(tiny: Make) -> Any:
     return eager(tiny())
 
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.serving.fake_worker import FakeWorker
-from tests.serving.serve import NAME, TEXT, TOKENIZER, live, make_house, say
+from tests.serving.serve import NAME, TEXT, TOKENIZER, live, make_app_state, say
 
 Scripts = Callable[[str], Any]
 
@@ -78,7 +78,7 @@ def asked(scripts: Scripts, url: str, count: int, *, chat: bool = True) -> list[
 @pytest.mark.parametrize("chat", [False, True])
 def test_answers_are_timed_from_when_they_were_due(scripts: Scripts, chat: bool) -> None:
     worker = FakeWorker(say(TEXT))
-    with live(make_house(worker)) as server:
+    with live(make_app_state(worker)) as server:
         rows = asked(scripts, server.url, 3, chat=chat)
     worker.close()
     assert [row["status"] for row in rows] == ["finished"] * 3
@@ -91,7 +91,7 @@ def test_answers_are_timed_from_when_they_were_due(scripts: Scripts, chat: bool)
 def test_every_request_has_an_end_and_it_is_told_which(scripts: Scripts) -> None:
     worker = FakeWorker(say(TEXT))
     worker.may_step.clear()
-    with live(make_house(worker, max_running=1, max_waiting=0, request_timeout_s=0.3)) as server:
+    with live(make_app_state(worker, max_running=1, max_waiting=0, request_timeout_s=0.3)) as server:
         rows = asked(scripts, server.url, 2)
         worker.may_step.set()
     worker.close()
@@ -150,7 +150,7 @@ def test_policies_get_the_same_requests_and_all_is_written_down(
         if "--map-store" in flags and flags[-1] != "none":
             Path(flags[-1]).touch()  # what it learned
         worker = FakeWorker(say(TEXT))
-        with live(make_house(worker)) as server:
+        with live(make_app_state(worker)) as server:
             yield scripts("serve_process").ServerProcess(NAME, server.url, os.getpid(), 0.1)
         worker.close()
 

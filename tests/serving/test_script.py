@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.serving.fake_worker import FakeWorker
-from tests.serving.serve import NAME, TEXT, live, make_house, say
+from tests.serving.serve import NAME, TEXT, live, make_app_state, say
 from tests.tiny import Make
 
 Scripts = Callable[[str], Any]
@@ -57,7 +57,7 @@ def test_the_script_measures_servers_that_batch_against_those_that_do_not(
     def serve(flags: list[str]) -> Iterator[Any]:
         started.append(flags[flags.index("--max-running") + 1])
         worker = FakeWorker(say(TEXT))
-        with live(make_house(worker)) as server:
+        with live(make_app_state(worker)) as server:
             yield scripts("serve_process").ServerProcess(NAME, server.url, os.getpid(), 0.1)
         worker.close()
 

@@ -17,7 +17,6 @@ import numpy.typing as npt
 from finemoe.metrics import NEVER, Durations
 from finemoe.policy import Policy
 from finemoe.policy.base import StateDict
-from finemoe.policy.cache_state import Scores
 from finemoe.types import Recorded, Routed, Step
 
 R = TypeVar("R")
@@ -98,10 +97,6 @@ class AsyncPolicy(Policy):
 
     def learn(self, recorded: Recorded) -> None:
         self._enqueue(self.inner.learn, recorded)
-
-    def ask_ahead(self, embedding: npt.NDArray[np.float32], reply: Callable[[Scores | None], object]) -> None:
-        """Queues `predict_request`; the worker thread calls `reply` with the result."""
-        self._calls.put(lambda: reply(self.inner.predict_request(embedding)))
 
     def flush(self) -> None:
         """Blocks until all queued events are processed. Raises errors of the worker thread."""

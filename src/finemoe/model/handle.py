@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -26,7 +26,6 @@ from finemoe.metrics import ExplainRow, PerExpert, Stats
 from finemoe.model.observer import ForcedGates, Observer
 from finemoe.policy import accounting
 from finemoe.policy import cache_state as cache
-from finemoe.policy.cache_state import Scores
 from finemoe.store import DiskStore
 from finemoe.store.bandwidth import LinkTotals
 from finemoe.store.reader import ReaderThreads
@@ -257,23 +256,6 @@ class ModelHandle:
                 self._engine.cache_manager.expert_counts.counts[:] = 0
             self._moved_bytes_at_reset = self._engine.transfer.moved_bytes
             self._disk_bytes_at_reset = self._disk_bytes()
-
-    def predict_request(self, token_ids: Sequence[int], reply: Callable[[Scores | None], object]) -> None:
-        """Predicts a request's expert use from its prompt.
-
-        Args:
-            token_ids: the prompt.
-            reply: called with `[L, E]`, the share of the request's tokens that each expert will get, or `None` if the
-                policy makes no prediction. An asynchronous policy calls it later, from its own thread, and not at all
-                if the model is closed first.
-        """
-        policy = self._engine.cache_manager.policy
-        if self.observer is None:
-            reply(None)
-        elif isinstance(policy, AsyncPolicy):
-            policy.ask_ahead(self.observer.prompt_embedding(token_ids), reply)
-        else:
-            reply(policy.predict_request(self.observer.prompt_embedding(token_ids)))
 
     def learn(self, requests: Iterable[Recorded]) -> None:
         """Trains the policy on recorded requests; blocks until it has processed them."""

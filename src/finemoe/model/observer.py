@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -108,14 +107,6 @@ class Observer:
     def new_request(self) -> int:
         """A unique number for a request of packed passes."""
         return next(self._request_numbers)
-
-    def prompt_embedding(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """`[D]`: the mean embedding of a prompt, the same as in a `Step`, without a forward pass."""
-        ids = torch.tensor([list(token_ids)], device=next(self._embed.parameters()).device)
-        with torch.no_grad():
-            embedded = self._embed.forward(ids)  # `forward` skips our own hook: no iteration begins
-        mean: npt.NDArray[np.float32] = embedded[0].float().mean(0).cpu().numpy()
-        return mean
 
     @contextmanager
     def packed(self, requests: Sequence[PackedRequest]) -> Iterator[None]:

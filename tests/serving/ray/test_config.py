@@ -1,7 +1,8 @@
-"""What a user gives to the Ray application: every setting there is, as text or as YAML has it, and nothing else."""
+"""Settings of the Ray application: all names, as text or YAML values, and nothing else; and its import paths."""
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,19 +12,18 @@ import finemoe.serving.ray
 from finemoe.config import LoadConfig
 from finemoe.errors import ConfigError
 from finemoe.serving.config import ServeConfig
-from finemoe.serving.ray.application import Arguments, read_arguments
-from finemoe.serving.ray.config import RayConfig
+from finemoe.serving.ray.config import RayAppSettings, RayConfig, parse_arguments
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "ray.md").read_text(encoding="utf-8")
+DOCUMENT = (Path(__file__).parents[3] / "docs" / "ray.md").read_text(encoding="utf-8")
 
 
-def test_text_and_values_are_read_alike() -> None:
+def test_text_and_values_are_parsed_alike() -> None:
     text = {"model": "m", "replicas": "2", "gpus_per_replica": "0.5", "log_prompts": "true", "max_running": "4"}
     values = {"model": "m", "replicas": 2, "gpus_per_replica": 0.5, "log_prompts": True, "max_running": 4}
-    assert read_arguments(text) == read_arguments(values)
-    read = read_arguments(text | {"expert_memory": 2_000_000})
+    assert parse_arguments(text) == parse_arguments(values)
+    read = parse_arguments(text | {"expert_memory": 2_000_000})
     assert (read.ray.replicas, read.load.expert_memory, read.serve.max_running) == (2, "2000000", 4)
-    assert read_arguments({}) == Arguments()
+    assert parse_arguments({}) == RayAppSettings()
 
 
 @pytest.mark.parametrize(
@@ -43,14 +43,14 @@ def test_text_and_values_are_read_alike() -> None:
         ({"max_running": 0}, "--max-running: 0 is not at least 1"),
     ],
 )
-def test_what_can_not_be_used_is_refused_in_one_line(given: dict[str, object], message: str) -> None:
+def test_invalid_arguments_are_refused_in_one_line(given: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        read_arguments(given)
+        parse_arguments(given)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 
-def test_names_mean_one_thing_and_are_documented() -> None:
+def test_names_are_unique_and_documented() -> None:
     names = [each.name for config in (RayConfig, LoadConfig, ServeConfig) for each in fields(config)]
     assert len(names) == len(set(names))
     for each in fields(RayConfig):
@@ -59,5 +59,10 @@ def test_names_mean_one_thing_and_are_documented() -> None:
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "ray" else object())
-    with pytest.raises(ConfigError, match=r"^finemoe\.ray: ray not installed; pip install 'finemoe\[ray\]'$"):
+    with pytest.raises(ConfigError, match=r"^finemoe\.serving\.ray: ray not installed; pip install 'finemoe\[ray\]'$"):
         finemoe.serving.ray.app({})
+
+
+def test_the_earlier_import_path_works() -> None:
+    """Existing Ray Serve configs name `finemoe.ray:app`."""
+    assert importlib.import_module("finemoe.ray").app is finemoe.serving.ray.app

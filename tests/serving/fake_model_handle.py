@@ -1,4 +1,4 @@
-"""An offloaded model whose experts are where the test says."""
+"""A stand-in for `model.finemoe` whose state the test sets."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from finemoe.metrics import PerExpert, Stats
 from tests.serving.serve import STATS
 
 
-class FakeOffload:
-    """What the page looks at of `model.finemoe`; `sizes` has the experts of each layer."""
+class FakeModelHandle:
+    """A `StatsProvider`; `sizes` are the numbers of experts of each layer."""
 
     def __init__(self, *sizes: int) -> None:
         shape = len(sizes), max(sizes)
@@ -35,6 +35,6 @@ class FakeOffload:
     def stats(self) -> Stats:
         return self.figures
 
-    def came(self, **figures: Any) -> None:
-        """The totals have grown by so much."""
+    def advance(self, **figures: Any) -> None:
+        """Adds to the totals."""
         self.figures = replace(self.figures, **{name: getattr(self.figures, name) + n for name, n in figures.items()})
