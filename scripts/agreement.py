@@ -27,9 +27,9 @@ import torch
 import finemoe
 from finemoe.bench import BenchConfig
 from finemoe.bench.inputs import Request, read_requests
-from finemoe.bench.measurements import Answered, Phase
+from finemoe.bench.measurements import Phase, PromptsResult
 from finemoe.bench.run import run_bench
-from finemoe.bench.worker_process import answer_all
+from finemoe.bench.worker_process import run_requests
 from finemoe.checkpoint import locate
 from finemoe.config import GenerateConfig, parse_budget
 from finemoe.errors import FinemoeError
@@ -132,7 +132,7 @@ def record(given: argparse.Namespace, trace: Path) -> None:
 
 def answered(model: Any, request: Request, new_tokens: int) -> int:
     """Answers a request. Returns how many tokens it said."""
-    return len(answer_all(model, [request], new_tokens)[0].tokens)
+    return len(run_requests(model, [request], new_tokens)[0].tokens)
 
 
 def say(line: str) -> None:
@@ -152,7 +152,7 @@ def measure(given: argparse.Namespace, policy: str, budget: str) -> dict[str, An
     """A row of the engine: what it counted, over prompts and answers, and what the simulator is to be told."""
     report = run_bench(bench_config(given, policy, budget), say)
     row = report.rows[0]
-    done = [run.measured for run in row.runs if isinstance(run.measured, Answered)]
+    done = [run.measured for run in row.runs if isinstance(run.measured, PromptsResult)]
     if not done:
         return {"error": row.error}
     phases: list[Phase] = [p for each in done for answer in each.answers for p in (answer.prompt, answer.decode)]

@@ -19,10 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import psutil
-import torch
-from torch.nn import functional as F  # noqa: N812 - the name that torch users know
 
-from finemoe.checkpoint.expert_index import PAGE_BYTES
 from finemoe.errors import FinemoeError
 from finemoe.policy.finemoe.policy import STORE_BYTES
 from finemoe.sim.config import SimulateConfig
@@ -30,6 +27,7 @@ from finemoe.sim.hardware import HARDWARE, SHAPES, Hardware, link_ratio
 from finemoe.system import available_bytes
 
 _CHUNK_BYTES = 1 << 20
+_PAGE_BYTES = 4096  # direct reads are aligned to it
 # hit rate of lfru by share of resident experts: gpt-oss-20b, decoding (tests/policy/test_real_traces.py)
 LOCAL_HITS = ((0.0, 0.0), (0.1, 0.28), (0.25, 0.66), (0.5, 0.915), (0.75, 0.985), (1.0, 1.0))
 
@@ -124,6 +122,9 @@ def measure(folder: Path | None = None, sample_bytes: int = 256 << 20) -> Rates:
 
 
 def _memory_bytes_s(sample_bytes: int) -> float:
+    import torch  # only here: simulate does without
+    from torch.nn import functional as F  # noqa: N812 - the name that torch users know
+
     columns = 2048
     weights = torch.ones(sample_bytes // (2 * columns), columns, dtype=torch.bfloat16)
     row = torch.ones(1, columns, dtype=torch.bfloat16)
@@ -141,7 +142,7 @@ def _disk_bytes_s(folder: Path | None, sample_bytes: int) -> float:
         try:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            size_bytes = path.stat().st_size // PAGE_BYTES * PAGE_BYTES
+            size_bytes = path.stat().st_size // _PAGE_BYTES * _PAGE_BYTES
             steps = max(1, size_bytes // _CHUNK_BYTES)
             stride = next((s for s in (37, 41, 43, 47) if steps % s), 1)  # scattered, each chunk once
             with mmap.mmap(-1, _CHUNK_BYTES) as buffer:
@@ -161,7 +162,7 @@ def _open_past_cache(path: Path) -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
         try:
             os.preadv(
-                descriptor, [mmap.mmap(-1, PAGE_BYTES)], 0
+                descriptor, [mmap.mmap(-1, _PAGE_BYTES)], 0
             )  # some file systems accept the flag and refuse the read
         except OSError:
             os.close(descriptor)
