@@ -27,9 +27,9 @@ import torch
 import finemoe
 from finemoe.bench import BenchConfig
 from finemoe.bench.inputs import Request, read_requests
-from finemoe.bench.measurements import Answered, Phase
+from finemoe.bench.measurements import Phase, PromptsResult
 from finemoe.bench.run import run_bench
-from finemoe.bench.worker_process import answer_all
+from finemoe.bench.worker_process import run_requests
 from finemoe.checkpoint import locate
 from finemoe.config import GenerateConfig, parse_budget
 from finemoe.errors import FinemoeError
@@ -38,7 +38,7 @@ from finemoe.model import chosen_model
 from finemoe.model.generation import Session
 from finemoe.policy import BOUNDS, compute_future, make_policy, policy_class, policy_or_bound_class
 from finemoe.sim.hardware import Machine
-from finemoe.sim.simulator import Outcome, Replay
+from finemoe.sim.simulator import Outcome, Simulation
 from finemoe.sim.workload import Schedule, TraceView, make_schedule
 from finemoe.store.disk import CHUNK_BYTES
 from finemoe.trace import DECODE, TraceWriter, open_trace
@@ -59,7 +59,7 @@ class Simulator:
     def __init__(self, trace: Path, store: str | None, predictors: str | None) -> None:
         self._jit = compiler()
         self._trace = open_trace(trace)
-        self._evidence = TraceView(self._trace, jit=self._jit)
+        self._view = TraceView(self._trace, jit=self._jit)
         self._store = None if store is None else TraceView(open_trace(store), jit=self._jit)
         self._predictors = predictors
         self.schedule: Schedule = make_schedule(self._trace, range(len(self._trace)), 1, self._jit)
@@ -97,7 +97,7 @@ class Simulator:
         if self._store is not None:
             for recorded in self._store.recorded(range(len(self._store.trace))):
                 policy.learn(recorded)
-        outcome: Outcome = Replay(schedule, self._evidence, policy, machine, self._jit).run()
+        outcome: Outcome = Simulation(schedule, self._view, policy, machine, self._jit).run()
         times = outcome.iteration_times[schedule.phases == DECODE]
         return {
             **rates(outcome.hits, outcome.late, outcome.hits + outcome.late + outcome.misses),
@@ -132,7 +132,7 @@ def record(given: argparse.Namespace, trace: Path) -> None:
 
 def answered(model: Any, request: Request, new_tokens: int) -> int:
     """Answers a request. Returns how many tokens it said."""
-    return len(answer_all(model, [request], new_tokens)[0].tokens)
+    return len(run_requests(model, [request], new_tokens)[0].tokens)
 
 
 def say(line: str) -> None:
@@ -152,7 +152,7 @@ def measure(given: argparse.Namespace, policy: str, budget: str) -> dict[str, An
     """A row of the engine: what it counted, over prompts and answers, and what the simulator is to be told."""
     report = run_bench(bench_config(given, policy, budget), say)
     row = report.rows[0]
-    done = [run.measured for run in row.runs if isinstance(run.measured, Answered)]
+    done = [run.measured for run in row.runs if isinstance(run.measured, PromptsResult)]
     if not done:
         return {"error": row.error}
     phases: list[Phase] = [p for each in done for answer in each.answers for p in (answer.prompt, answer.decode)]

@@ -1,4 +1,4 @@
-"""What docs/simulator.md says, holds."""
+"""docs/simulator.md: its example runs, its commands run, and it explains every column and policy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "simulator.md").read_text(encoding=
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With the trace that the page talks of."""
+    """A folder with the trace `my.trace` of the page."""
     make_trace(tmp_path).path.rename(tmp_path / "my.trace")
     return tmp_path
 
