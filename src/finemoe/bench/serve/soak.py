@@ -300,6 +300,6 @@ def render(document: dict[str, Any], warm_up_s: float) -> str:
     for name, unit in (("rss_mib_per_h", "MiB/h of resident memory"), ("hit_points_per_h", "points/h of hits")):
         found = document["summary"][name]
         text = "too few samples" if found is None else "{:+.2f} ± {:.2f}".format(*found)
-        lines.append(f"slope     {text} {unit}, after {warm_up_s / 60:g} minutes, 95%")
+        lines.append(f"slope     {text} {unit}, after {warm_up_s / 60:.3g} minutes, 95%")
     lines += [f"end       {json.dumps(document['end'])}", f"bad       {document['bad'][:5] or 'nothing'}"]
     return "\n".join(lines)
