@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finemoe.bench.serve import load
-from finemoe.bench.serve.arrivals import Arrival, LengthScale, make_requests, read_arrivals, window
+from finemoe.bench.serve.arrivals import LengthScale, TraceArrival, make_requests, read_arrivals, window
 from finemoe.bench.serve.client import Client, RequestOutcome, TimedRequest, open_loop
 from finemoe.bench.serve.server import ServerProcess
 from finemoe.cli import main
@@ -34,7 +34,7 @@ from tests.serving.serve import NAME, TEXT, TOKENIZER, live, make_house, say
 @example(gaps_s=[1.0, 1.0, 1.0, 1.0, 2.0], rate=1 / 3, window_s=0.5000000000000001)  # an arrival at a window's edge
 def test_consecutive_windows_lose_no_arrival(gaps_s: list[float], rate: float, window_s: float) -> None:
     times_s = [sum(gaps_s[:n]) for n in range(len(gaps_s) + 1)]
-    trace = [Arrival(at_s, n, n) for n, at_s in enumerate(times_s)]
+    trace = [TraceArrival(at_s, n, n) for n, at_s in enumerate(times_s)]
     length_s = len(gaps_s) / rate
     seen = []
     for number in range(math.ceil(length_s / window_s) + 1):
@@ -46,7 +46,7 @@ def test_consecutive_windows_lose_no_arrival(gaps_s: list[float], rate: float, w
 
 def test_lengths_are_scaled_and_clipped_and_prompts_taken_in_turn() -> None:
     lengths = LengthScale(0.125, 0.25, 40, 32)
-    trace = [Arrival(1.0, 160, 100), Arrival(2.0, 10_000, 1), Arrival(3.0, 3, 999)]
+    trace = [TraceArrival(1.0, 160, 100), TraceArrival(2.0, 10_000, 1), TraceArrival(3.0, 3, 999)]
 
     def encode(text: str) -> list[int]:
         return list(text.encode())

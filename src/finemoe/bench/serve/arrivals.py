@@ -19,7 +19,7 @@ LEAST_PROMPT, LEAST_ANSWER = 8, 4  # tokens
 
 
 @dataclass(frozen=True)
-class Arrival:
+class TraceArrival:
     """A request of the trace."""
 
     at_s: float  # after the first, or after a window's start
@@ -36,10 +36,10 @@ class LengthScale:
     max_prompt_tokens: int
     max_answer_tokens: int
 
-    def prompt_tokens(self, arrival: Arrival) -> int:
+    def prompt_tokens(self, arrival: TraceArrival) -> int:
         return _clipped(arrival.context_tokens * self.prompt, LEAST_PROMPT, self.max_prompt_tokens)
 
-    def answer_tokens(self, arrival: Arrival) -> int:
+    def answer_tokens(self, arrival: TraceArrival) -> int:
         return _clipped(arrival.generated_tokens * self.answer, LEAST_ANSWER, self.max_answer_tokens)
 
 
@@ -47,7 +47,7 @@ def _clipped(tokens: float, least: int, most: int) -> int:
     return min(max(round(tokens), least), most)
 
 
-def read_arrivals(path: Path) -> list[Arrival]:
+def read_arrivals(path: Path) -> list[TraceArrival]:
     """All arrivals of a trace, by time.
 
     Raises:
@@ -66,15 +66,15 @@ def read_arrivals(path: Path) -> list[Arrival]:
     rows.sort(key=lambda row: row[0])
     if len(rows) < 2 or rows[0][0] == rows[-1][0]:
         raise ConfigError(f"--arrivals: {path} has no two requests at different times")
-    return [Arrival((at - rows[0][0]).total_seconds(), context, answer) for at, context, answer in rows]
+    return [TraceArrival((at - rows[0][0]).total_seconds(), context, answer) for at, context, answer in rows]
 
 
-def mean_rate(arrivals: Sequence[Arrival]) -> float:
+def mean_rate(arrivals: Sequence[TraceArrival]) -> float:
     """Requests/s."""
     return (len(arrivals) - 1) / (arrivals[-1].at_s - arrivals[0].at_s)
 
 
-def window(arrivals: Sequence[Arrival], rate: float, begin_s: float, end_s: float) -> list[Arrival]:
+def window(arrivals: Sequence[TraceArrival], rate: float, begin_s: float, end_s: float) -> list[TraceArrival]:
     """The arrivals from `begin_s` up to, not including, `end_s`, after the times of all are scaled to `rate`.
 
     Args:
@@ -89,14 +89,14 @@ def window(arrivals: Sequence[Arrival], rate: float, begin_s: float, end_s: floa
     scale = mean_rate(arrivals) / rate
     scaled = ((arrival.at_s * scale, arrival) for arrival in arrivals)
     return [
-        Arrival(at_s - begin_s, arrival.context_tokens, arrival.generated_tokens)
+        TraceArrival(at_s - begin_s, arrival.context_tokens, arrival.generated_tokens)
         for at_s, arrival in scaled
         if begin_s <= at_s < end_s
     ]
 
 
 def make_requests(
-    arrivals: Sequence[Arrival],
+    arrivals: Sequence[TraceArrival],
     prompts: Sequence[str],
     lengths: LengthScale,
     encode: Callable[[str], Sequence[int]],
