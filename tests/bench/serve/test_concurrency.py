@@ -14,7 +14,7 @@ from finemoe.bench.serve import concurrency
 from finemoe.bench.serve.server import ServerProcess
 from finemoe.cli import main
 from tests.serving.fake_worker import FakeWorker
-from tests.serving.serve import NAME, TEXT, live, make_house, say
+from tests.serving.serve import NAME, TEXT, live, make_app_state, say
 from tests.tiny import Make
 
 
@@ -28,7 +28,7 @@ def test_servers_that_batch_are_measured_against_those_that_do_not(
     def serve(flags: list[str]) -> Iterator[ServerProcess]:
         started.append(flags[flags.index("--max-running") + 1])
         worker = FakeWorker(say(TEXT))
-        with live(make_house(worker)) as server:
+        with live(make_app_state(worker)) as server:
             yield ServerProcess(NAME, server.url, os.getpid(), 0.1)
         worker.close()
 

@@ -23,7 +23,7 @@ from finemoe.bench.serve.server import ServerProcess
 from finemoe.cli import main
 from finemoe.errors import ConfigError
 from tests.serving.fake_worker import FakeWorker
-from tests.serving.serve import NAME, TEXT, TOKENIZER, live, make_house, say
+from tests.serving.serve import NAME, TEXT, TOKENIZER, live, make_app_state, say
 
 
 @given(
@@ -89,7 +89,7 @@ def sent(url: str, count: int, *, chat: bool = True) -> list[RequestOutcome]:
 @pytest.mark.parametrize("chat", [False, True])
 def test_answers_are_timed_from_when_they_were_due(chat: bool) -> None:
     worker = FakeWorker(say(TEXT))
-    with live(make_house(worker)) as server:
+    with live(make_app_state(worker)) as server:
         outcomes = sent(server.url, 3, chat=chat)
     worker.close()
     assert [outcome.status for outcome in outcomes] == ["finished"] * 3
@@ -103,7 +103,7 @@ def test_answers_are_timed_from_when_they_were_due(chat: bool) -> None:
 def test_refused_requests_and_timeouts_are_told_apart() -> None:
     worker = FakeWorker(say(TEXT))
     worker.may_step.clear()
-    with live(make_house(worker, max_running=1, max_waiting=0, request_timeout_s=0.3)) as server:
+    with live(make_app_state(worker, max_running=1, max_waiting=0, request_timeout_s=0.3)) as server:
         outcomes = sent(server.url, 2)
         worker.may_step.set()
     worker.close()
@@ -170,7 +170,7 @@ def serve_fakes(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         if flags[-1] != "none":
             Path(flags[-1]).touch()  # the maps that it saves
         worker = FakeWorker(say(TEXT))
-        with live(make_house(worker)) as server:
+        with live(make_app_state(worker)) as server:
             yield ServerProcess(NAME, server.url, os.getpid(), 0.1)
         worker.close()
 

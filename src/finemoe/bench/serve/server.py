@@ -27,7 +27,7 @@ from finemoe.errors import BenchmarkError
 from finemoe.model import load_config as load
 from finemoe.serving.app import Service, service_of
 from finemoe.serving.config import ServeConfig
-from finemoe.serving.middleware import to_standard_error
+from finemoe.serving.middleware import log_to_stderr
 from finemoe.serving.server import Server, address_of, reserve
 from finemoe.system import return_freed_memory, unmap_idle_code
 
@@ -181,7 +181,7 @@ def _write_line(line: str) -> None:
 def main(load_config: str, config: str) -> None:
     """Serves with settings as JSON objects, and prints what is left."""
     return_freed_memory()
-    to_standard_error()
+    log_to_stderr()
     left = serve_and_inspect(LoadConfig(**json.loads(load_config)), ServeConfig(**json.loads(config)))
     _write_line(json.dumps(left))
 
