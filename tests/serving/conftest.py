@@ -1,12 +1,9 @@
-"""Workers on tiny float32 models, in which rounding is too small for batching to change answers; and scripts."""
+"""Workers on tiny float32 models, in which rounding is too small for batching to change answers."""
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +14,6 @@ from finemoe.serving.config import ServeConfig
 from finemoe.serving.scheduler.worker import BatchingWorker
 from tests.tiny import Make, eager
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 Serve = Callable[..., BatchingWorker]
 SMALL: dict[str, Any] = {"cache_bytes": "1MiB", "max_batch_tokens": 16, "max_running": 4}
 
@@ -61,15 +57,3 @@ def eager_model(tiny: Make) -> Any:
 def offloaded(tiny: Make) -> Iterator[Any]:
     with finemoe.load(tiny(), expert_memory="40%") as model:
         yield model
-
-
-@pytest.fixture(scope="package")
-def scripts() -> Iterator[Callable[[str], Any]]:
-    """Imports programs of `scripts` by their names."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(SCRIPTS))
-    yield importlib.import_module
-    sys.path.remove(str(SCRIPTS))
-    for path in SCRIPTS.glob("*.py"):
-        if path.stem not in before:
-            sys.modules.pop(path.stem, None)
