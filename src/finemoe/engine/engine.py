@@ -119,6 +119,15 @@ class Engine:
         try:
             pending: dict[ExpertId, None] = {}
             ready = self._route(event, pending)
+            if not pending and (self.transfer.when_idle is None or not self._may_prefetch()):
+                # nothing can take a slot before the layer ends: unpin all at once
+                for expert, slot in ready:
+                    yield expert.expert, slot
+                with self._lock:
+                    for expert, _ in ready:
+                        self.pool.unpin(expert)
+                        self._execute(self.cache_manager.used(expert))
+                ready.clear()
             while ready or pending:
                 if not ready:
                     ready.extend(self._handle_landed(self._wait(), pending))
@@ -204,9 +213,13 @@ class Engine:
             self.pool.slots >= self._experts and last_misses == self._last_misses
         )
 
+    def _may_prefetch(self) -> bool:
+        """Whether a prefetch may start, if the transfer asks for one."""
+        return self.deciding or self._preload_next < len(self._preload)
+
     def _wake(self) -> None:
         """Wakes idle readers, as there may be something new to prefetch; skipped when there can't be."""
-        if self.deciding or self._preload_next < len(self._preload):
+        if self._may_prefetch():
             self.transfer.wake()
 
     def _route(
