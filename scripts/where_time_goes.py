@@ -45,8 +45,8 @@ PARTS = {
 }
 AROUND: list[tuple[str, Any, str]] = [
     ("arithmetic", experts, "apply_expert"),
-    ("rows", experts, "rows_of"),
-    ("listening", ExpertLayer, "_hear"),
+    ("rows", experts, "dispatch_tokens"),
+    ("listening", ExpertLayer, "_observe_gates"),
     ("parameters", ExpertLayer, "parameters"),
     ("routing", Engine, "_route"),
     ("waiting", Engine, "_wait"),
