@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from finemoe.engine.layer_timing import LayerTiming
 from finemoe.errors import ExpertReadError, FinemoeError
@@ -123,10 +123,7 @@ class Engine:
                 # nothing can take a slot before the layer ends: unpin all at once
                 for expert, slot in ready:
                     yield expert.expert, slot
-                with self._lock:
-                    for expert, _ in ready:
-                        self.pool.unpin(expert)
-                        self._execute(self.cache_manager.used(expert))
+                self._release(ready)
                 ready.clear()
             while ready or pending:
                 if not ready:
@@ -173,10 +170,7 @@ class Engine:
                     continue
                 wave, ready = ready, []
                 yield [(expert.expert, slot) for expert, slot in wave]
-                with self._lock:
-                    for expert, _ in wave:
-                        self.pool.unpin(expert)
-                        self._execute(self.cache_manager.used(expert))
+                self._release(wave)
                 ready += self._handle_landed(self.transfer.poll(), pending)
                 self._wake()
         except BaseException:
@@ -265,6 +259,13 @@ class Engine:
                 ready.extend(self._handle_landed(landed, pending))
         self._wake()
         return ready
+
+    def _release(self, used: Iterable[tuple[ExpertId, int]]) -> None:
+        """Unpins experts after use; demand loads that wait for a slot may take theirs."""
+        with self._lock:
+            for expert, _ in used:
+                self.pool.unpin(expert)
+                self._execute(self.cache_manager.used(expert))
 
     def _prefetch(self, device: int = 0) -> None:
         """The link of a device is idle. Called by the transfer, from one of its threads."""
