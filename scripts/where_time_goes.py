@@ -50,8 +50,8 @@ PARTS = {  # key in the JSON document -> line of the table
 }
 TIMED: list[tuple[str, Any, str]] = [  # part, owner and name of each function with a timer
     ("arithmetic", experts, "apply_expert"),
-    ("rows", experts, "rows_of"),
-    ("listening", ExpertLayer, "_hear"),
+    ("rows", experts, "dispatch_tokens"),
+    ("listening", ExpertLayer, "_observe_gates"),
     ("parameters", ExpertLayer, "parameters"),
     ("routing", Engine, "_route"),
     ("waiting", Engine, "_wait"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from finemoe.engine.layer_timing import LayerTiming
 from finemoe.errors import ExpertReadError, FinemoeError
@@ -119,6 +119,12 @@ class Engine:
         try:
             pending: dict[ExpertId, None] = {}
             ready = self._route(event, pending)
+            if not pending and (self.transfer.when_idle is None or not self._may_prefetch()):
+                # nothing can take a slot before the layer ends: unpin all at once
+                for expert, slot in ready:
+                    yield expert.expert, slot
+                self._release(ready)
+                ready.clear()
             while ready or pending:
                 if not ready:
                     ready.extend(self._handle_landed(self._wait(), pending))
@@ -164,10 +170,7 @@ class Engine:
                     continue
                 wave, ready = ready, []
                 yield [(expert.expert, slot) for expert, slot in wave]
-                with self._lock:
-                    for expert, _ in wave:
-                        self.pool.unpin(expert)
-                        self._execute(self.cache_manager.used(expert))
+                self._release(wave)
                 ready += self._handle_landed(self.transfer.poll(), pending)
                 self._wake()
         except BaseException:
@@ -204,9 +207,13 @@ class Engine:
             self.pool.slots >= self._experts and last_misses == self._last_misses
         )
 
+    def _may_prefetch(self) -> bool:
+        """Whether a prefetch may start, if the transfer asks for one."""
+        return self.deciding or self._preload_next < len(self._preload)
+
     def _wake(self) -> None:
         """Wakes idle readers, as there may be something new to prefetch; skipped when there can't be."""
-        if self.deciding or self._preload_next < len(self._preload):
+        if self._may_prefetch():
             self.transfer.wake()
 
     def _route(
@@ -252,6 +259,13 @@ class Engine:
                 ready.extend(self._handle_landed(landed, pending))
         self._wake()
         return ready
+
+    def _release(self, used: Iterable[tuple[ExpertId, int]]) -> None:
+        """Unpins experts after use; demand loads that wait for a slot may take theirs."""
+        with self._lock:
+            for expert, _ in used:
+                self.pool.unpin(expert)
+                self._execute(self.cache_manager.used(expert))
 
     def _prefetch(self, device: int = 0) -> None:
         """The link of a device is idle. Called by the transfer, from one of its threads."""
