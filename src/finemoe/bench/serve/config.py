@@ -12,7 +12,7 @@ _PROMPTS = "file of prompts, as for finemoe record"
 
 
 @dataclass(frozen=True)
-class ServedModel:
+class ServedSettings:
     """The model and the server under test."""
 
     model: str | None = setting(None, "folder or hub id (default: the reference model)")
@@ -35,7 +35,7 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
-class LoadTestConfig(ServedModel):
+class LoadTestConfig(ServedSettings):
     """Arrivals of a published trace, against one server per policy."""
 
     arrivals: str | None = setting(None, "CSV with TIMESTAMP, ContextTokens and GeneratedTokens, as Azure's traces")
@@ -78,7 +78,7 @@ class LoadTestConfig(ServedModel):
 
 
 @dataclass(frozen=True)
-class ConcurrencyConfig(ServedModel):
+class ConcurrencyConfig(ServedSettings):
     """Closed-loop clients, against a server that batches and one that does not."""
 
     clients: str = setting("1,2,4,8,16", "numbers of clients, separated by commas")
@@ -107,7 +107,7 @@ class ConcurrencyConfig(ServedModel):
 
 
 @dataclass(frozen=True)
-class SoakConfig(ServedModel):
+class SoakConfig(ServedSettings):
     """Mixed requests for a long time."""
 
     prompts: str | None = setting(None, _PROMPTS)
@@ -136,7 +136,7 @@ class SoakConfig(ServedModel):
 
 
 @dataclass(frozen=True)
-class OverheadConfig(ServedModel):
+class OverheadConfig(ServedSettings):
     """The same prompts by `generate`, by the worker and through HTTP."""
 
     policy: str = setting("lru", "eviction and prefetching policy")
