@@ -70,7 +70,7 @@ def load(model: str | Path | None = None, **settings: Unpack[LoadSettings]) -> A
             values[name] = str(value)
         elif isinstance(value, torch.dtype):
             values[name] = str(value).removeprefix("torch.")
-        elif name in {"expert_memory", "host_memory"} and value is not None:
+        elif name == "expert_memory" or (name == "host_memory" and value is not None):
             values[name] = budget_text(value, f"--{name.replace('_', '-')}")
     return load_config(LoadConfig(**values))
 

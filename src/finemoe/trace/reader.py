@@ -229,8 +229,8 @@ def _parse(path: Path) -> tuple[dict[str, Any], int, int]:
     except FileNotFoundError as error:
         pending = pending_requests(path)
         hint = (
-            f", but {spool_folder(path)} holds {pending} finished requests of a recording that still runs or was "
-            f"interrupted; finemoe record --append --out {path} resumes it"
+            f", but {pending} finished requests of a recording that still runs or was interrupted are in "
+            f"{spool_folder(path)}; finemoe record --append --out {path} resumes it"
         )
         raise TraceError(f"{path}: there is no such trace{hint if pending else ''}") from error
     except OSError as error:
