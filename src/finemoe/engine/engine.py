@@ -62,6 +62,7 @@ class Engine:
         self._preload: tuple[ExpertId, ...] = ()  # to be brought into free slots, in order
         self._preloaded = 0  # how many of these were seen to
         self._preloading: set[ExpertId] = set()  # of these, in flight and not needed yet: never withdrawn
+        self._held: list[ExpertId] = []  # pinned by `hold`
         self._broken_off = False  # a layer was left in the middle, and clearing up after it was interrupted too
         if cache_manager.policy.prefetches:
             transfer.when_idle = self._prefetch
@@ -178,10 +179,43 @@ class Engine:
             self.clear()
             raise
 
+    def hold(self, event: Routed) -> None:
+        """Blocks until all of a layer's experts are resident. They stay pinned until `release` or the next `hold`.
+
+        For a backend that computes a whole layer at once: the pool must have a slot for each of `event.experts`.
+
+        Args:
+            event: the layer, and the experts that it needs.
+
+        Raises:
+            ExpertReadError: an expert's bytes can't be read; the pool is emptied.
+        """
+        if self._broken_off:
+            self.clear()
+        self.release()
+        try:
+            pending: dict[ExpertId, None] = {}
+            self._held += (expert for expert, _ in self._route(event, pending))
+            while pending:
+                self._held += (expert for expert, _ in self._settle(self._wait(), pending))
+        except BaseException:
+            self.clear()
+            raise
+        self.counters.layer_calls += 1
+
+    def release(self) -> None:
+        """Nothing is computed with what `hold` has pinned any more."""
+        with self._lock:
+            for expert in self._held:
+                self.pool.unpin(expert)
+                self._execute(self.cache_manager.used(expert))
+            self._held.clear()
+
     def clear(self) -> None:
         """Empty the pool. Nothing must be using it."""
         with self._lock:
             self._broken_off = True
+            self._held.clear()
             self.transfer.cancel_all()
             self.pool.clear()
             self.cache_manager.clear()

@@ -1,0 +1,225 @@
+"""Loads a GGUF model: the dense part is read, experts stay on disk, and the graph's structure is tried.
+
+In this order: headers; the library loads the model into memory of ours; three passes over zeros find which experts each
+layer uses; then slots, readers, policy and engine are set up as for any other model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from finemoe.config import format_bytes, parse_budget
+from finemoe.engine import Engine
+from finemoe.errors import BudgetError, CheckpointError, UnsupportedModelError
+from finemoe.gguf.address_space import NO_ACCESS, PAGE_BYTES, map_anonymous, view
+from finemoe.gguf.binding import LOAD_MMAP, Library, load_library
+from finemoe.gguf.context import Context, ContextOptions
+from finemoe.gguf.expert_memory import ExpertMemory, ExpertPages, dense_ranges
+from finemoe.gguf.file import GgufFile, open_gguf
+from finemoe.gguf.mapping import FileMappings
+from finemoe.gguf.runner import Runner, micro_batch_for
+from finemoe.gguf.structure import Eval, Structure, find_structure
+from finemoe.policy import Controller
+from finemoe.process import available_cores
+from finemoe.store.disk import CHUNK_BYTES, DiskStore
+from finemoe.store.memory import available_bytes
+from finemoe.transfer import ReaderThreads
+from finemoe.types import Run
+
+_DENSE_READERS = 4
+_TRIAL_TOKENS = 32  # of the context in which the structure is found
+IO = Literal["auto", "direct", "buffered"]
+
+
+@dataclass(frozen=True)
+class GgufOptions:
+    """How a GGUF model is loaded and run."""
+
+    expert_memory: str = "25%"
+    io: IO = "auto"
+    reader_threads: int = 4
+    threads: int | None = None  # that compute; None: as many as there are cores
+    cache_type: str = "f16"  # of keys and values
+    bandwidth_bytes_s: float | None = None  # that experts are held to, for experiments
+
+
+MakeController = Callable[[int, int, int, "tuple[int, ...]"], Controller]  # L, E, C, experts of each layer
+
+
+@dataclass
+class Loaded:
+    """The parts of a loaded model."""
+
+    file: GgufFile
+    library: Library
+    model: int  # the library's
+    structure: Structure
+    pages: ExpertPages
+    memory: ExpertMemory
+    store: DiskStore
+    transfer: ReaderThreads
+    engine: Engine
+    runner: Runner
+    dense_bytes_read: int
+    resources: ExitStack  # frees everything, in the right order
+
+
+def load_parts(path: str | Path, options: GgufOptions, make_controller: MakeController) -> Loaded:
+    """Load a model.
+
+    Args:
+        path: of the file, or of the first part of a split set.
+        options: how.
+        make_controller: makes the cache, once the model's shape is known.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or corrupt, or the library refuses it.
+        UnsupportedModelError: a dense model, or one whose experts can't be offloaded exactly.
+        BudgetError: the expert memory is below what a token needs, or above what the machine has.
+        ConfigError: the library is missing, or the system lacks something.
+    """
+    file = open_gguf(path)
+    file.refuse_dense()
+    with ExitStack() as resources:
+        loaded = _load(file, load_library(), options, make_controller, resources)
+        loaded.resources = resources.pop_all()
+        return loaded
+
+
+def _load(
+    file: GgufFile, library: Library, options: GgufOptions, make_controller: MakeController, resources: ExitStack
+) -> Loaded:
+    if (needed := file.dense_bytes) > (available := available_bytes()):
+        raise BudgetError(
+            f"{file.name}: its dense part takes {format_bytes(needed)}, but only {format_bytes(available)} of memory "
+            "are available; take a smaller file"
+        )
+    dense = _DensePart(file, options.io)
+    mappings = FileMappings(file.files, dense.read)
+    try:
+        model = _load_model(library, file, mappings)
+    finally:
+        dense.close()
+    resources.callback(library.api.llama_model_free, model)
+    threads = options.threads or available_cores()
+
+    def run_pass(evaluate: Eval) -> int:
+        context = Context(library, model, _TRIAL_TOKENS, ContextOptions(micro_batch=1, threads=1), evaluate)
+        try:
+            return context.run([0], 0, logits=True)
+        finally:
+            context.close()
+
+    structure = find_structure(library, file, mappings.starts, run_pass)
+    pages = ExpertPages([layer.tensors for layer in structure.layers])
+    slots = _slots(pages, structure, options.expert_memory)
+    memory = ExpertMemory(slots, pages, mappings.starts)
+    resources.callback(memory.close)
+    memory.guard()
+    _guard_unused(structure, mappings)
+    store = _open(file, pages, options.io)
+    resources.callback(store.close)
+    transfer = ReaderThreads(store, options.reader_threads, bandwidth_bytes_s=options.bandwidth_bytes_s)
+    resources.callback(transfer.close)
+    shape = len(pages.sizes), max(pages.sizes)
+    engine = Engine(memory, make_controller(*shape, slots, pages.sizes), transfer, experts=pages.experts)
+    micro_batch = micro_batch_for(slots, max(pages.sizes), structure.active_experts)
+    compute = ContextOptions(micro_batch, threads, options.cache_type)
+    runner = Runner(library, model, structure, engine, compute)
+    resources.callback(runner.close)
+    memory.await_memory()
+    return Loaded(
+        file, library, model, structure, pages, memory, store, transfer, engine, runner, dense.bytes_read, resources
+    )
+
+
+def _load_model(library: Library, file: GgufFile, mappings: FileMappings) -> int:
+    params = library.api.llama_model_default_params()
+    params.n_gpu_layers, params.load_mode = 0, LOAD_MMAP
+    params.use_extra_bufts = False  # else weights are repacked, out of the mapping
+    library.last_error()
+    with mappings.in_place(library.path):
+        model: int | None = library.api.llama_model_load_from_file(os.fsencode(file.files[0]), params)
+    if not model:
+        raise CheckpointError(f"{file.name}: llama.cpp can't load it: {library.last_error() or 'no reason given'}")
+    if lacking := [str(path) for number, path in enumerate(file.files) if number not in mappings.starts]:
+        library.api.llama_model_free(model)
+        raise UnsupportedModelError(f"{lacking[0]}: llama.cpp has not mapped it; run it with llama.cpp")
+    if library.api.llama_model_has_encoder(model) or library.api.llama_model_is_diffusion(model):
+        library.api.llama_model_free(model)
+        raise UnsupportedModelError(f"{file.name}: does not write token by token; run it with llama.cpp")
+    return model
+
+
+def _slots(pages: ExpertPages, structure: Structure, expert_memory: str) -> int:
+    """`C`: how many experts the budget pays for.
+
+    Raises:
+        BudgetError: fewer than one token needs in one layer; the message names the minimum.
+    """
+    slots = parse_budget(expert_memory).slots(pages.slot_bytes, pages.experts)
+    least = structure.active_experts
+    if slots < least:
+        raise BudgetError(
+            f"--expert-memory: {expert_memory} holds {slots} of {pages.experts} experts; at least {least} are needed "
+            f"for one token: {least * pages.slot_bytes} bytes ({format_bytes(least * pages.slot_bytes)})"
+        )
+    return slots
+
+
+def _guard_unused(structure: Structure, mappings: FileMappings) -> None:
+    """Expert tensors that no graph uses are zeros: to use them ends the process, too."""
+    for tensor in structure.unused:
+        info = tensor.info
+        first = -(-info.offset_bytes // PAGE_BYTES) * PAGE_BYTES
+        end = (info.offset_bytes + info.size_bytes) // PAGE_BYTES * PAGE_BYTES
+        if first < end and mappings.is_mapped(info.file, first, end):
+            map_anonymous(end - first, mappings.starts[info.file] + first, NO_ACCESS)
+
+
+def _open(file: GgufFile, pages: ExpertPages, io: IO) -> DiskStore:
+    try:
+        return DiskStore(file.files, pages, io)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: can't be opened for --io {io} ({error.strerror})") from error
+
+
+class _DensePart:
+    """Reads what belongs to no expert alone, on several threads."""
+
+    def __init__(self, file: GgufFile, io: IO) -> None:
+        self._file = file
+        self._store = _open(file, ExpertPages(()), io)
+        self._threads = ThreadPoolExecutor(_DENSE_READERS)
+        self.bytes_read = 0
+
+    def read(self, file: int, address: int, start: int, end: int) -> None:
+        """Read the dense bytes from `start` to `end` of a file, whose byte 0 would be at `address`."""
+        own = [info.offset_bytes for info in self._file.tensors.values() if info.file == file]
+        start = max(start, min(own, default=end) // PAGE_BYTES * PAGE_BYTES)  # the library has read the header
+        pieces = [
+            (first, min(CHUNK_BYTES, last - first))
+            for begin, last in dense_ranges(self._file.expert_tensors, file, start, end)
+            for first in range(begin, last, CHUNK_BYTES)
+        ]
+
+        def read(piece: tuple[int, int]) -> None:
+            offset, length = piece
+            self._store.read(Run(file, offset, length, 0), 0, view(address + offset, length))
+
+        try:
+            for _ in self._threads.map(read, pieces):
+                pass
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: can't be read ({error.strerror}); fetch it again") from error
+        self.bytes_read += sum(length for _, length in pieces)
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        self._store.close()
