@@ -6,7 +6,6 @@ callback; these are then written with random values.
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections.abc import Callable, Mapping
 from ctypes import CFUNCTYPE, POINTER, c_bool, c_char_p, c_float, c_int32, c_size_t, c_uint32
@@ -29,7 +28,9 @@ RECURRENT = frozenset(("granitehybrid", "lfm2moe", "kimi-linear", "jamba", "nemo
 TypeOf = Callable[[str, int], Type]  # name and innermost dimension of an expert tensor -> how it is stored
 
 
-def metadata(arch: str, experts: int = 8, active: int = 2) -> dict[str, Any]:
+def metadata(  # noqa: C901 - a table by architecture
+    arch: str, experts: int = 8, active: int = 2
+) -> dict[str, Any]:
     """What a file of this architecture says of itself: some layers of 256 features."""
     mla = arch in MLA
     width, heads, hidden, layers = 256, 2, 384, 4
@@ -81,6 +82,10 @@ def metadata(arch: str, experts: int = 8, active: int = 2) -> dict[str, Any]:
         }  # fmt: skip
     if arch in {"cohere2moe", "mimo2", "step35"}:
         values["attention.sliding_window_pattern"] = [i % 2 for i in range(layers)]
+    if arch == "bailingmoe3":
+        values["kda.gate_lower_bound"] = -5.0
+    if arch == "qwen4exp":
+        values |= {"hyper_connection.count": 2, "hyper_connection.low_rank": 128}
     if arch == "ernie4_5-moe":
         values["interleave_moe_layer_step"] = 1
     own = {f"{arch}.{key}": value for key, value in values.items()}
@@ -94,10 +99,10 @@ def shapes(arch: str, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]] |
     described = _describe(library, {"general.architecture": arch, **values})
     wanted: dict[str, tuple[int, ...]] = {}
 
-    @CFUNCTYPE(None, POINTER(Tensor), pointer)
-    def want(tensor: Any, _: object) -> None:
+    def take(tensor: Any, _: object) -> None:
         wanted[tensor[0].name.decode()] = tuple(tensor[0].ne)
 
+    want = CFUNCTYPE(None, POINTER(Tensor), pointer)(take)
     params = api.llama_model_default_params()
     params.n_gpu_layers, params.use_extra_bufts = 0, False
     init = api.llama_model_init_from_user
@@ -148,7 +153,7 @@ def quantise(values: npt.NDArray[np.float32], kind: Type) -> npt.NDArray[Any]:
     return stored.reshape(*values.shape[:-1], -1)
 
 
-def write(
+def write(  # noqa: C901 - a script
     path: Path,
     arch: str,
     *,
@@ -178,7 +183,7 @@ def write(
         if isinstance(value, list):
             writer.add_array(key, value)
         else:
-            kinds[type(value)](key, value)  # type: ignore[index,operator]
+            kinds[type(value)](key, value)  # type: ignore[operator]
 
     def put(name: str, shape: tuple[int, ...]) -> None:
         array = _random(rng, name, shape)

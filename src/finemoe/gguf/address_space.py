@@ -1,4 +1,4 @@
-"""This process's address space: memory mapped at chosen addresses, and what is mapped where. Linux only."""
+"""The address space of the process: memory mapped at chosen addresses, and what is mapped where. Linux only."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def bind(address: int, length_bytes: int, descriptor: int, offset_bytes: int) ->
     _map(address, length_bytes, READ, _SHARED | _FIXED | _POPULATE, descriptor, offset_bytes)
 
 
-def map_as_asked(  # noqa: PLR0913, PLR0917 - mmap's own arguments
+def map_as_asked(
     address: int | None, length_bytes: int, protection: int, flags: int, descriptor: int, offset_bytes: int
 ) -> int:
     """The C library's `mmap`.
@@ -91,7 +91,7 @@ def view(address: int, length_bytes: int) -> memoryview:
     return memoryview((ctypes.c_ubyte * length_bytes).from_address(address)).cast("B")
 
 
-def _map(address: int | None, length_bytes: int, protection: int, flags: int, descriptor: int, offset: int) -> int:  # noqa: PLR0913, PLR0917 - as above
+def _map(address: int | None, length_bytes: int, protection: int, flags: int, descriptor: int, offset: int) -> int:
     got: int | None = _libc.mmap(address, length_bytes, protection, flags, descriptor, offset)
     if got is None or got == _FAILED:
         raise _error()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from finemoe.errors import CheckpointError
 
@@ -24,7 +25,7 @@ def render(template: str, turns: Sequence[dict[str, str]], *, bos: str, eos: str
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        rendered, _ = render_jinja_template(  # type: ignore[misc] # annotated as a string, returns a pair
+        rendered: Any = render_jinja_template(
             [list(turns)], chat_template=template, add_generation_prompt=True, bos_token=bos, eos_token=eos
         )
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
@@ -32,5 +33,5 @@ def render(template: str, turns: Sequence[dict[str, str]], *, bos: str, eos: str
         raise CheckpointError(
             f"{name}: its chat template fails ({reason}); mend it, or use finemoe generate --raw"
         ) from error
-    text: str = rendered[0]
+    text: str = rendered[0][0]  # of one conversation, and before what was generated
     return text

@@ -128,7 +128,7 @@ def _load(
     transfer = ReaderThreads(store, options.reader_threads, bandwidth_bytes_s=options.bandwidth_bytes_s)
     resources.callback(transfer.close)
     shape = len(pages.sizes), max(pages.sizes)
-    engine = Engine(memory, make_controller(*shape, slots, pages.sizes), transfer, experts=pages.experts)
+    engine = Engine(memory, make_controller(*shape, slots, pages.sizes), transfer, experts=pages.experts)  # type: ignore[arg-type]
     micro_batch = micro_batch_for(slots, max(pages.sizes), structure.active_experts)
     compute = ContextOptions(micro_batch, threads, options.cache_type)
     runner = Runner(library, model, structure, engine, compute)
@@ -185,7 +185,7 @@ def _guard_unused(structure: Structure, mappings: FileMappings) -> None:
 
 def _open(file: GgufFile, pages: ExpertPages, io: IO) -> DiskStore:
     try:
-        return DiskStore(file.files, pages, io)
+        return DiskStore(file.files, pages, io)  # type: ignore[arg-type]
     except OSError as error:
         raise CheckpointError(f"{error.filename}: can't be opened for --io {io} ({error.strerror})") from error
 

@@ -1,8 +1,8 @@
 """Anonymous memory in the place of the mappings that the library makes of a model's files.
 
-The library maps a file whole, reads all of it once, and keeps it in the page cache. Instead, its call of `mmap` is given
-memory of ours, in which the dense part lies, read past the page cache, and experts are pages that were never touched.
-Every byte keeps its place: a tensor's address is the mapping's start plus its offset in the file.
+The library maps a file whole, reads all of it once, and keeps it in the page cache. Instead, its call of `mmap` is
+given memory of ours, in which the dense part lies, read past the page cache, and experts are pages that were never
+touched. Every byte keeps its place: a tensor's address is the mapping's start plus its offset in the file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FileMappings:
 
     def __init__(self, files: Sequence[Path], fill: Fill) -> None:
         self._files = tuple(files)
-        self._numbers = {_identity(os.stat(path)): number for number, path in enumerate(files)}
+        self._numbers = {_identity(path.stat()): number for number, path in enumerate(files)}
         self._fill = fill
         self._error: BaseException | None = None
         self.starts: dict[int, int] = {}  # of each file, the address that its first byte has or would have
@@ -72,7 +72,7 @@ class FileMappings:
                     raise error
         self._replace_later()
 
-    def _on_map(  # noqa: PLR0913, PLR0917 - mmap's own arguments
+    def _on_map(
         self, address: int | None, length: int, protection: int, flags: int, descriptor: int, offset: int
     ) -> int | None:
         try:
@@ -100,7 +100,8 @@ class FileMappings:
             for each in [each for each in ranges() if each.path == str(path.resolve())]:
                 start, length = each.start - each.file_offset_bytes, each.end - each.start
                 map_anonymous(length, each.start)
-                self._fill(number, start, each.file_offset_bytes, each.file_offset_bytes + length)
+                end = min(each.file_offset_bytes + length, path.stat().st_size)  # mappings end with a page
+                self._fill(number, start, each.file_offset_bytes, end)
                 self.starts[number] = start
                 self._mapped.setdefault(number, []).append((each.start, each.end))
 

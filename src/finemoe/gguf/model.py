@@ -63,9 +63,7 @@ class GgufModel:
             return self.vocabulary.encode(prompt)
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if not self.chat_template:
-            raise CheckpointError(
-                f"{self.file.name}: has no chat template for a conversation; use finemoe generate"
-            )
+            raise CheckpointError(f"{self.file.name}: has no chat template for a conversation; use finemoe generate")
         bos = self.vocabulary.bos
         text = render(self.chat_template, turns, bos=bos, eos=self.vocabulary.eos, name=self.file.name)
         if bos and self.vocabulary.adds_bos:  # or there would be two
@@ -154,5 +152,6 @@ class GgufModel:
 
     def _shared(self, tokens: list[int]) -> int:
         """How many tokens the sequence and a prompt begin with alike; at least the prompt's last one is computed."""
-        both = zip(self._loaded.runner.tokens, tokens[:-1], strict=False)
-        return next((n for n, (a, b) in enumerate(both) if a != b), min(len(self._loaded.runner.tokens), len(tokens) - 1))
+        computed = self._loaded.runner.tokens
+        both = zip(computed, tokens[:-1], strict=False)
+        return next((n for n, (a, b) in enumerate(both) if a != b), min(len(computed), len(tokens) - 1))

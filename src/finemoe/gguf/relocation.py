@@ -17,6 +17,7 @@ from finemoe.gguf.address_space import EXECUTE, PAGE_BYTES, READ, WRITE, protect
 
 _LOAD, _DYNAMIC = 1, 2  # program headers
 _STRTAB, _SYMTAB, _RELA, _RELA_SIZE, _PLT_SIZE, _JMPREL = 5, 6, 7, 8, 2, 23  # entries of the dynamic section
+_TABLES = ((_RELA, _RELA_SIZE), (_JMPREL, _PLT_SIZE))  # of relocations: address, bytes
 _CALLS = {62: (6, 7), 183: (1025, 1026)}  # machine -> its relocation types of function addresses (GLOB_DAT, JUMP_SLOT)
 
 
@@ -57,14 +58,11 @@ def _find(image: mmap.mmap, name: bytes) -> list[int]:
 
     tags = dict(struct.iter_unpack("<qQ", image[dynamic[0] : dynamic[0] + dynamic[1]]))
     symbols, strings = at(tags[_SYMTAB]), at(tags[_STRTAB])
+    tables = [(at(tags[table]), tags[size]) for table, size in _TABLES if tags.get(table)]
+    relocations = [each for at, size in tables for each in struct.iter_unpack("<QQq", image[at : at + size])]
     entries = []
-    for table, length in ((_RELA, _RELA_SIZE), (_JMPREL, _PLT_SIZE)):
-        if not tags.get(table):
-            continue
-        start = at(tags[table])
-        for offset, info, _ in struct.iter_unpack("<QQq", image[start : start + tags[length]]):
-            if info & 0xFFFFFFFF not in _CALLS[machine]:
-                continue
+    for offset, info, _ in relocations:
+        if info & 0xFFFFFFFF in _CALLS[machine]:
             (string,) = struct.unpack_from("<I", image, symbols + 24 * (info >> 32))
             if image[strings + string : strings + string + len(name) + 1] == name + b"\0":
                 entries.append(offset)

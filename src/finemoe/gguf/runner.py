@@ -148,13 +148,7 @@ class Runner:
         self._error, self._expected = None, 0
         try:
             self._engine.begin((step,))
-            status = self._run(tokens, logits=logits)
-            if self._error is not None:
-                raise self._error
-            if status:
-                raise FinemoeError(f"the library has failed with status {status}: {self._library.last_error()}")
-            if logits and self._expected != len(self._layers):
-                raise InvariantError(f"{self._expected} of {len(self._layers)} MoE layers told what experts they chose")
+            self._refuse(self._run(tokens, logits=logits), logits=logits)
             self._engine.release()
             self._engine.end()
         except BaseException:
@@ -162,6 +156,15 @@ class Runner:
             self._engine.clear()
             raise
         self.tokens += tokens
+
+    def _refuse(self, status: int, *, logits: bool) -> None:
+        """Raises what went wrong within a pass, by the library's status or unseen by it."""
+        if self._error is not None:
+            raise self._error
+        if status:
+            raise FinemoeError(f"the library has failed with status {status}: {self._library.last_error()}")
+        if logits and self._expected != len(self._layers):
+            raise InvariantError(f"{self._expected} of {len(self._layers)} MoE layers told what experts they chose")
 
     def _run(self, tokens: list[int], *, logits: bool) -> int:
         """The pass, never on the main thread: there a signal's handler may raise before a callback's first line."""

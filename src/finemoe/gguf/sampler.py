@@ -9,7 +9,6 @@ from finemoe.errors import ConfigError
 from finemoe.gguf.binding import Library
 from finemoe.gguf.context import Context
 
-
 _RANDOM_SEED = 0xFFFFFFFF  # to the library: any
 
 

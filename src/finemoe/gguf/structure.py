@@ -85,7 +85,7 @@ class _Finder:
         self.active: dict[int, int] = {}
         self.error: UnsupportedModelError | None = None
 
-    def __call__(self, address: int, ask: bool) -> bool:  # noqa: FBT001 - the library's
+    def __call__(self, address: int, ask: bool) -> bool:  # noqa: ARG002, FBT001 - the library's
         tensor = node(address)
         self.order.append((address, tensor.name))
         if self.error is None:

@@ -48,7 +48,7 @@ class Vocabulary:
             room = -count
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
-        """The bytes that a token stands for; it may be a part of a character. `special`: names of special tokens too."""
+        """The bytes that a token stands for, maybe a part of a character. `special`: names of special tokens too."""
         if not self.has_tokenizer:
             return b""
         room = _PIECE_BYTES
