@@ -14,7 +14,7 @@ from finemoe.gguf.binding import load_library
 from finemoe.gguf.context import Context, ContextOptions
 from finemoe.gguf.load import GgufOptions, load_parts
 from finemoe.gguf.model import GgufModel
-from finemoe.policy import Controller, make_policy
+from finemoe.policy import CacheManager, make_policy
 
 Floats = npt.NDArray[np.float32]
 VOCABULARY = 300
@@ -23,8 +23,8 @@ LONG = tuple(np.random.default_rng(1).integers(0, VOCABULARY, 75).tolist())
 
 
 def load(path: Path, expert_memory: str = "25%", policy: str = "lru", **options: Any) -> GgufModel:
-    def make(layers: int, experts: int, slots: int, sizes: tuple[int, ...]) -> Controller:
-        return Controller(layers, experts, slots, make_policy(policy, layers, experts), sizes=sizes)
+    def make(layers: int, experts: int, slots: int, sizes: tuple[int, ...]) -> CacheManager:
+        return CacheManager(layers, experts, slots, make_policy(policy, layers, experts), sizes=sizes)
 
     return GgufModel(load_parts(path, GgufOptions(expert_memory, threads=1, **options), make))
 

@@ -1,131 +1,38 @@
 """Experts in slots, bound to the addresses that the library computes with.
 
-An expert is one contiguous stretch of each of its layer's expert tensors. The pages that lie wholly within a stretch
-are read into a slot and bound to their own address, read-only, when they have landed; what was evicted is bound to
-nothing, so that to use it would end the process and never give a wrong answer. The pages in which two experts meet
-belong to the dense part.
+An expert's pages are read into a slot and bound to their own addresses, read-only, when they have landed; what was
+evicted is bound to nothing, so that to use it would end the process and never give a wrong answer.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+import torch
 
+from finemoe.checkpoint import ExpertIndex
 from finemoe.config import format_bytes
 from finemoe.errors import BudgetError, ConfigError, InvariantError
-from finemoe.gguf.address_space import NO_ACCESS, PAGE_BYTES, bind, map_anonymous, ranges
-from finemoe.gguf.file import ExpertTensor
-from finemoe.store.memory import available_bytes
-from finemoe.store.pool import Slots
-from finemoe.store.prefault import Prefault
-from finemoe.types import ExpertId, Run
+from finemoe.gguf.address_space import NO_ACCESS, bind, map_anonymous, ranges
+from finemoe.store.slot_pool import Prefault, SlotPool
+from finemoe.system import available_bytes
+from finemoe.types import ExpertId
 
-Layer = Sequence[ExpertTensor]  # the expert tensors that one MoE layer computes with
 _SPARE_MAPPINGS = 4096  # for everything else in the process
 _MAX_MAP_COUNT = Path("/proc/sys/vm/max_map_count")
 
 
-class _Pages(NamedTuple):
-    """The whole pages of an expert's stretch of one tensor."""
-
-    file: int
-    file_offset_bytes: int
-    slot_offset_bytes: int
-    length_bytes: int
-
-
-class ExpertPages:
-    """Where every expert lies, in its file and in a slot. An `ExpertSource`'s index.
-
-    Args:
-        layers: by MoE layer.
-    """
-
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self.layers = tuple(tuple(layer) for layer in layers)
-        self.sizes = tuple(layer[0].experts for layer in self.layers)  # experts of each layer
-        self._pages = {
-            ExpertId(number, expert): tuple(_whole_pages(layer, expert))
-            for number, layer in enumerate(self.layers)
-            for expert in range(layer[0].experts)
-        }
-        self._runs = {
-            expert: tuple(
-                Run(each.file, each.file_offset_bytes, each.length_bytes, each.slot_offset_bytes) for each in own
-            )
-            for expert, own in self._pages.items()
-        }
-        whole = (sum(each.length_bytes for each in own) for own in self._pages.values())
-        self.slot_bytes = max(whole, default=0) or PAGE_BYTES
-
-    @property
-    def experts(self) -> int:
-        """Routed experts of the whole model."""
-        return sum(self.sizes)
-
-    @property
-    def weight_bytes(self) -> int:
-        """All experts together, as they are stored."""
-        return sum(tensor.info.size_bytes for layer in self.layers for tensor in layer)
-
-    @property
-    def stored_dtype(self) -> str:
-        """The types that experts are stored in, the most frequent first; more than one with `+` between."""
-        sizes: dict[str, int] = {}
-        for tensor in (tensor for layer in self.layers for tensor in layer):
-            sizes[tensor.info.type] = sizes.get(tensor.info.type, 0) + tensor.info.size_bytes
-        return "+".join(sorted(sizes, key=lambda kind: -sizes[kind]))
-
-    def runs(self, expert: ExpertId) -> Sequence[Run]:
-        """The stretches of files that make up `expert`'s slot, in whole pages."""
-        return self._runs[expert]
-
-    def pages(self, expert: ExpertId) -> Sequence[_Pages]:
-        return self._pages[expert]
-
-    def mappings(self) -> int:
-        """How many mappings all of this may take: each stretch one, and what lies between it and the next."""
-        return sum(2 * len(own) for own in self._pages.values())
-
-
-def _whole_pages(layer: Layer, expert: int) -> Iterator[_Pages]:
-    slot_offset_bytes = 0
-    for tensor in layer:
-        start = tensor.offset_bytes(expert)
-        first = -(-start // PAGE_BYTES) * PAGE_BYTES
-        length = (start + tensor.expert_bytes) // PAGE_BYTES * PAGE_BYTES - first
-        if length > 0:
-            yield _Pages(tensor.info.file, first, slot_offset_bytes, length)
-            slot_offset_bytes += length
-
-
-def dense_ranges(tensors: Sequence[ExpertTensor], file: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Of the bytes `start` to `end` of a file, what belongs to no expert alone; in order, as starts and ends."""
-    held = sorted(
-        (each.file_offset_bytes, each.file_offset_bytes + each.length_bytes)
-        for tensor in tensors
-        if tensor.info.file == file
-        for expert in range(tensor.experts)
-        for each in _whole_pages([tensor], expert)
-    )
-    for (_, before), (after, _) in pairwise([(start, start), *held, (end, end)]):
-        if before < min(after, end):
-            yield max(before, start), min(after, end)
-
-
-class ExpertMemory(Slots):
+class ExpertMemory(SlotPool):
     """Slots in a memory file, bound to experts' addresses.
 
     Args:
         slots: `C`.
-        pages: where experts lie.
+        expert_index: where experts lie.
         starts: the address of each file's first byte.
 
     Raises:
@@ -133,17 +40,17 @@ class ExpertMemory(Slots):
         ConfigError: the kernel refuses a memory file, or so many mappings.
     """
 
-    def __init__(self, slots: int, pages: ExpertPages, starts: dict[int, int]) -> None:
-        self._pages = pages
+    def __init__(self, slots: int, expert_index: ExpertIndex, starts: dict[int, int]) -> None:
+        self._expert_index = expert_index
         self._starts = starts
         self._bound: set[ExpertId] = set()
-        size_bytes = slots * pages.slot_bytes
+        size_bytes = slots * expert_index.slot_bytes
         if size_bytes > (available := available_bytes()):
             raise BudgetError(
                 f"--expert-memory: {slots} experts take {format_bytes(size_bytes)}, but only {format_bytes(available)} "
                 "of memory are available; give a smaller budget"
             )
-        _refuse_too_many_mappings(pages)
+        _refuse_too_many_mappings(expert_index)
         try:
             self._file = os.memfd_create("finemoe-experts", os.MFD_CLOEXEC)
         except (OSError, AttributeError) as error:
@@ -155,14 +62,13 @@ class ExpertMemory(Slots):
             os.close(self._file)
             raise BudgetError(f"--expert-memory: {format_bytes(size_bytes)} can't be had ({error})") from error
         self._prefault = Prefault(np.frombuffer(self._memory, np.uint8))
-        super().__init__((slots,), pages.slot_bytes)
+        super().__init__((slots,), expert_index.slot_bytes)
         self._closed = False
 
     def guard(self) -> None:
         """From now on, to use an expert that is not resident ends the process."""
-        for layer, experts in enumerate(self._pages.sizes):
-            for expert in range(experts):
-                self._unbind(ExpertId(layer, expert))
+        for expert in _all(self._expert_index):
+            self._unbind(expert)
 
     def writable(self, slot: int) -> memoryview:
         """The slot's bytes, for a transfer to write into."""
@@ -185,7 +91,7 @@ class ExpertMemory(Slots):
         start_bytes = self.slot_of(expert) * self.slot_bytes
         self._bound.add(expert)
         try:
-            for each in self._pages.pages(expert):
+            for each in self._expert_index.byte_ranges(expert):
                 address = self._starts[each.file] + each.file_offset_bytes
                 bind(address, each.length_bytes, self._file, start_bytes + each.slot_offset_bytes)
         except OSError as error:
@@ -199,6 +105,10 @@ class ExpertMemory(Slots):
         for expert in list(self._bound):
             self._unbind(expert)
         super().clear()
+
+    def bytes_of(self, slot: int) -> torch.Tensor:
+        """The slot's bytes: uint8 `[slot_bytes]`, shared, not copied."""
+        return torch.from_numpy(np.frombuffer(self.writable(slot), np.uint8))
 
     def await_memory(self) -> None:
         """Until all of the memory is there, so that no request has to wait for it."""
@@ -224,20 +134,26 @@ class ExpertMemory(Slots):
         os.close(self._file)
 
     def _unbind(self, expert: ExpertId) -> None:
-        for each in self._pages.pages(expert):
+        for each in self._expert_index.byte_ranges(expert):
             map_anonymous(each.length_bytes, self._starts[each.file] + each.file_offset_bytes, NO_ACCESS)
         self._bound.discard(expert)
 
 
-def _refuse_too_many_mappings(pages: ExpertPages) -> None:
+def _all(expert_index: ExpertIndex) -> Iterator[ExpertId]:
+    for layer, layout in enumerate(expert_index.layouts):
+        yield from (ExpertId(layer, expert) for expert in range(layout.experts))
+
+
+def _refuse_too_many_mappings(expert_index: ExpertIndex) -> None:
     """Raises `ConfigError` where the kernel allows fewer mappings than this model may need."""
     try:
         allowed = int(_MAX_MAP_COUNT.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return
-    needed = pages.mappings() + sum(1 for _ in ranges()) + _SPARE_MAPPINGS
+    stretches = sum(len(expert_index.byte_ranges(expert)) for expert in _all(expert_index))
+    needed = 2 * stretches + sum(1 for _ in ranges()) + _SPARE_MAPPINGS  # 2: what lies between stretches, too
     if needed > allowed:
         raise ConfigError(
-            f"GGUF models: {pages.experts} experts need {needed} memory mappings, and vm.max_map_count is {allowed}; "
+            f"GGUF models: {expert_index.experts} experts need {needed} memory mappings, and vm.max_map_count is {allowed}; "
             f"run: sysctl -w vm.max_map_count={1 << needed.bit_length()}"
         )

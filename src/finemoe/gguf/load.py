@@ -14,23 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from finemoe.checkpoint import ExpertIndex
 from finemoe.config import format_bytes, parse_budget
-from finemoe.engine import Engine
+from finemoe.engine.engine import Engine
 from finemoe.errors import BudgetError, CheckpointError, UnsupportedModelError
 from finemoe.gguf.address_space import NO_ACCESS, PAGE_BYTES, map_anonymous, view
 from finemoe.gguf.binding import LOAD_MMAP, Library, load_library
 from finemoe.gguf.context import Context, ContextOptions
-from finemoe.gguf.expert_memory import ExpertMemory, ExpertPages, dense_ranges
+from finemoe.gguf.expert_layout import dense_ranges, index_experts
+from finemoe.gguf.expert_memory import ExpertMemory
 from finemoe.gguf.file import GgufFile, open_gguf
 from finemoe.gguf.mapping import FileMappings
 from finemoe.gguf.runner import Runner, micro_batch_for
 from finemoe.gguf.structure import Eval, Structure, find_structure
-from finemoe.policy import Controller
-from finemoe.process import available_cores
+from finemoe.policy import CacheManager
 from finemoe.store.disk import CHUNK_BYTES, DiskStore
-from finemoe.store.memory import available_bytes
-from finemoe.transfer import ReaderThreads
-from finemoe.types import Run
+from finemoe.store.reader import ReaderThreads
+from finemoe.system import available_bytes, available_cores
+from finemoe.types import ByteRange
 
 _DENSE_READERS = 4
 _TRIAL_TOKENS = 32  # of the context in which the structure is found
@@ -49,7 +50,7 @@ class GgufOptions:
     bandwidth_bytes_s: float | None = None  # that experts are held to, for experiments
 
 
-MakeController = Callable[[int, int, int, "tuple[int, ...]"], Controller]  # L, E, C, experts of each layer
+MakeCacheManager = Callable[[int, int, int, "tuple[int, ...]"], CacheManager]  # L, E, C, experts of each layer
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Loaded:
     library: Library
     model: int  # the library's
     structure: Structure
-    pages: ExpertPages
+    expert_index: ExpertIndex
     memory: ExpertMemory
     store: DiskStore
     transfer: ReaderThreads
@@ -70,13 +71,13 @@ class Loaded:
     resources: ExitStack  # frees everything, in the right order
 
 
-def load_parts(path: str | Path, options: GgufOptions, make_controller: MakeController) -> Loaded:
+def load_parts(path: str | Path, options: GgufOptions, make_cache_manager: MakeCacheManager) -> Loaded:
     """Load a model.
 
     Args:
         path: of the file, or of the first part of a split set.
         options: how.
-        make_controller: makes the cache, once the model's shape is known.
+        make_cache_manager: makes the cache, once the model's shape is known.
 
     Raises:
         CheckpointError: a file is missing, truncated or corrupt, or the library refuses it.
@@ -87,13 +88,13 @@ def load_parts(path: str | Path, options: GgufOptions, make_controller: MakeCont
     file = open_gguf(path)
     file.refuse_dense()
     with ExitStack() as resources:
-        loaded = _load(file, load_library(), options, make_controller, resources)
+        loaded = _load(file, load_library(), options, make_cache_manager, resources)
         loaded.resources = resources.pop_all()
         return loaded
 
 
 def _load(
-    file: GgufFile, library: Library, options: GgufOptions, make_controller: MakeController, resources: ExitStack
+    file: GgufFile, library: Library, options: GgufOptions, make_cache_manager: MakeCacheManager, resources: ExitStack
 ) -> Loaded:
     if (needed := file.dense_bytes) > (available := available_bytes()):
         raise BudgetError(
@@ -117,25 +118,37 @@ def _load(
             context.close()
 
     structure = find_structure(library, file, mappings.starts, run_pass)
-    pages = ExpertPages([layer.tensors for layer in structure.layers])
-    slots = _slots(pages, structure, options.expert_memory)
-    memory = ExpertMemory(slots, pages, mappings.starts)
+    expert_index = index_experts([layer.tensors for layer in structure.layers])
+    slots = _slots(expert_index, structure, options.expert_memory)
+    memory = ExpertMemory(slots, expert_index, mappings.starts)
     resources.callback(memory.close)
     memory.guard()
     _guard_unused(structure, mappings)
-    store = _open(file, pages, options.io)
+    store = _open(file, expert_index, options.io)
     resources.callback(store.close)
     transfer = ReaderThreads(store, options.reader_threads, bandwidth_bytes_s=options.bandwidth_bytes_s)
     resources.callback(transfer.close)
-    shape = len(pages.sizes), max(pages.sizes)
-    engine = Engine(memory, make_controller(*shape, slots, pages.sizes), transfer, experts=pages.experts)  # type: ignore[arg-type]
-    micro_batch = micro_batch_for(slots, max(pages.sizes), structure.active_experts)
+    sizes = tuple(layout.experts for layout in expert_index.layouts)
+    shape = len(sizes), max(sizes)
+    engine = Engine(memory, make_cache_manager(*shape, slots, sizes), transfer, experts=expert_index.experts)
+    micro_batch = micro_batch_for(slots, max(sizes), structure.active_experts)
     compute = ContextOptions(micro_batch, threads, options.cache_type)
     runner = Runner(library, model, structure, engine, compute)
     resources.callback(runner.close)
     memory.await_memory()
     return Loaded(
-        file, library, model, structure, pages, memory, store, transfer, engine, runner, dense.bytes_read, resources
+        file,
+        library,
+        model,
+        structure,
+        expert_index,
+        memory,
+        store,
+        transfer,
+        engine,
+        runner,
+        dense.bytes_read,
+        resources,
     )
 
 
@@ -157,18 +170,19 @@ def _load_model(library: Library, file: GgufFile, mappings: FileMappings) -> int
     return model
 
 
-def _slots(pages: ExpertPages, structure: Structure, expert_memory: str) -> int:
+def _slots(expert_index: ExpertIndex, structure: Structure, expert_memory: str) -> int:
     """`C`: how many experts the budget pays for.
 
     Raises:
         BudgetError: fewer than one token needs in one layer; the message names the minimum.
     """
-    slots = parse_budget(expert_memory).slots(pages.slot_bytes, pages.experts)
+    slot_bytes = expert_index.slot_bytes
+    slots = parse_budget(expert_memory).slots(slot_bytes, expert_index.experts)
     least = structure.active_experts
     if slots < least:
         raise BudgetError(
-            f"--expert-memory: {expert_memory} holds {slots} of {pages.experts} experts; at least {least} are needed "
-            f"for one token: {least * pages.slot_bytes} bytes ({format_bytes(least * pages.slot_bytes)})"
+            f"--expert-memory: {expert_memory} holds {slots} of {expert_index.experts} experts; at least {least} are "
+            f"needed for one token: {least * slot_bytes} bytes ({format_bytes(least * slot_bytes)})"
         )
     return slots
 
@@ -183,9 +197,9 @@ def _guard_unused(structure: Structure, mappings: FileMappings) -> None:
             map_anonymous(end - first, mappings.starts[info.file] + first, NO_ACCESS)
 
 
-def _open(file: GgufFile, pages: ExpertPages, io: IO) -> DiskStore:
+def _open(file: GgufFile, expert_index: ExpertIndex, io: IO) -> DiskStore:
     try:
-        return DiskStore(file.files, pages, io)  # type: ignore[arg-type]
+        return DiskStore(file.files, expert_index, io)
     except OSError as error:
         raise CheckpointError(f"{error.filename}: can't be opened for --io {io} ({error.strerror})") from error
 
@@ -195,7 +209,7 @@ class _DensePart:
 
     def __init__(self, file: GgufFile, io: IO) -> None:
         self._file = file
-        self._store = _open(file, ExpertPages(()), io)
+        self._store = _open(file, index_experts(()), io)
         self._threads = ThreadPoolExecutor(_DENSE_READERS)
         self.bytes_read = 0
 
@@ -211,7 +225,7 @@ class _DensePart:
 
         def read(piece: tuple[int, int]) -> None:
             offset, length = piece
-            self._store.read(Run(file, offset, length, 0), 0, view(address + offset, length))
+            self._store.read(ByteRange(file, offset, length, 0), 0, view(address + offset, length))
 
         try:
             for _ in self._threads.map(read, pieces):
