@@ -10,11 +10,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from finemoe.checkpoint import ExpertIndex
+from finemoe.config import LoadConfig
+from finemoe.engine.assembly import make_engine
+from finemoe.engine.engine import Engine
 from finemoe.gguf.binding import load_library
 from finemoe.gguf.context import Context, ContextOptions
+from finemoe.gguf.expert_memory import ExpertMemory
 from finemoe.gguf.load import GgufOptions, load_parts
 from finemoe.gguf.model import GgufModel
-from finemoe.policy import CacheManager, make_policy
+from finemoe.store.reader import ReaderThreads
 
 Floats = npt.NDArray[np.float32]
 VOCABULARY = 300
@@ -23,8 +28,9 @@ LONG = tuple(np.random.default_rng(1).integers(0, VOCABULARY, 75).tolist())
 
 
 def load(path: Path, expert_memory: str = "25%", policy: str = "lru", **options: Any) -> GgufModel:
-    def make(layers: int, experts: int, slots: int, sizes: tuple[int, ...]) -> CacheManager:
-        return CacheManager(layers, experts, slots, make_policy(policy, layers, experts), sizes=sizes)
+    def make(memory: ExpertMemory, transfer: ReaderThreads, expert_index: ExpertIndex) -> Engine:
+        config = LoadConfig(policy=policy, map_store="none")
+        return make_engine(config, {}, None, memory, transfer, expert_index)
 
     return GgufModel(load_parts(path, GgufOptions(expert_memory, threads=1, **options), make))
 

@@ -154,6 +154,6 @@ def _refuse_too_many_mappings(expert_index: ExpertIndex) -> None:
     needed = 2 * stretches + sum(1 for _ in ranges()) + _SPARE_MAPPINGS  # 2: what lies between stretches, too
     if needed > allowed:
         raise ConfigError(
-            f"GGUF models: {expert_index.experts} experts need {needed} memory mappings, and vm.max_map_count is {allowed}; "
-            f"run: sysctl -w vm.max_map_count={1 << needed.bit_length()}"
+            f"GGUF models: {expert_index.experts} experts need {needed} memory mappings, and vm.max_map_count is "
+            f"{allowed}; run: sysctl -w vm.max_map_count={1 << needed.bit_length()}"
         )

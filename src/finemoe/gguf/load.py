@@ -27,7 +27,6 @@ from finemoe.gguf.file import GgufFile, open_gguf
 from finemoe.gguf.mapping import FileMappings
 from finemoe.gguf.runner import Runner, micro_batch_for
 from finemoe.gguf.structure import Eval, Structure, find_structure
-from finemoe.policy import CacheManager
 from finemoe.store.disk import CHUNK_BYTES, DiskStore
 from finemoe.store.reader import ReaderThreads
 from finemoe.system import available_bytes, available_cores
@@ -50,7 +49,7 @@ class GgufOptions:
     bandwidth_bytes_s: float | None = None  # that experts are held to, for experiments
 
 
-MakeCacheManager = Callable[[int, int, int, "tuple[int, ...]"], CacheManager]  # L, E, C, experts of each layer
+MakeEngine = Callable[[ExpertMemory, ReaderThreads, ExpertIndex], Engine]
 
 
 @dataclass
@@ -71,13 +70,13 @@ class Loaded:
     resources: ExitStack  # frees everything, in the right order
 
 
-def load_parts(path: str | Path, options: GgufOptions, make_cache_manager: MakeCacheManager) -> Loaded:
+def load_parts(path: str | Path, options: GgufOptions, make_engine: MakeEngine) -> Loaded:
     """Load a model.
 
     Args:
         path: of the file, or of the first part of a split set.
         options: how.
-        make_cache_manager: makes the cache, once the model's shape is known.
+        make_engine: puts policy, cache and engine together, once the model's shape is known.
 
     Raises:
         CheckpointError: a file is missing, truncated or corrupt, or the library refuses it.
@@ -88,13 +87,13 @@ def load_parts(path: str | Path, options: GgufOptions, make_cache_manager: MakeC
     file = open_gguf(path)
     file.refuse_dense()
     with ExitStack() as resources:
-        loaded = _load(file, load_library(), options, make_cache_manager, resources)
+        loaded = _load(file, load_library(), options, make_engine, resources)
         loaded.resources = resources.pop_all()
         return loaded
 
 
 def _load(
-    file: GgufFile, library: Library, options: GgufOptions, make_cache_manager: MakeCacheManager, resources: ExitStack
+    file: GgufFile, library: Library, options: GgufOptions, make_engine: MakeEngine, resources: ExitStack
 ) -> Loaded:
     if (needed := file.dense_bytes) > (available := available_bytes()):
         raise BudgetError(
@@ -129,8 +128,7 @@ def _load(
     transfer = ReaderThreads(store, options.reader_threads, bandwidth_bytes_s=options.bandwidth_bytes_s)
     resources.callback(transfer.close)
     sizes = tuple(layout.experts for layout in expert_index.layouts)
-    shape = len(sizes), max(sizes)
-    engine = Engine(memory, make_cache_manager(*shape, slots, sizes), transfer, experts=expert_index.experts)
+    engine = make_engine(memory, transfer, expert_index)
     micro_batch = micro_batch_for(slots, max(sizes), structure.active_experts)
     compute = ContextOptions(micro_batch, threads, options.cache_type)
     runner = Runner(library, model, structure, engine, compute)
