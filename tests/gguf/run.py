@@ -17,8 +17,11 @@ from finemoe.engine.engine import Engine
 from finemoe.gguf.binding import load_library
 from finemoe.gguf.context import Context, ContextOptions
 from finemoe.gguf.expert_memory import ExpertMemory
+from finemoe.gguf.file import open_gguf
 from finemoe.gguf.load import GgufOptions, load_parts
 from finemoe.gguf.model import GgufModel
+from finemoe.jit import interpreted
+from finemoe.policy import policy_class
 from finemoe.store.reader import ReaderThreads
 
 Floats = npt.NDArray[np.float32]
@@ -30,9 +33,10 @@ LONG = tuple(np.random.default_rng(1).integers(0, VOCABULARY, 75).tolist())
 def load(path: Path, expert_memory: str = "25%", policy: str = "lru", **options: Any) -> GgufModel:
     def make(memory: ExpertMemory, transfer: ReaderThreads, expert_index: ExpertIndex) -> Engine:
         config = LoadConfig(policy=policy, map_store="none")
-        return make_engine(config, {}, None, memory, transfer, expert_index)
+        options = {"jit": interpreted} if policy_class(policy).compiles else {}
+        return make_engine(config, options, None, memory, transfer, expert_index)
 
-    return GgufModel(load_parts(path, GgufOptions(expert_memory, threads=1, **options), make))
+    return GgufModel(load_parts(open_gguf(path), GgufOptions(expert_memory, threads=1, **options), make))
 
 
 def answer(model: GgufModel, prompt: Sequence[int], count: int) -> tuple[list[int], list[Floats]]:

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     with suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401
     from finemoe.model import load_config as load
-    from finemoe.model.generation import Session
+    from finemoe.model.generation import open_session
 
     def show(text: str) -> None:
         arguments.interrupts.check()
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     refuse_undecodable(arguments.system or "", "--system")
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
     with load(load_config) as model:
-        session = Session(model)
+        session = open_session(model)
         unmap_idle_code()
         turns, reply = list(opening), None
         print(_HELP, file=sys.stderr)

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     refuse_undecodable(prompt, "PROMPT")
     from finemoe.model import load_config as load
-    from finemoe.model.generation import Session
+    from finemoe.model.generation import open_session
     from finemoe.trace.forced_routing import open_routing, replay_routing
 
     routing = None if trace is None else open_routing(trace)
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     with load(load_config) as model:
         if routing is not None:
             replay_routing(model, routing)
-        session = Session(model)
+        session = open_session(model)
         unmap_idle_code()
         arguments.interrupts.check()
         if arguments.json:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from finemoe.checkpoint import ExpertIndex
@@ -23,7 +22,7 @@ from finemoe.gguf.binding import LOAD_MMAP, Library, load_library
 from finemoe.gguf.context import Context, ContextOptions
 from finemoe.gguf.expert_layout import dense_ranges, index_experts
 from finemoe.gguf.expert_memory import ExpertMemory
-from finemoe.gguf.file import GgufFile, open_gguf
+from finemoe.gguf.file import GgufFile
 from finemoe.gguf.mapping import FileMappings
 from finemoe.gguf.runner import Runner, micro_batch_for
 from finemoe.gguf.structure import Eval, Structure, find_structure
@@ -70,21 +69,20 @@ class Loaded:
     resources: ExitStack  # frees everything, in the right order
 
 
-def load_parts(path: str | Path, options: GgufOptions, make_engine: MakeEngine) -> Loaded:
+def load_parts(file: GgufFile, options: GgufOptions, make_engine: MakeEngine) -> Loaded:
     """Load a model.
 
     Args:
-        path: of the file, or of the first part of a split set.
+        file: its headers.
         options: how.
         make_engine: puts policy, cache and engine together, once the model's shape is known.
 
     Raises:
-        CheckpointError: a file is missing, truncated or corrupt, or the library refuses it.
+        CheckpointError: a file can't be read, or the library refuses it.
         UnsupportedModelError: a dense model, or one whose experts can't be offloaded exactly.
         BudgetError: the expert memory is below what a token needs, or above what the machine has.
         ConfigError: the library is missing, or the system lacks something.
     """
-    file = open_gguf(path)
     file.refuse_dense()
     with ExitStack() as resources:
         loaded = _load(file, load_library(), options, make_engine, resources)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from finemoe.errors import CheckpointError, ConfigError, FinemoeError
 from finemoe.gguf.chat_template import render
@@ -42,11 +42,18 @@ class GgufModel:
         self._requests = itertools.count()
         self._lock = threading.RLock()
         self._finalizer = weakref.finalize(self, loaded.resources.close)
+        self.finemoe: Any = None  # what `attach` is given
 
     @property
     def parts(self) -> Loaded:
         """What it is made of, for statistics and tests."""
         return self._loaded
+
+    def attach(self, handle: Any) -> None:
+        """`handle` becomes `model.finemoe`, as of every other model: statistics, maps, and a `close` that frees all."""
+        self.finemoe = handle
+        self._finalizer.detach()
+        self._finalizer = weakref.finalize(self, handle.close)
 
     @property
     def lock(self) -> threading.RLock:
@@ -71,9 +78,19 @@ class GgufModel:
         return self.vocabulary.encode(text, special=True)
 
     def generate(
-        self, tokens: Sequence[int], max_new_tokens: int, sampling: SamplingOptions | None = None
-    ) -> Iterator[int]:
+        self,
+        tokens: Sequence[int],
+        max_new_tokens: int,
+        sampling: SamplingOptions | None = None,
+        on_prefill: Callable[[int], object] | None = None,
+    ) -> Generator[int]:
         """Continue `tokens`; yields each new one, the one that ends the answer included.
+
+        Args:
+            tokens: the whole text so far; what the sequence has of it already is not computed again.
+            max_new_tokens: at most so many.
+            sampling: how each is chosen; greedy by default.
+            on_prefill: called with the number of the prompt's tokens that were computed, as they are.
 
         Raises:
             ConfigError: there are no tokens, or one that the model does not have, or no room for an answer.
@@ -85,7 +102,7 @@ class GgufModel:
         request = next(self._requests)
         with self._lock:
             runner.make_room(self._room(len(tokens) + max_new_tokens))
-            self._prefill(request, list(tokens))
+            self._prefill(request, list(tokens), on_prefill or (lambda _: None))
             sampler = Sampler(self._loaded.library, sampling or SamplingOptions(), tokens)
             try:
                 for number in range(1, max_new_tokens + 1):
@@ -134,7 +151,7 @@ class GgufModel:
         tokens = -(-tokens // _ROOM_TOKENS) * _ROOM_TOKENS
         return tokens if self.context_tokens is None else min(tokens, max(self.context_tokens, _ROOM_TOKENS))
 
-    def _prefill(self, request: int, tokens: list[int]) -> None:
+    def _prefill(self, request: int, tokens: list[int], on_prefill: Callable[[int], object]) -> None:
         """Compute a prompt, but for what the sequence has of it already."""
         runner = self._loaded.runner
         done = self._shared(tokens)
@@ -146,7 +163,8 @@ class GgufModel:
                 runner.tokens = list(before) if runner.context.restore(state) else []
             else:
                 runner.forget()
-        runner.extend(request, tokens[len(runner.tokens) :], logits=True)
+        on_prefill(len(runner.tokens))
+        runner.extend(request, tokens[len(runner.tokens) :], logits=True, progress=on_prefill)
         if not self._cuts:
             self._saved = list(tokens), runner.context.save()
 

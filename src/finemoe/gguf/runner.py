@@ -8,7 +8,7 @@ GIL for the pass, so readers and a policy's thread go on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from threading import current_thread, main_thread
@@ -107,7 +107,15 @@ class Runner:
         if self.tokens and not self._context.restore(state):
             self.tokens.clear()
 
-    def extend(self, request: int, tokens: Sequence[int], *, logits: bool, decoding: bool = False) -> None:
+    def extend(
+        self,
+        request: int,
+        tokens: Sequence[int],
+        *,
+        logits: bool,
+        decoding: bool = False,
+        progress: Callable[[int], object] = lambda _: None,
+    ) -> None:
         """Compute new tokens at the end of the sequence, a micro-batch at a time.
 
         Args:
@@ -115,6 +123,7 @@ class Runner:
             tokens: their ids.
             logits: whether the last one's are wanted.
             decoding: whether this is an answer's token, not a prompt's.
+            progress: called with the number of tokens after each micro-batch.
 
         Raises:
             ExpertReadError: an expert can't be read; the sequence is forgotten.
@@ -125,6 +134,7 @@ class Runner:
             piece = list(tokens[start : start + size])
             last = logits and start + size >= len(tokens)
             self._pass(Step(request, DECODE if decoding else PREFILL, np.array(piece, np.int32)), piece, logits=last)
+            progress(len(piece))
 
     def logits(self) -> npt.NDArray[np.float32]:
         """Of the last token, `[vocabulary]`; a view, valid until the next pass."""

@@ -106,9 +106,15 @@ def finite_logits(model: Any) -> LogitsProcessorList:
 
 def sampling_options(config: GenerateConfig) -> dict[str, Any]:
     """What `generate` is to be told: greedy unless there is a temperature, whatever the model's own defaults are."""
+    for name in ("frequency_penalty", "presence_penalty"):
+        if getattr(config, name):
+            raise ConfigError(f"--{name.replace('_', '-')}: transformers has none; give --repetition-penalty")
+    penalty = None if config.repetition_penalty == 1.0 else config.repetition_penalty
     if config.temperature > 0:
-        return {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        sampled = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+        return {"do_sample": True, **sampled, "min_p": config.min_p or None, "repetition_penalty": penalty}
+    nothing = dict.fromkeys(("temperature", "top_p", "top_k", "min_p"))
+    return {"do_sample": False, **nothing, "repetition_penalty": penalty}
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -151,6 +157,39 @@ def _templated(tokenizer: Any, turns: list[dict[str, str]]) -> Any:
         raise CheckpointError(
             f"{where}: its chat template fails ({reason}); mend it, or use finemoe generate --raw"
         ) from error
+
+
+def fitting_tokens(limit: int | None, prompt_tokens: int, max_new_tokens: int) -> int:
+    """As many new tokens as are asked for and fit behind the prompt in a context of `limit` tokens; warns if fewer.
+
+    Raises:
+        ConfigError: not one fits.
+    """
+    if limit is None or prompt_tokens + max_new_tokens <= limit:
+        return max_new_tokens
+    if prompt_tokens >= limit:
+        raise ConfigError(
+            f"PROMPT: has {prompt_tokens} tokens, and the model's context holds {limit}, at least one of them an "
+            "answer's; shorten it"
+        )
+    warnings.warn(  # the same text each time: shown once
+        f"--max-new-tokens: {max_new_tokens} do not fit behind the prompt; an answer ends where the model's "
+        f"context of {limit} tokens does",
+        FinemoeWarning,
+        stacklevel=3,
+    )
+    return limit - prompt_tokens
+
+
+def open_session(model: Any) -> Any:
+    """The session of a loaded model, by its backend."""
+    from finemoe.gguf.model import GgufModel
+
+    if isinstance(model, GgufModel):
+        from finemoe.model.gguf_generation import GgufSession
+
+        return GgufSession(model)
+    return Session(model)
 
 
 class Session:
@@ -197,7 +236,7 @@ class Session:
         ids = self.prompt_ids(prompt, raw=config.raw).to(self.model.device)
         if not ids.shape[1]:
             raise ConfigError("PROMPT: is empty; there is nothing to continue")
-        max_new_tokens = self._fitting(ids.shape[1], config.max_new_tokens)
+        max_new_tokens = fitting_tokens(self.context_tokens, ids.shape[1], config.max_new_tokens)
         if config.temperature > 0:
             torch.manual_seed(config.seed)
         self.model.finemoe.reset_stats()
@@ -229,24 +268,6 @@ class Session:
             total_s=total_s,
             stats=self.model.finemoe.stats(),
         )
-
-    def _fitting(self, prompt_tokens: int, max_new_tokens: int) -> int:
-        """As many new tokens as are asked for and fit behind the prompt; says so where these are fewer."""
-        limit = self.context_tokens
-        if limit is None or prompt_tokens + max_new_tokens <= limit:
-            return max_new_tokens
-        if prompt_tokens >= limit:
-            raise ConfigError(
-                f"PROMPT: has {prompt_tokens} tokens, and the model's context holds {limit}, at least one of them an "
-                "answer's; shorten it"
-            )
-        warnings.warn(  # the same text each time: shown once
-            f"--max-new-tokens: {max_new_tokens} do not fit behind the prompt; an answer ends where the model's "
-            f"context of {limit} tokens does",
-            FinemoeWarning,
-            stacklevel=2,
-        )
-        return limit - prompt_tokens
 
     def pad_token_id(self) -> int | None:
         """Any id will do for one prompt; naming one keeps transformers from warning that it chose."""

@@ -51,6 +51,7 @@ class ModelHandle:
         observer: Observer | None = None,
         tiers: Tiers | None = None,
         fingerprint: str | None = None,
+        resources: ExitStack | None = None,
     ) -> None:
         self.observer = observer  # None where the policy listens to nothing
         self.checkpoint = checkpoint
@@ -66,6 +67,7 @@ class ModelHandle:
         self._keeper = keeper
         self.replayed_routing: str | None = None  # the trace that stands in for the routers
         self._tiers = tiers
+        self._resources = resources  # of another backend; they own store, pool and transfer
         self._closed = False
         self._read_before = 0
         self._traffic_before = self._link_accounting()
@@ -176,7 +178,7 @@ class ModelHandle:
 
     def _kernel(self) -> str:
         kinds = Counter("forward" if each.accumulator is None else each.kernel for each in self._layers)
-        return kinds.most_common(1)[0][0]
+        return kinds.most_common(1)[0][0] if kinds else "ggml"
 
     def explain(self) -> tuple[ExplainRow, ...]:
         """What was predicted, hit, late, missed and wasted, by layer and by what had brought the experts in.
@@ -332,6 +334,9 @@ class ModelHandle:
             self._closed = True
             with ExitStack() as rest:  # from its end on; a Ctrl-C that breaks one off does not keep back the others
                 rest.callback(self._keep)
+                if self._resources is not None:
+                    rest.callback(self._resources.close)
+                    return
                 rest.callback(self._store.close)
                 rest.callback(self._engine.pool.close)
                 for layer in self._layers:

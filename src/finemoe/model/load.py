@@ -14,8 +14,10 @@ from finemoe.checkpoint.headers import fingerprint
 from finemoe.config import LoadConfig, budget_text
 from finemoe.engine.expert_layer import IMPLEMENTATION
 from finemoe.errors import ConfigError
+from finemoe.gguf.locate import is_gguf
 from finemoe.gpu.device import open_devices
 from finemoe.learned import open_map_persistence, refuse_useless
+from finemoe.model.gguf_loader import load_gguf
 from finemoe.model.introspect import model_class, read_config, refuse_made_up, transformers_errors
 from finemoe.model.loader import Loading, diverted
 from finemoe.policy import policy_class
@@ -39,6 +41,8 @@ class LoadSettings(TypedDict, total=False):
     reader_threads: int
     link_bandwidth: str | None
     verify: bool
+    threads: int | None
+    kv_cache_dtype: Literal["auto", "q8_0"]
     host_memory: str | float | None
     expert_kernel: Literal["auto", "eager", "grouped_mm"]
     host_compute: Literal["off", "auto"]
@@ -106,6 +110,9 @@ def load_config(config: LoadConfig) -> Any:
             else f"--predictors: --policy {config.policy} takes none"
         )
     refuse_useless(config.map_store, config.policy)
+    if is_gguf(config.model):
+        return load_gguf(config)
+    config.refuse_gguf_settings()
     devices = open_devices(config.device)
     if devices:
         config.refuse_cpu_settings()
