@@ -7,11 +7,13 @@ layer uses; then slots, readers, policy and engine are set up as for any other m
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from finemoe.checkpoint import ExpertIndex
 from finemoe.config import format_bytes, parse_budget
@@ -20,10 +22,12 @@ from finemoe.errors import BudgetError, CheckpointError, UnsupportedModelError
 from finemoe.gguf.address_space import NO_ACCESS, PAGE_BYTES, map_anonymous, view
 from finemoe.gguf.binding import LOAD_MMAP, Library, load_library
 from finemoe.gguf.context import Context, ContextOptions
+from finemoe.gguf.embedding import EmbeddingTable
 from finemoe.gguf.expert_layout import dense_ranges, index_experts
 from finemoe.gguf.expert_memory import ExpertMemory
 from finemoe.gguf.file import GgufFile
 from finemoe.gguf.mapping import FileMappings
+from finemoe.gguf.router_probe import GateReader
 from finemoe.gguf.runner import Runner, micro_batch_for
 from finemoe.gguf.structure import Eval, Structure, find_structure
 from finemoe.store.disk import CHUNK_BYTES, DiskStore
@@ -65,6 +69,7 @@ class Loaded:
     transfer: ReaderThreads
     engine: Engine
     runner: Runner
+    starts: Mapping[int, int]  # the address of each file's first byte
     dense_bytes_read: int
     resources: ExitStack  # frees everything, in the right order
 
@@ -143,9 +148,30 @@ def _load(
         transfer,
         engine,
         runner,
+        mappings.starts,
         dense.bytes_read,
         resources,
     )
+
+
+def observe(parts: Loaded, lookahead: int) -> None:
+    """Have policies see gates and embeddings from now on, and gates for so many layers ahead; 0: none of these."""
+    weights = {}
+    for layer in parts.structure.layers:
+        info = parts.file.tensors.get(layer.probe.weight)
+        if info is not None and info.type == "F32" and lookahead:
+            stored = np.frombuffer(view(parts.starts[info.file] + info.offset_bytes, info.size_bytes), np.float32)
+            weights[info.name] = stored.reshape(info.shape[1], info.shape[0])
+    experts = max(layout.experts for layout in parts.expert_index.layouts)
+    parts.runner.gates = GateReader([layer.probe for layer in parts.structure.layers], weights, experts, lookahead)
+    if (table := embedding_table(parts)) is not None:
+        parts.runner.embed = table.mean
+
+
+def embedding_table(parts: Loaded) -> EmbeddingTable | None:
+    """The model's embeddings; `None` where it has no table of the usual name."""
+    info = parts.file.tensors.get("token_embd.weight")
+    return None if info is None else EmbeddingTable(info, parts.starts[info.file] + info.offset_bytes)
 
 
 def _load_model(library: Library, file: GgufFile, mappings: FileMappings) -> int:

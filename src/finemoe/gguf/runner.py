@@ -20,14 +20,18 @@ import numpy.typing as npt
 from finemoe.errors import FinemoeError, InvariantError
 from finemoe.gguf.binding import Library
 from finemoe.gguf.context import Context, ContextOptions
-from finemoe.gguf.structure import Structure, name_of, node, read_indices
+from finemoe.gguf.router_probe import GateReader, node_at
+from finemoe.gguf.structure import Structure, name_of, read_indices
 from finemoe.types import DECODE, PREFILL, Routed, Step
 
+Embed = Callable[[Sequence[int]], npt.NDArray[np.float32] | None]  # tokens to the mean of their embeddings [D]
 _MICRO_BATCH = 512  # the library's own default
 
 
 class ExpertEngine(Protocol):
     """What the runner needs of an engine."""
+
+    deciding: bool  # whether the policy observes this iteration
 
     def begin(self, steps: Sequence[Step]) -> None:
         """An iteration begins: what the running requests bring to it."""
@@ -80,6 +84,8 @@ class Runner:
         self._error: BaseException | None = None
         self._expected = 0  # the layer that must be the next to route
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="finemoe-gguf")
+        self.gates: GateReader | None = None  # where the policy listens to gates
+        self.embed: Embed | None = None  # and to embeddings
         self.tokens: list[int] = []  # of the sequence, as far as it is computed
 
     @property
@@ -133,7 +139,9 @@ class Runner:
         for start in range(0, len(tokens), size):
             piece = list(tokens[start : start + size])
             last = logits and start + size >= len(tokens)
-            self._pass(Step(request, DECODE if decoding else PREFILL, np.array(piece, np.int32)), piece, logits=last)
+            embedding = None if self.embed is None else self.embed(piece)
+            step = Step(request, DECODE if decoding else PREFILL, np.array(piece, np.int32), embedding)
+            self._pass(step, piece, logits=last)
             progress(len(piece))
 
     def logits(self) -> npt.NDArray[np.float32]:
@@ -202,11 +210,15 @@ class Runner:
         return True
 
     def _hold(self, address: int) -> None:
-        tensor = node(address)
+        tensor = node_at(address)
         number = self._expected
         if number == len(self._layers) or self._layers[number].routing != tensor.name:
             raise InvariantError(f"{tensor.name.decode()} chose experts out of turn, in the place of layer {number}")
         self._expected += 1
         experts: list[int] = np.unique(read_indices(tensor)).tolist()
-        if experts:
-            self._engine.hold(Routed(number, experts, active=self._layers[number].active))
+        if not experts:
+            return
+        gates, ahead = None, None
+        if self.gates is not None and self._engine.deciding:
+            gates, ahead = self.gates.read(number, address)
+        self._engine.hold(Routed(number, experts, gates, ahead, self._layers[number].active))

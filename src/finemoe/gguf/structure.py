@@ -20,6 +20,7 @@ from finemoe.errors import UnsupportedModelError
 from finemoe.gguf.address_space import view
 from finemoe.gguf.binding import Library, Tensor
 from finemoe.gguf.file import ExpertTensor, GgufFile
+from finemoe.gguf.router_probe import Graph, Probe, node_at
 
 Eval = Callable[[int, bool], bool]  # address of a node, whether this only asks -> whether to call with the result
 RunPass = Callable[[Eval], int]  # runs one token with this callback; the library's status
@@ -36,6 +37,7 @@ class MoELayer(NamedTuple):
     routing: bytes
     tensors: tuple[ExpertTensor, ...]
     active: int
+    probe: Probe
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,9 @@ class Structure:
         return max(layer.active for layer in self.layers)
 
 
-def node(address: int) -> Tensor:
-    """A node of the graph, shared, not copied."""
-    return Tensor.from_address(address)
-
-
 def name_of(address: int) -> bytes:
     """A node's name."""
-    name: bytes = node(address).name
+    name: bytes = node_at(address).name
     return name
 
 
@@ -78,6 +75,7 @@ class _Finder:
     def __init__(self, library: Library, file: GgufFile, addresses: Mapping[int, ExpertTensor]) -> None:
         self._by_indices = library.op(b"MUL_MAT_ID")
         self._harmless = {library.op(name) for name in (b"NONE", b"VIEW", b"RESHAPE", b"PERMUTE", b"TRANSPOSE")}
+        self._graph = Graph(library)
         self._file = file
         self._addresses = addresses  # of expert tensors
         self.order: list[tuple[int, bytes]] = []  # of all nodes: address, name
@@ -86,8 +84,9 @@ class _Finder:
         self.error: UnsupportedModelError | None = None
 
     def __call__(self, address: int, ask: bool) -> bool:  # noqa: ARG002, FBT001 - the library's
-        tensor = node(address)
+        tensor = node_at(address)
         self.order.append((address, tensor.name))
+        self._graph.add(address)
         if self.error is None:
             try:
                 self._take(tensor)
@@ -96,7 +95,7 @@ class _Finder:
         return False
 
     def _take(self, tensor: Tensor) -> None:
-        sources = [node(source) for source in tensor.src if source]
+        sources = [node_at(source) for source in tensor.src if source]
         if tensor.op != self._by_indices:
             for source in sources:
                 if tensor.op not in self._harmless and source.data in self._addresses:
@@ -114,6 +113,11 @@ class _Finder:
             raise self._refused(f"the indices for {known.info.name} can't be told from others")
         self.used.setdefault(tensor.src[2], []).append(known)
         self.active[tensor.src[2]] = indices.ne[0]
+
+    def layer(self, routing: int, name: bytes) -> MoELayer:
+        """The layer of a routing node."""
+        tensors = tuple(dict.fromkeys(self.used[routing]))
+        return MoELayer(name, tensors, self.active[routing], self._graph.probe(routing, tensors[0].experts))
 
     def _refused(self, reason: str) -> UnsupportedModelError:
         return refused(self._file, reason)
@@ -143,11 +147,7 @@ def find_structure(library: Library, file: GgufFile, starts: Mapping[int, int], 
     run_pass(finder)
     if finder.error is not None:
         raise finder.error
-    layers = [
-        MoELayer(name, tuple(dict.fromkeys(finder.used[address])), finder.active[address])
-        for address, name in finder.order
-        if address in finder.used
-    ]
+    layers = [finder.layer(address, name) for address, name in finder.order if address in finder.used]
     if len(layers) != len(finder.used):
         raise refused(file, "indices of experts are no node of the graph")
     names = [layer.routing for layer in layers]
@@ -180,7 +180,7 @@ def _try_callbacks(file: GgufFile, layers: Sequence[MoELayer], run_pass: RunPass
     asked_after = 0
 
     def take(address: int, ask: bool) -> bool:  # noqa: FBT001 - the library's
-        tensor = node(address)
+        tensor = node_at(address)
         if ask:
             return tensor.name in names
         seen.append(tensor.name)

@@ -15,7 +15,7 @@ from finemoe.engine.engine import Engine
 from finemoe.errors import ConfigError
 from finemoe.gguf.expert_memory import ExpertMemory
 from finemoe.gguf.file import Array, GgufFile, open_gguf
-from finemoe.gguf.load import GgufOptions, load_parts
+from finemoe.gguf.load import GgufOptions, load_parts, observe
 from finemoe.gguf.locate import locate_gguf
 from finemoe.gguf.model import GgufModel
 from finemoe.learned import MapPersistence, open_map_persistence
@@ -60,6 +60,9 @@ def load_gguf(config: LoadConfig) -> GgufModel:
     )
     model = GgufModel(load_parts(file, options, assemble))
     parts = model.parts
+    policy = parts.engine.cache_manager.policy
+    if seen := policy.needs | policy.uses:
+        observe(parts, policy.lookahead if "lookahead" in seen else 0)
     learned = identity if policy_class(config.policy).is_persistent else None
     handle = ModelHandle(
         Checkpoint(config.model, file.files[0].parent, file.files),
