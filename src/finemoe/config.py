@@ -173,8 +173,8 @@ class LoadConfig:
     explain: bool = setting(
         default=False, text="report predictions, hits, late hits, misses and wasted prefetches by layer and source"
     )
-    threads: int | None = setting(
-        None, "of a GGUF model: threads that compute (default: as many cores as are idle when it is loaded)"
+    threads: int = setting(
+        0, "threads that compute; 0: torch's own choice, and for a GGUF model as many as cores are idle", advanced=True
     )
     kv_cache_dtype: Literal["auto", "q8_0"] = setting(
         "auto", "of a GGUF model: q8_0 keeps keys and values in 8 bits, auto in 16", advanced=True
@@ -241,8 +241,8 @@ class LoadConfig:
             parse_bandwidth(self.link_bandwidth)
         if not 1 <= self.reader_threads <= 64:
             raise ConfigError(f"--reader-threads: {self.reader_threads} is not between 1 and 64")
-        if self.threads is not None and not 1 <= self.threads <= 1024:
-            raise ConfigError(f"--threads: {self.threads} is not between 1 and 1024")
+        if not 0 <= self.threads <= 1024:
+            raise ConfigError(f"--threads: {self.threads} is not between 0 and 1024")
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
             ("io", ("auto", "direct", "buffered")),
@@ -275,9 +275,8 @@ class LoadConfig:
 
     def refuse_gguf_settings(self) -> None:
         """Raises `ConfigError` for a setting that has an effect on GGUF models only."""
-        for name, default in (("threads", None), ("kv_cache_dtype", "auto")):
-            if getattr(self, name) != default:
-                raise ConfigError(f"--{name.replace('_', '-')}: is for GGUF models; leave it out")
+        if self.kv_cache_dtype != "auto":
+            raise ConfigError("--kv-cache-dtype: is for GGUF models; leave it out")
 
     def refuse_cpu_settings(self) -> None:
         """Raises `ConfigError` for a setting that is for the CPU only."""

@@ -32,7 +32,7 @@ from finemoe.gguf.runner import Runner, micro_batch_for
 from finemoe.gguf.structure import Eval, Structure, find_structure
 from finemoe.store.disk import CHUNK_BYTES, DiskStore
 from finemoe.store.reader import ReaderThreads
-from finemoe.system import available_bytes, available_cores
+from finemoe.system import available_bytes, idle_cores
 from finemoe.types import ByteRange
 
 _DENSE_READERS = 4
@@ -47,7 +47,7 @@ class GgufOptions:
     expert_memory: str = "25%"
     io: IO = "auto"
     reader_threads: int = 4
-    threads: int | None = None  # that compute; None: as many as there are cores
+    threads: int = 0  # that compute; 0: as many as there are idle cores
     cache_type: str = "f16"  # of keys and values
     bandwidth_bytes_s: float | None = None  # that experts are held to, for experiments
 
@@ -110,7 +110,7 @@ def _load(
     finally:
         dense.close()
     resources.callback(library.api.llama_model_free, model)
-    threads = options.threads or available_cores()
+    threads = options.threads or idle_cores()
 
     def run_pass(evaluate: Eval) -> int:
         context = Context(library, model, _TRIAL_TOKENS, ContextOptions(micro_batch=1, threads=1), evaluate)

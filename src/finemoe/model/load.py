@@ -41,7 +41,7 @@ class LoadSettings(TypedDict, total=False):
     reader_threads: int
     link_bandwidth: str | None
     verify: bool
-    threads: int | None
+    threads: int
     kv_cache_dtype: Literal["auto", "q8_0"]
     host_memory: str | float | None
     expert_kernel: Literal["auto", "eager", "grouped_mm"]
@@ -113,6 +113,8 @@ def load_config(config: LoadConfig) -> Any:
     if is_gguf(config.model):
         return load_gguf(config)
     config.refuse_gguf_settings()
+    if config.threads:
+        torch.set_num_threads(config.threads)
     devices = open_devices(config.device)
     if devices:
         config.refuse_cpu_settings()
