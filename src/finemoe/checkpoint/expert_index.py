@@ -103,13 +103,17 @@ class LayerLayout:
         """Bytes of one expert without padding."""
         return sum(field.length_bytes for field in self.fields)
 
+    def stored_as(self, field: Field) -> str:
+        """What a field's bytes are: the name of a quantized form, or a dtype."""
+        forms = {name: quantized.form for quantized in self.quantized for name in quantized.fields}
+        return forms.get(field.name, str(field.dtype).removeprefix("torch."))
+
     @property
     def stored_dtype(self) -> str:
         """What an expert is stored as: a dtype or the name of a quantized form; more than one with `+` between."""
-        forms = {name: quantized.form for quantized in self.quantized for name in quantized.fields}
         parts: Counter[str] = Counter()
         for field in self.fields:
-            parts[forms.get(field.name, str(field.dtype).removeprefix("torch."))] += field.length_bytes
+            parts[self.stored_as(field)] += field.length_bytes
         return "+".join(name for name, length in parts.most_common() if length >= _MINOR_SHARE * self.weight_bytes)
 
 

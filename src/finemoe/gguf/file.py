@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +23,12 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _KEPT_ELEMENTS = 4096  # of a longer array (a vocabulary) only the length is kept
 _MOST = 1 << 24  # of anything that is counted in a header
+_LONGEST_NAME = 63  # of a tensor, in the library
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(?:gate_up|gate|up|down)_((?:ch)?exps)\.weight")
+
+
+OpenPart = Callable[[Path], tuple[BinaryIO, int]]
 
 
 class TensorInfo(NamedTuple):
@@ -134,22 +138,29 @@ class GgufFile:
             )
 
 
-def open_gguf(path: str | Path) -> GgufFile:
+def open_local(path: Path) -> tuple[BinaryIO, int]:
+    """A file on this machine, and its bytes."""
+    return path.open("rb", buffering=1 << 20), path.stat().st_size
+
+
+def open_gguf(path: str | Path, open_part: OpenPart = open_local) -> GgufFile:
     """Reads the headers of a file, or of the split set that it is the first part of.
+
+    Args:
+        path: of the file.
+        open_part: opens a part, of which only the header is read; returns it and its bytes.
 
     Raises:
         CheckpointError: a file is missing, truncated, corrupt or no GGUF file; the message names it.
     """
     first = Path(path)
-    metadata, tensors = _read_part(first, 0)
+    metadata, tensors = _read_part(first, 0, open_part)
     files = [first]
     for number in range(1, _part_count(first, metadata)):
         named = _PART.fullmatch(first.name)
         assert named is not None
         part = first.with_name(f"{named[1]}-{number + 1:05}-of-{named[3]}.gguf")
-        if not part.exists():
-            raise CheckpointError(f"{part}: is missing, a part of {first.name}; fetch all parts into one folder")
-        own, more = _read_part(part, number)
+        own, more = _read_part(part, number, open_part)
         if own.get("split.no") != number:
             raise CheckpointError(f"{part}: is part {own.get('split.no')} by its own account; fetch it again")
         if twice := tensors.keys() & more.keys():
@@ -179,13 +190,14 @@ def _part_count(first: Path, metadata: Mapping[str, Any]) -> int:
     return count
 
 
-def _read_part(path: Path, file: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+def _read_part(path: Path, file: int, open_part: OpenPart) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     try:
-        size_bytes = path.stat().st_size
-        with path.open("rb", buffering=1 << 20) as stream:
+        stream, size_bytes = open_part(path)
+        with stream:
             return _Reader(stream, size_bytes, str(path)).header(file)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: does not exist; give a .gguf file") from None
+        way_out = "it is a part of the model: fetch all parts into one folder" if file else "give a .gguf file"
+        raise CheckpointError(f"{path}: does not exist; {way_out}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read ({error.strerror})") from error
 
@@ -238,6 +250,8 @@ class _Reader:
 
     def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()
+        if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
+            raise self._corrupt("a tensor whose name is none")
         dimensions = self._number("I")
         if not 1 <= dimensions <= 4:
             raise self._corrupt(f"{name} with {dimensions} dimensions")

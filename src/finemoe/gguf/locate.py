@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from finemoe.checkpoint.locate import hub_errors
 from finemoe.errors import CheckpointError
+from finemoe.gguf.file import GgufFile, open_gguf
 
 _SUFFIX = ".gguf"
 _HUB = re.compile(r"([^/:\s]+/[^/:\s]+):([^:\s]+)")
 _FIRST_PART = re.compile(r"-00001-of-\d{5}\.gguf$")
 _LATER_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_REMOTE_BLOCK_BYTES = 1 << 20
 _PROJECTOR = "mmproj"  # of pictures: no language model
 
 
@@ -45,6 +48,29 @@ def locate_gguf(model: str, revision: str | None = None) -> Path:
         parts = choose_files(_listed(repository, revision), wanted, repository)
         paths = [Path(hf_hub_download(repository, part, revision=revision)) for part in parts]
         return paths[0]
+
+
+def read_headers(model: str, revision: str | None = None) -> GgufFile:
+    """The headers of a model; of one on the hub nothing else is fetched.
+
+    Raises:
+        CheckpointError: as `locate_gguf` and `open_gguf`.
+    """
+    named = _HUB.fullmatch(model)
+    if named is None or Path(model).expanduser().exists():
+        return open_gguf(locate_gguf(model, revision))
+    from huggingface_hub import HfFileSystem
+
+    repository, wanted = named.groups()
+    with hub_errors(repository, revision):
+        first, *_ = choose_files(_listed(repository, revision), wanted, repository)
+        files = HfFileSystem()
+
+        def open_remote(path: Path) -> tuple[BinaryIO, int]:
+            stream = files.open(path.as_posix(), "rb", revision=revision, block_size=_REMOTE_BLOCK_BYTES)
+            return stream, int(stream.size)
+
+        return open_gguf(f"{repository}/{first}", open_remote)
 
 
 def choose_files(names: list[str], wanted: str, repository: str) -> list[str]:
