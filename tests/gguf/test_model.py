@@ -97,6 +97,8 @@ def test_sampling_is_repeatable_by_seed(random_gguf: MakeFile, loaded: Load) -> 
     assert sample(temperature=1.5, min_p=1.0) == greedy
     assert sample(temperature=1e-4, seed=3) == greedy
     assert sample(repetition_penalty=10.0) != greedy
+    assert len(set(sample(repetition_penalty=10.0, penalty_tokens=999))) == 16  # nothing twice
+    assert len(set(sample(repetition_penalty=10.0, penalty_tokens=1))) < 16
     assert sample(frequency_penalty=2.0) != greedy
 
 

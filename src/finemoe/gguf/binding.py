@@ -123,7 +123,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {  # result, arguments
     "llama_sampler_init_dist": (pointer, c_uint32),
     "llama_sampler_init_greedy": (pointer,),
     "llama_sampler_init_min_p": (pointer, c_float, c_size_t),
-    "llama_sampler_init_penalties": (pointer, c_int32, c_float, c_float, c_float),
+    "llama_sampler_init_penalties": (pointer, c_int32, c_int32, c_float, c_float, c_float),  # vocabulary, how far back
     "llama_sampler_init_temp": (pointer, c_float),
     "llama_sampler_init_top_k": (pointer, c_int32),
     "llama_sampler_init_top_p": (pointer, c_float, c_size_t),

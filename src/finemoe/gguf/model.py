@@ -103,7 +103,7 @@ class GgufModel:
         with self._lock:
             runner.make_room(self._room(len(tokens) + max_new_tokens))
             self._prefill(request, list(tokens), on_prefill or (lambda _: None))
-            sampler = Sampler(self._loaded.library, sampling or SamplingOptions(), tokens)
+            sampler = Sampler(self._loaded.library, sampling or SamplingOptions(), self.vocabulary.size, tokens)
             try:
                 for number in range(1, max_new_tokens + 1):
                     runner.logits()  # refuses what is not finite

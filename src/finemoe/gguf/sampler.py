@@ -37,15 +37,16 @@ class Sampler:
     Args:
         library: the loaded library.
         options: how.
+        vocabulary: how many tokens the model has.
         before: the tokens so far, for penalties.
     """
 
-    def __init__(self, library: Library, options: SamplingOptions, before: Sequence[int] = ()) -> None:
+    def __init__(self, library: Library, options: SamplingOptions, vocabulary: int, before: Sequence[int] = ()) -> None:
         self._api = api = library.api
         self._chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
         if options.penalises:
             penalties = options.repetition_penalty, options.frequency_penalty, options.presence_penalty
-            self._add(api.llama_sampler_init_penalties(options.penalty_tokens, *penalties))
+            self._add(api.llama_sampler_init_penalties(vocabulary, options.penalty_tokens, *penalties))
         if options.temperature > 0:
             if options.top_k:
                 self._add(api.llama_sampler_init_top_k(options.top_k))

@@ -15,7 +15,7 @@ from finemoe.gguf.sampler import SamplingOptions
 from finemoe.gguf.vocabulary import TextStream
 from finemoe.model.generation import Reply, fitting_tokens
 
-_ALL_TOKENS = 1 << 20  # penalties look at the whole text
+_ALL_TOKENS = 1 << 16  # penalties look at the whole text
 
 
 class GgufSession:
