@@ -26,6 +26,7 @@ from finemoe.bench.report import ANSWER_NAMES, NAMES, BenchReport, BenchRun, sum
 from finemoe.checkpoint import Checkpoint, ExpertIndex, locate, read_headers
 from finemoe.checkpoint.headers import evict_from_page_cache
 from finemoe.errors import CheckpointError
+from finemoe.gguf.locate import refuse_gguf
 from finemoe.model import chosen_model, describe, read_config
 from finemoe.model.introspect import pool_slots
 from finemoe.store import DiskStore
@@ -46,6 +47,7 @@ def run_bench(config: BenchConfig, log: Log) -> BenchReport:
     Raises:
         FinemoeError: there is nothing to measure: no such model, policy or weights; or a budget is below the minimum.
     """
+    refuse_gguf(config.model, "bench")
     checkpoint = locate(chosen_model(config.model), config.revision)
     described = describe(str(checkpoint.folder), trust_remote_code=config.trust_remote_code)
     expert_index = described.expert_index

@@ -38,10 +38,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--prefill-chunk: a recorded prompt was read whole; leave it out with --replay-routing")
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     refuse_undecodable(prompt, "PROMPT")
+    from finemoe.gguf.locate import refuse_gguf
     from finemoe.model import load_config as load
     from finemoe.model.generation import open_session
     from finemoe.trace.forced_routing import open_routing, replay_routing
 
+    if trace is not None:
+        refuse_gguf(load_config.model, "generate --replay-routing")
     routing = None if trace is None else open_routing(trace)
     if routing is not None and load_config.map_store is None:
         load_config = replace(load_config, map_store=NOWHERE)  # forced routing teaches nothing about this model

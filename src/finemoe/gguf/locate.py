@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from finemoe.checkpoint.locate import hub_errors
-from finemoe.errors import CheckpointError
+from finemoe.errors import CheckpointError, ConfigError
 from finemoe.gguf.file import GgufFile, open_gguf
 
 _SUFFIX = ".gguf"
@@ -25,6 +25,12 @@ def is_gguf(model: str | None) -> bool:
     if model.lower().endswith(_SUFFIX):
         return True
     return _HUB.fullmatch(model) is not None and not Path(model).exists()
+
+
+def refuse_gguf(model: str | None, command: str) -> None:
+    """Raises `ConfigError` where `command` does not run GGUF models yet and `model` is one."""
+    if is_gguf(model):
+        raise ConfigError(f"--model: finemoe {command} does not run GGUF models yet ({model}); give a checkpoint")
 
 
 def locate_gguf(model: str, revision: str | None = None) -> Path:
