@@ -25,6 +25,10 @@ MLA = frozenset(
     ("bailingmoe3", "glm5-next", "dots3note", "deepseek2", "deepseek32", "glm-dsa", "kimi-linear", "mistral4")
 )
 RECURRENT = frozenset(("granitehybrid", "lfm2moe", "kimi-linear", "jamba", "nemotron_h_moe"))
+CHAT_TEMPLATE = (
+    "{% for turn in messages %}<|{{ turn.role }}|>{{ turn.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 TypeOf = Callable[[str, int], Type]  # name and innermost dimension of an expert tensor -> how it is stored
 
 
@@ -161,6 +165,7 @@ def write(  # noqa: C901 - a script
     fused: bool = True,
     overrides: Mapping[str, Any] | None = None,
     split_bytes: int = 0,
+    tokenizer: bool = False,
 ) -> bool:
     """Write a model with random weights. Returns whether the library takes its metadata.
 
@@ -171,6 +176,7 @@ def write(  # noqa: C901 - a script
         fused: gate and up in one tensor where the library would have them so; else two.
         overrides: metadata that differs, without the architecture's name in front.
         split_bytes: begin a new file after this many bytes; 0: one file.
+        tokenizer: with one, a token for each byte, and a chat template.
     """
     values = metadata(arch) | {f"{arch}.{key}": value for key, value in (overrides or {}).items()}
     wanted = shapes(arch, values)
@@ -179,6 +185,9 @@ def write(  # noqa: C901 - a script
     rng = np.random.default_rng(5)
     writer = gguf.GGUFWriter(path, arch, split_max_size=split_bytes)
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    if tokenizer:
+        del values["tokenizer.ggml.model"]
+        _add_tokenizer(writer, values[f"{arch}.vocab_size"])
     for key, value in values.items():
         if isinstance(value, list):
             writer.add_array(key, value)
@@ -210,6 +219,22 @@ def write(  # noqa: C901 - a script
     writer.write_tensors_to_file()
     writer.close()
     return True
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 shows other bytes as characters from 256 on
+    others = [byte for byte in range(256) if byte not in shown]
+    names = {byte: chr(byte) for byte in shown} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    special = ["<|end|>", "<|user|>", "<|assistant|>"]
+    spare = [f"<|{number}|>" for number in range(size - 256 - len(special))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*(names[byte] for byte in range(256)), *special, *spare])
+    writer.add_token_types([1] * 256 + [3] * len(special) + [1] * len(spare))
+    writer.add_token_merges([f"{names[32]} {names[116]}"])
+    writer.add_eos_token_id(256)
+    writer.add_add_bos_token(value=False)
+    writer.add_chat_template(CHAT_TEMPLATE)
 
 
 def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
