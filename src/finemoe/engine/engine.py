@@ -203,6 +203,16 @@ class Engine:
             raise
         self.counters.layer_calls += 1
 
+    @property
+    def all_resident(self) -> bool:
+        """Whether every expert is in the pool: then none is evicted, and `hold` has nothing to do."""
+        return self.pool.resident == self._experts
+
+    def count_resident(self, layers: int, experts: int) -> None:
+        """Count a pass that ran without `hold`, as all experts are resident."""
+        self.counters.layer_calls += layers
+        self.counters.hits += experts
+
     def release(self) -> None:
         """Nothing is computed with what `hold` has pinned any more."""
         with self._lock:

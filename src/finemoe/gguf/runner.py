@@ -39,6 +39,13 @@ class ExpertEngine(Protocol):
     def hold(self, event: Routed) -> None:
         """Return once all of a layer's experts are resident; they stay so until `release`, or the next `hold`."""
 
+    @property
+    def all_resident(self) -> bool:
+        """Whether every expert is resident, and stays so."""
+
+    def count_resident(self, layers: int, experts: int) -> None:
+        """Count a pass that ran without `hold`, as all experts are resident."""
+
     def release(self) -> None:
         """Nothing is computed with the layer's experts any more."""
 
@@ -82,6 +89,7 @@ class Runner:
         self.options = options
         self._context: Context | None = None
         self._error: BaseException | None = None
+        self._unwatched = False  # whether the pass runs by itself: a token's, where every expert is resident
         self._expected = 0  # the layer that must be the next to route
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="finemoe-gguf")
         self.gates: GateReader | None = None  # where the policy listens to gates
@@ -166,8 +174,11 @@ class Runner:
         self._error, self._expected = None, 0
         try:
             self._engine.begin((step,))
+            self._unwatched = len(tokens) == 1 and self._engine.all_resident
             self._refuse(self._run(tokens, logits=logits), logits=logits)
             self._engine.release()
+            if self._unwatched:
+                self._engine.count_resident(len(self._layers), sum(layer.active for layer in self._layers))
             self._engine.end()
         except BaseException:
             self.forget()  # keys and values of a broken pass are no good
@@ -181,7 +192,7 @@ class Runner:
             raise self._error
         if status:
             raise FinemoeError(f"the library has failed with status {status}: {self._library.last_error()}")
-        if logits and self._expected != len(self._layers):
+        if logits and not self._unwatched and self._expected != len(self._layers):
             raise InvariantError(f"{self._expected} of {len(self._layers)} MoE layers told what experts they chose")
 
     def _run(self, tokens: list[int], *, logits: bool) -> int:
@@ -198,6 +209,8 @@ class Runner:
             raise
 
     def _evaluate(self, address: int, ask: bool) -> bool:  # noqa: FBT001 - the library's
+        if self._unwatched:
+            return False
         if self._error is not None:
             return ask  # stop here, and end the pass when called with the result
         try:
