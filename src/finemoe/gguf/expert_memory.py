@@ -44,6 +44,7 @@ class ExpertMemory(SlotPool):
         self._expert_index = expert_index
         self._starts = starts
         self._bound: set[ExpertId] = set()
+        self._most_bound = 0
         size_bytes = slots * expert_index.slot_bytes
         if size_bytes > (available := available_bytes()):
             raise BudgetError(
@@ -90,6 +91,7 @@ class ExpertMemory(SlotPool):
         super().landed(expert)
         start_bytes = self.slot_of(expert) * self.slot_bytes
         self._bound.add(expert)
+        self._most_bound = max(self._most_bound, len(self._bound))
         try:
             for each in self._expert_index.byte_ranges(expert):
                 address = self._starts[each.file] + each.file_offset_bytes
@@ -105,6 +107,11 @@ class ExpertMemory(SlotPool):
         for expert in list(self._bound):
             self._unbind(expert)
         super().clear()
+
+    @property
+    def mapped_twice_bytes(self) -> int:
+        """The most that experts have taken at their own addresses, beside their slots."""
+        return self._most_bound * self.slot_bytes
 
     def bytes_of(self, slot: int) -> torch.Tensor:
         """The slot's bytes: uint8 `[slot_bytes]`, shared, not copied."""

@@ -112,7 +112,7 @@ class ModelHandle:
             bytes_read=self._engine.transfer.moved_bytes - self._read_before,
             stall_s=counters.stall_s,
             stalled_bytes=counters.stalled_bytes,
-            peak_rss_bytes=peak_rss_bytes(),
+            peak_rss_bytes=peak_rss_bytes() - pool.mapped_twice_bytes,
             explained=None if source_counts is None else source_counts.explained(),
             replayed_routing=self.replayed_routing,
             device=self.device,

@@ -117,6 +117,11 @@ class SlotPool(ABC):
         return self.slots * self.slot_bytes
 
     @property
+    def mapped_twice_bytes(self) -> int:
+        """The most that was ever mapped at two addresses at once: the process's resident set counts it twice."""
+        return 0
+
+    @property
     def resident(self) -> int:
         """How many experts are ready. May be asked from any thread, while others change the pool."""
         return self._ready
