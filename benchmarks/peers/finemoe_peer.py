@@ -14,7 +14,7 @@ def load(order: Order) -> Tokens:
     import torch
 
     import finemoe
-    from finemoe.model import describe
+    from finemoe.model.describe import describe
     from finemoe.system import return_freed_memory, unmap_idle_code
 
     return_freed_memory()

@@ -19,7 +19,7 @@ from finemoe.errors import (
 )
 
 if TYPE_CHECKING:
-    from finemoe.model import load
+    from finemoe.model.load import load
 
 __version__ = version("finemoe")
 __all__ = [
@@ -38,7 +38,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`load` is imported on first use: torch and transformers take seconds."""
     if name == "load":
-        from finemoe.model import load
+        from finemoe.model.load import load
 
         return load
     raise AttributeError(f"module 'finemoe' has no attribute {name!r}")

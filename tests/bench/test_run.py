@@ -13,7 +13,7 @@ from finemoe.bench.run import run_bench, run_order
 from finemoe.bench.table import render
 from finemoe.cli import main
 from finemoe.errors import BudgetError, CheckpointError, ConfigError
-from finemoe.model import describe
+from finemoe.model.describe import describe
 from tests.tiny import Make
 from tests.trace.make import make_header, make_trace
 

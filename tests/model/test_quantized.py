@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import finemoe
 from finemoe.errors import CheckpointError, ConfigError, UnsupportedModelError
-from finemoe.model import describe
+from finemoe.model.describe import describe
 from finemoe.model.quantized import refuse_on_devices
 from tests.families.evaluate import answers
 from tests.families.examine import least_memory

@@ -16,7 +16,7 @@ from safetensors import safe_open
 import finemoe
 from finemoe.cli import main
 from finemoe.errors import ConfigError
-from finemoe.model import describe
+from finemoe.model.describe import describe
 from finemoe.store.quantization import SCHEMES, Scheme
 from tests.families.catalogue import catalogue
 from tests.families.evaluate import answers

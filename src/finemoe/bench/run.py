@@ -27,7 +27,8 @@ from finemoe.checkpoint import Checkpoint, ExpertIndex, locate, read_headers
 from finemoe.checkpoint.headers import evict_from_page_cache
 from finemoe.errors import CheckpointError
 from finemoe.gguf.locate import refuse_gguf
-from finemoe.model import chosen_model, describe, read_config
+from finemoe.model import chosen_model, read_config
+from finemoe.model.describe import describe
 from finemoe.model.introspect import pool_slots
 from finemoe.store import DiskStore
 from finemoe.store.quantization import SCHEMES

@@ -11,16 +11,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-
-import torch
+from typing import TYPE_CHECKING, TypeAlias
 
 from finemoe.errors import CheckpointError, UnsupportedModelError
 from finemoe.types import ByteRange, ExpertId
 
+if TYPE_CHECKING:
+    import torch  # imported where it is used: a GGUF model needs none of it
+
 ALIGN_BYTES = 64  # of a tensor's start: what torch's own allocator gives
 PAGE_BYTES = 4096
 PLACED_BYTES = 16 * PAGE_BYTES  # a parameter this long keeps its place within a page of its file
-_ALIGNED = (torch.float32, torch.float64)  # MKL's sums depend, on some CPUs, on where a matrix of these starts
+_ALIGNED = ("torch.float32", "torch.float64")  # MKL's sums depend, on some CPUs, on where a matrix of these starts
 _MINOR_SHARE = 0.1  # of an expert's bytes; what takes less (a bias) does not count for what it is stored as
 _MANY_BREAKS = 8  # jumps in one parameter's rows beyond which they are read in file order instead
 _FILE_SHIFT = 44  # an address is file << 44 | offset: 16 TiB a file
@@ -58,7 +60,7 @@ class Field:
         return stored.reshape(self.shape)
 
 
-Dequantize = Callable[[Sequence[torch.Tensor], torch.dtype], torch.Tensor]
+Dequantize: TypeAlias = "Callable[[Sequence[torch.Tensor], torch.dtype], torch.Tensor]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,12 +169,16 @@ def round_up(value: int, multiple: int) -> int:
 def address_rows(file: int, offset_bytes: int, shape: Sequence[int], item_bytes: int) -> torch.Tensor:
     """Addresses of the rows of a stored tensor: int64 `[.., R, 1]` for `[.., R, C]`."""
     *outer, columns = shape
+    import torch
+
     rows = torch.arange(int(torch.Size(outer).numel()), dtype=torch.int64) * (columns * item_bytes)
     return (rows + (file << _FILE_SHIFT) + offset_bytes).reshape(*outer, 1)
 
 
 def address_items(file: int, offset_bytes: int, shape: Sequence[int], item_bytes: int) -> torch.Tensor:
     """Addresses of the single elements of a stored tensor: int64 of its shape. For small tensors only."""
+    import torch
+
     items = torch.arange(int(torch.Size(shape).numel()), dtype=torch.int64) * item_bytes
     return (items + (file << _FILE_SHIFT) + offset_bytes).reshape(*shape)
 
@@ -221,6 +227,8 @@ class LayerBuilder:
 
     def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, stored: Addresses) -> None:
         """Append a parameter (`shape` is one expert's) whose rows are where `stored` says."""
+        import torch
+
         rows = stored.rows
         order = None
         if _most_breaks(rows, stored.row_bytes) > _MANY_BREAKS:
@@ -271,7 +279,7 @@ def _place(end_bytes: int, runs: Sequence[ByteRange], length_bytes: int, dtype: 
         for run in runs:
             fits[(run.file_offset_bytes - run.slot_offset_bytes) % PAGE_BYTES] += run.length_bytes
         place = fits.most_common(1)[0][0]
-        if place % ALIGN_BYTES == stacked if dtype in _ALIGNED else place % dtype.itemsize == 0:
+        if place % ALIGN_BYTES == stacked if str(dtype) in _ALIGNED else place % dtype.itemsize == 0:
             return end_bytes + (place - end_bytes) % PAGE_BYTES
     return end_bytes + (stacked - end_bytes) % ALIGN_BYTES
 
@@ -287,6 +295,8 @@ def _common_order(name: str, ranks: torch.Tensor) -> torch.Tensor | None:
     Args:
         ranks: int64 `[E, rows]`, the argsort of each expert's addresses.
     """
+    import torch
+
     if not bool((ranks == ranks[0]).all()):
         raise UnsupportedModelError(f"{name}: the checkpoint stores the rows of its experts in different orders")
     if bool((ranks[0] == torch.arange(ranks.shape[1])).all()):
@@ -296,6 +306,8 @@ def _common_order(name: str, ranks: torch.Tensor) -> torch.Tensor | None:
 
 def _join(addresses: torch.Tensor, row_bytes: int) -> list[ByteRange]:
     """Row addresses of one expert's parameter, joined into as few stretches as possible, counted from its start."""
+    import torch
+
     breaks = (torch.nonzero(addresses[1:] - addresses[:-1] != row_bytes).flatten() + 1).tolist()
     bounds = [0, *breaks, len(addresses)]
     runs = []

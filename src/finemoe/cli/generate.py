@@ -16,7 +16,7 @@ from finemoe.metrics import explain_table
 from finemoe.system import unmap_idle_code
 
 if TYPE_CHECKING:
-    from finemoe.model.generation import Reply
+    from finemoe.model.reply import Reply
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -40,14 +40,16 @@ def run(arguments: argparse.Namespace) -> int:
     refuse_undecodable(prompt, "PROMPT")
     from finemoe.gguf.locate import refuse_gguf
     from finemoe.model import load_config as load
-    from finemoe.model.generation import open_session
-    from finemoe.trace.forced_routing import open_routing, replay_routing
+    from finemoe.model.backend import open_session
 
+    routing = None
     if trace is not None:
         refuse_gguf(load_config.model, "generate --replay-routing")
-    routing = None if trace is None else open_routing(trace)
-    if routing is not None and load_config.map_store is None:
-        load_config = replace(load_config, map_store=NOWHERE)  # forced routing teaches nothing about this model
+        from finemoe.trace.forced_routing import open_routing, replay_routing
+
+        routing = open_routing(trace)
+        if load_config.map_store is None:
+            load_config = replace(load_config, map_store=NOWHERE)  # forced routing teaches nothing about this model
 
     def show(text: str) -> None:
         arguments.interrupts.check()

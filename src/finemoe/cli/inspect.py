@@ -34,7 +34,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def describe_model(arguments: argparse.Namespace) -> Description:
     """Describes the model that the flags choose."""
-    from finemoe.model import chosen_model, describe
+    from finemoe.model import chosen_model
+    from finemoe.model.describe import describe
 
     return describe(
         chosen_model(arguments.model),

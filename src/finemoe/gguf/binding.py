@@ -247,7 +247,10 @@ def load_library() -> Library:
         ConfigError: it is not installed, or of another version, or does not run here.
     """
     path = find_library()
-    import torch  # noqa: F401 - first, so that both share one OpenMP runtime
+    try:
+        return Library(path)
+    except OSError:
+        import torch  # noqa: F401 - brings an OpenMP runtime where the system has none
 
     try:
         return Library(path)

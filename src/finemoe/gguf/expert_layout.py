@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NoReturn
-
-import torch
+from typing import Any, NoReturn
 
 from finemoe.checkpoint import ExpertIndex
 from finemoe.checkpoint.expert_index import PAGE_BYTES, Field, LayerLayout, Quantized
@@ -19,7 +17,7 @@ from finemoe.gguf.file import ExpertTensor
 from finemoe.types import ByteRange, ExpertId
 
 Layer = Sequence[ExpertTensor]  # the expert tensors that one MoE layer computes with
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def index_experts(layers: Sequence[Layer]) -> ExpertIndex:
@@ -75,7 +73,8 @@ def _layout(layer: Layer, ranges: Sequence[Sequence[ByteRange]]) -> LayerLayout:
         columns, rows, _ = tensor.info.shape
         kind = _PLAIN.get(tensor.info.type)
         stored_shape = (rows, columns) if kind is not None else (rows, tensor.expert_bytes // rows)
-        fields.append(Field(name, (rows, columns), stored_shape, kind or torch.uint8, tensor.expert_bytes))
+        dtype: Any = kind or "uint8"  # its name: torch is not needed for these models
+        fields.append(Field(name, (rows, columns), stored_shape, dtype, tensor.expert_bytes))
         if kind is None:
             quantized.append(Quantized(name, (rows, columns), tensor.info.type, (name,), _not_here))
     return LayerLayout(

@@ -11,9 +11,9 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from finemoe.checkpoint import ExpertIndex
 from finemoe.config import format_bytes
@@ -22,6 +22,9 @@ from finemoe.gguf.address_space import NO_ACCESS, bind, map_anonymous, ranges
 from finemoe.store.slot_pool import Prefault, SlotPool
 from finemoe.system import available_bytes
 from finemoe.types import ExpertId
+
+if TYPE_CHECKING:
+    import torch
 
 _SPARE_MAPPINGS = 4096  # for everything else in the process
 _MAX_MAP_COUNT = Path("/proc/sys/vm/max_map_count")
@@ -115,6 +118,8 @@ class ExpertMemory(SlotPool):
 
     def bytes_of(self, slot: int) -> torch.Tensor:
         """The slot's bytes: uint8 `[slot_bytes]`, shared, not copied."""
+        import torch
+
         return torch.from_numpy(np.frombuffer(self.writable(slot), np.uint8))
 
     def await_memory(self) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,47 +15,9 @@ from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, Pr
 
 from finemoe.config import GenerateConfig, refuse_undecodable
 from finemoe.engine.expert_layer import HANDLE
-from finemoe.errors import CheckpointError, ConfigError, FinemoeWarning
-from finemoe.metrics import Stats
-from finemoe.model import context_tokens
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One answer, and what it took."""
-
-    text: str
-    token_ids: list[int]
-    prompt_tokens: int
-    finish_reason: str  # "stop": the model ended it; "length": max_new_tokens or the context did
-    ttft_s: float  # time to first token
-    tpot_s: float  # mean time per token after the first; 0 for a single token
-    total_s: float
-    stats: Stats  # of this answer alone
-
-    @property
-    def tok_s(self) -> float:
-        return len(self.token_ids) / self.total_s if self.total_s else 0.0
-
-    @property
-    def stall_share(self) -> float:
-        """Of the time that this answer took, the part spent waiting for experts."""
-        return min(1.0, self.stats.stall_s / self.total_s) if self.total_s else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return self.stats.as_dict() | {
-            "text": self.text,
-            "tokens": len(self.token_ids),
-            "token_ids": self.token_ids,
-            "prompt_tokens": self.prompt_tokens,
-            "finish_reason": self.finish_reason,
-            "ttft_s": self.ttft_s,
-            "tpot_s": self.tpot_s,
-            "tok_s": self.tok_s,
-            "total_s": self.total_s,
-            "stall_share": self.stall_share,
-        }
+from finemoe.errors import CheckpointError, ConfigError
+from finemoe.model.introspect import context_tokens
+from finemoe.model.reply import Reply, fitting_tokens
 
 
 class _Stream(TextStreamer):
@@ -157,39 +117,6 @@ def _templated(tokenizer: Any, turns: list[dict[str, str]]) -> Any:
         raise CheckpointError(
             f"{where}: its chat template fails ({reason}); mend it, or use finemoe generate --raw"
         ) from error
-
-
-def fitting_tokens(limit: int | None, prompt_tokens: int, max_new_tokens: int) -> int:
-    """As many new tokens as are asked for and fit behind the prompt in a context of `limit` tokens; warns if fewer.
-
-    Raises:
-        ConfigError: not one fits.
-    """
-    if limit is None or prompt_tokens + max_new_tokens <= limit:
-        return max_new_tokens
-    if prompt_tokens >= limit:
-        raise ConfigError(
-            f"PROMPT: has {prompt_tokens} tokens, and the model's context holds {limit}, at least one of them an "
-            "answer's; shorten it"
-        )
-    warnings.warn(  # the same text each time: shown once
-        f"--max-new-tokens: {max_new_tokens} do not fit behind the prompt; an answer ends where the model's "
-        f"context of {limit} tokens does",
-        FinemoeWarning,
-        stacklevel=3,
-    )
-    return limit - prompt_tokens
-
-
-def open_session(model: Any) -> Any:
-    """The session of a loaded model, by its backend."""
-    from finemoe.gguf.model import GgufModel
-
-    if isinstance(model, GgufModel):
-        from finemoe.model.gguf_generation import GgufSession
-
-        return GgufSession(model)
-    return Session(model)
 
 
 class Session:

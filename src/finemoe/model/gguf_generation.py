@@ -13,7 +13,7 @@ from finemoe.errors import ConfigError
 from finemoe.gguf.model import GgufModel
 from finemoe.gguf.sampler import SamplingOptions
 from finemoe.gguf.vocabulary import TextStream
-from finemoe.model.generation import Reply, fitting_tokens
+from finemoe.model.reply import Reply, fitting_tokens
 
 _ALL_TOKENS = 1 << 16  # penalties look at the whole text
 

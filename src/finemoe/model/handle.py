@@ -7,23 +7,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self
-
-import torch
+from typing import TYPE_CHECKING, Any, Self
 
 from finemoe.checkpoint import Checkpoint, ExpertIndex
 from finemoe.config import LoadConfig
 from finemoe.engine.async_policy import AsyncPolicy, PolicyTimings
 from finemoe.engine.engine import Engine
-from finemoe.engine.expert_layer import ExpertLayer
 from finemoe.engine.layer_timing import LayerTiming
 from finemoe.errors import ConfigError, DamagedMapsError, FinemoeError, MapsError
-from finemoe.gpu.copier import HostToDeviceCopier
-from finemoe.gpu.setup import Tiers
 from finemoe.learned import MapPersistence, Maps
 from finemoe.learned.file import fault
 from finemoe.metrics import ExplainRow, PerExpert, Stats
-from finemoe.model.observer import ForcedGates, Observer
 from finemoe.policy import accounting as expert_counts
 from finemoe.policy import cache_state as cache
 from finemoe.policy.cache_state import Scores
@@ -32,6 +26,11 @@ from finemoe.store.bandwidth import LinkTotals
 from finemoe.store.reader import ReaderThreads
 from finemoe.system import peak_rss_bytes
 from finemoe.types import Recorded
+
+if TYPE_CHECKING:  # these import torch and transformers, which a GGUF model needs nothing of
+    from finemoe.engine.expert_layer import ExpertLayer
+    from finemoe.gpu.setup import Tiers
+    from finemoe.model.observer import ForcedGates, Observer
 
 
 class ModelHandle:
@@ -164,8 +163,9 @@ class ModelHandle:
     @property
     def host_resident(self) -> int:
         """Experts in the host tier; 0 where there is none."""
-        transfer = self._engine.transfer
-        return transfer.host.resident if isinstance(transfer, HostToDeviceCopier) else 0
+        transfer: Any = self._engine.transfer
+        resident: int = 0 if self._tiers is None else transfer.host.resident
+        return resident
 
     @property
     def host_slots(self) -> int:
@@ -173,8 +173,9 @@ class ModelHandle:
         return 0 if self._tiers is None else self._tiers.host_slots
 
     def _disk_bytes(self) -> int:
-        transfer = self._engine.transfer
-        return transfer.disk_bytes if isinstance(transfer, HostToDeviceCopier) else transfer.moved_bytes
+        transfer: Any = self._engine.transfer
+        read: int = transfer.moved_bytes if self._tiers is None else transfer.disk_bytes
+        return read
 
     def _kernel(self) -> str:
         kinds = Counter("forward" if each.accumulator is None else each.kernel for each in self._layers)
@@ -359,6 +360,8 @@ class OffloadedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, without gradients: offloaded experts have none. Threads take turns, a pass at a time."""
+        import torch
+
         with self.finemoe.lock, torch.no_grad():  # what listens to a pass keeps its state until that ends
             return super().__call__(*args, **kwargs)  # type: ignore[misc] # the transformers model's
 

@@ -14,10 +14,9 @@ from finemoe.checkpoint.headers import fingerprint
 from finemoe.config import LoadConfig, budget_text
 from finemoe.engine.expert_layer import IMPLEMENTATION
 from finemoe.errors import ConfigError
-from finemoe.gguf.locate import is_gguf
 from finemoe.gpu.device import open_devices
-from finemoe.learned import open_map_persistence, refuse_useless
-from finemoe.model.gguf_loader import load_gguf
+from finemoe.learned import open_map_persistence
+from finemoe.model.backend import load_config
 from finemoe.model.introspect import model_class, read_config, refuse_made_up, transformers_errors
 from finemoe.model.loader import Loading, diverted
 from finemoe.policy import policy_class
@@ -100,21 +99,12 @@ def _show_settings() -> None:
 _show_settings()
 
 
-def load_config(config: LoadConfig) -> Any:
-    """Like `load`, from a `LoadConfig`."""
-    kind = policy_class(config.policy)  # an unknown one is refused before anything is read
-    if ("predictors" in kind.needs) != (config.predictors is not None):
-        raise ConfigError(
-            f"--policy {config.policy}: needs --predictors FILE, from finemoe trace train"
-            if config.predictors is None
-            else f"--predictors: --policy {config.policy} takes none"
-        )
-    refuse_useless(config.map_store, config.policy)
-    if is_gguf(config.model):
-        return load_gguf(config)
+def load_checkpoint(config: LoadConfig) -> Any:
+    """A transformers model, by settings that `backend.load_config` has checked."""
     config.refuse_gguf_settings()
     if config.threads:
         torch.set_num_threads(config.threads)
+    kind = policy_class(config.policy)
     devices = open_devices(config.device)
     if devices:
         config.refuse_cpu_settings()
