@@ -36,7 +36,7 @@ from finemoe.errors import FinemoeError
 from finemoe.jit import compiler
 from finemoe.model import chosen_model
 from finemoe.model.generation import Session
-from finemoe.policy import BOUNDS, any_class, foresee, make_policy, policy_class
+from finemoe.policy import BOUNDS, compute_future, make_policy, policy_class, policy_or_bound_class
 from finemoe.sim.hardware import Machine
 from finemoe.sim.simulator import Outcome, Replay
 from finemoe.sim.workload import Schedule, TraceView, make_schedule
@@ -85,9 +85,11 @@ class Simulator:
     def _run(self, name: str, machine: Machine) -> dict[str, Any]:
         header, schedule = self._trace.header, self.schedule
         options: dict[str, Any] = {}
-        if any_class(name).clairvoyant:
-            options["future"] = foresee(schedule.layers, schedule.experts, schedule.ptr, schedule.needs, self._jit)
-        if "predictors" in any_class(name).needs:
+        if policy_or_bound_class(name).clairvoyant:
+            options["future"] = compute_future(
+                schedule.layers, schedule.experts, schedule.ptr, schedule.needs, self._jit
+            )
+        if "predictors" in policy_or_bound_class(name).needs:
             from finemoe.learned.predictors import load
 
             options["predictors"] = load(Path(self._predictors or ""), header.fingerprint or header.model)

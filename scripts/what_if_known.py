@@ -37,14 +37,14 @@ class Told(FinemoePolicy):
         self._iteration += 1
         super().begin(steps)  # type: ignore[arg-type] # handed on
 
-    def _value(self, now: int) -> None:
-        chances = next(iter(self._running.values())).search.chances
+    def _update_scores(self, now: int) -> None:
+        chances = next(iter(self._running.values())).search.probabilities
         for distance in self._distances:
             later = self._iteration + distance
             if later < len(self._needs) and self._schedule.request[later] == self._schedule.request[self._iteration]:
                 first = now + 1 if distance == 0 else 0
                 chances[distance, first:] = self._needs[later, first:]
-        super()._value(now)
+        super()._update_scores(now)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The house rules that a reader relies on: the order of imports, the size of modules, what the policy may not touch."""
+"""Rules that a reader relies on: the order of imports, the size of modules, unique class names, pure policies."""
 
 from __future__ import annotations
 
@@ -99,6 +99,30 @@ def test_the_policy_is_pure(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_modules_stay_small(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+SHARED_CLASS_NAMES: dict[str, str] = {}  # name -> why two packages use it
+
+
+def test_a_class_name_belongs_to_one_package() -> None:
+    owners: dict[str, set[str]] = {}
+    for path in MODULES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                owners.setdefault(node.name, set()).add(names(path)[0] if names(path) else "finemoe")
+    shared = {name for name, packages in owners.items() if len(packages) > 1}
+    assert shared == set(SHARED_CLASS_NAMES)
+
+
+def test_no_name_is_assigned_twice_at_the_top_of_a_module() -> None:
+    for path in MODULES:
+        assigned: set[str] = set()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            new = [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+            new += [node.name] if isinstance(node, ast.ClassDef | ast.FunctionDef) else []
+            assert not assigned & {*new}, f"{relative(path)}:{node.lineno}: {assigned & {*new}}"
+            assigned |= {*new}
 
 
 def test_there_is_no_module_for_leftovers() -> None:

@@ -97,7 +97,7 @@ def _folder() -> Path | None:
     """Where compiled code is kept; `None` if nothing can be written anywhere."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
     for package in ("policy", "sim"):
-        for path in sorted(Path(__file__).with_name(package).glob("*.py")):
+        for path in sorted(Path(__file__).with_name(package).rglob("*.py")):
             digest.update(path.read_bytes())
     for root in (user_cache(), Path(tempfile.gettempdir()) / "finemoe"):
         folder = root / "kernels" / digest.hexdigest()[:16]

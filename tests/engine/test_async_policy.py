@@ -64,7 +64,7 @@ class Slow(Policy):
 
     def think(self, what: str) -> None:
         assert self.go.acquire(timeout=10)
-        self.seen.append((what, self.behind))
+        self.seen.append((what, self.lagging))
         self.retention_priority[:] = len(self.seen)
 
 
@@ -86,8 +86,8 @@ def test_a_policy_that_fell_behind_catches_up(name: str) -> None:
     played = workload(4, SHAPE, iterations=15)
     hurried, patient = informed(name, played, SHAPE), informed(name, played, SHAPE)
     for turn, _ in enumerate(zip(play(hurried, played), play(patient, played), strict=True)):
-        hurried.behind = turn % 5 != 0
-    hurried.behind = False
+        hurried.lagging = turn % 5 != 0
+    hurried.lagging = False
     more = workload(5, SHAPE, iterations=3)
     for _ in zip(play(hurried, more), play(patient, more), strict=True):
         pass

@@ -73,7 +73,7 @@ def test_slots_of_devices_are_counted_as_the_controller_counts_them() -> None:
     for slots in range(3, 12):
         for devices in range(1, 4):
             cache = CacheManager(2, 8, slots, Policy(2, 8), devices).cache
-            assert share_out(slots, devices) == tuple(cache.room)
+            assert share_out(slots, devices) == tuple(cache.free_slots)
 
 
 def test_an_expert_gets_a_slot_of_its_own_device() -> None:

@@ -1,4 +1,4 @@
-"""Maps that policies learned from made-up requests."""
+"""Maps that policies learned from generated requests."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from finemoe.policy import FACTORIES, make_policy
 from tests.policy.workload import Shape, recorded
 
 SHAPE = Shape(layers=3, experts=6, active=2)
-REMEMBERING = [name for name, kind in FACTORIES.items() if kind.is_persistent]
+PERSISTENT = [name for name, kind in FACTORIES.items() if kind.is_persistent]
 
 
 def make_maps(
     policy: str = "finemoe", seeds: Sequence[int] = (0, 1), *, length: int = 6, model: str = "0123", **options: Any
 ) -> Maps:
-    """What a policy learned from one request for each seed."""
+    """The maps of a policy that learned from one request per seed."""
     learner = make_policy(policy, SHAPE.layers, SHAPE.experts, **options)
     for seed in seeds:
         learner.learn(recorded(seed, SHAPE, length=length))
@@ -25,6 +25,6 @@ def make_maps(
 
 
 def make_file(path: Path, policy: str = "finemoe", seeds: Sequence[int] = (0, 1), **options: Any) -> Path:
-    """The same, in a file."""
+    """The same, written to a file."""
     write_maps(make_maps(policy, seeds, **options), path)
     return path

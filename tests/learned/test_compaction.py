@@ -1,4 +1,4 @@
-"""Merging and pruning: what is kept, what goes, and where links lead."""
+"""Merging and pruning of maps: what is kept, and the links."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from finemoe.errors import ConfigError
 from finemoe.learned import Maps, merge, prune
 from finemoe.learned.compaction import _overlap
-from finemoe.learned.file import fault
+from finemoe.learned.file import check_arrays
 from finemoe.policy import make_policy
 from finemoe.policy.finemoe.history import NO_ROW
-from tests.learned.make import REMEMBERING, SHAPE, make_maps
+from tests.learned.make import PERSISTENT, SHAPE, make_maps
 
 Seeds = st.lists(st.integers(0, 4), min_size=1, max_size=3, unique=True)
 
 
 def contents(maps: Maps) -> list[bytes]:
-    """Of each map, what can be told of it by itself."""
-    names = ("ids", "weights", "tokens") if maps.linked else ("maps", "tokens")
+    """The contents of each map, without its links."""
+    names = ("ids", "weights", "tokens") if maps.has_links else ("maps", "tokens")
     return [b"".join(maps.arrays[name][row].tobytes() for name in names) for row in range(len(maps))]
 
 
@@ -29,32 +29,32 @@ def follows(maps: Maps) -> set[tuple[bytes, bytes]]:
     return {(rows[before], rows[row]) for row, before in enumerate(maps.arrays["before"]) if before != NO_ROW}
 
 
-def sound(maps: Maps) -> None:
-    assert fault(maps.arrays, maps.layers, maps.experts) is None
+def check_valid(maps: Maps) -> None:
+    assert check_arrays(maps.arrays, maps.layers, maps.experts) is None
     policy = make_policy(maps.policy, maps.layers, maps.experts)
     policy.load_state_dict(maps.arrays)
     assert len(policy.state_dict()["tokens"]) == len(maps)
 
 
-@pytest.mark.parametrize("policy", REMEMBERING)
+@pytest.mark.parametrize("policy", PERSISTENT)
 @given(st.lists(Seeds, min_size=2, max_size=4), st.sampled_from([None, 1, 5, 100]))
-def test_a_merge_has_what_its_parts_have_once(policy: str, parts: list[list[int]], capacity: int | None) -> None:
+def test_a_merge_has_every_map_once(policy: str, parts: list[list[int]], capacity: int | None) -> None:
     stores = [make_maps(policy, seeds) for seeds in parts]
     merged = merge(stores, capacity)
-    sound(merged)
+    check_valid(merged)
     everything = {row for store in stores for row in contents(store)}
     found = contents(merged)
     assert len(set(found)) == len(found)
     assert set(found) <= everything
     assert len(found) == min(len(everything), capacity or len(everything))
-    if merged.linked:
+    if merged.has_links:
         links = {link for store in stores for link in follows(store)}
         assert follows(merged) <= links
         if capacity is None:
             assert len(follows(merged)) == len(links)
 
 
-def test_the_newest_of_each_come_first() -> None:
+def test_the_newest_of_each_store_are_kept() -> None:
     one, other = make_maps(seeds=(0, 1, 2)), make_maps(seeds=(3,))
     merged = merge([one, other], 4)
     assert contents(merged) == [contents(other)[-2], contents(one)[-2], contents(other)[-1], contents(one)[-1]]
@@ -62,7 +62,7 @@ def test_the_newest_of_each_come_first() -> None:
     assert merge([one, other]).arrays["iterations"].tolist() == [20.0] * 3
 
 
-def test_what_one_store_met_twice_is_kept_twice() -> None:
+def test_equal_maps_within_one_store_are_kept() -> None:
     twice = make_maps(seeds=(0, 0))
     assert len(merge([twice, make_maps(seeds=(1,))])) == 15
     assert len(merge([twice, make_maps(seeds=(0,))])) == 10
@@ -74,18 +74,18 @@ def test_stores_of_other_models_policies_or_shapes_are_not_merged() -> None:
             merge([make_maps(), other])
 
 
-@pytest.mark.parametrize("policy", REMEMBERING)
+@pytest.mark.parametrize("policy", PERSISTENT)
 @given(st.integers(0, 99), st.integers(1, 40), st.sampled_from([1, 3, 100]))
-def test_pruning_keeps_as_many_as_asked(policy: str, seed: int, keep: int, window: int) -> None:
+def test_pruning_keeps_the_given_number(policy: str, seed: int, keep: int, window: int) -> None:
     maps = make_maps(policy, (seed, seed, seed + 1), length=12)
     pruned = prune(maps, keep, window=window)
-    sound(pruned)
+    check_valid(pruned)
     assert len(pruned) == min(keep, len(maps))
-    if pruned.linked:
+    if pruned.has_links:
         assert follows(pruned) <= follows(maps)
 
 
-def test_of_maps_that_are_the_same_the_newest_stays() -> None:
+def test_of_equal_maps_the_newest_is_kept() -> None:
     maps = make_maps(seeds=(0, 1, 0, 0))
     pruned = prune(maps, 10)
     assert set(contents(pruned)) == set(contents(maps))
@@ -94,8 +94,8 @@ def test_of_maps_that_are_the_same_the_newest_stays() -> None:
 
 
 @given(st.integers(0, 30), st.integers(1, 30))
-def test_pruning_is_what_it_says(seed: int, keep: int) -> None:
-    """Against the definition, one drop after the other; each row is remembered by few others."""
+def test_pruning_matches_its_definition(seed: int, keep: int) -> None:
+    """Dropping one map after the other by the full similarity matrix; few nearest maps are stored per row."""
     maps = make_maps(seeds=(seed, seed + 1, seed), length=14)
     n, tokens = len(maps), maps.arrays["tokens"]
     common = _overlap(maps)(np.arange(n), np.arange(n))
@@ -104,14 +104,14 @@ def test_pruning_is_what_it_says(seed: int, keep: int) -> None:
     while len(kept) > keep:
         redundancy = [max((common[row, other] for other in kept if other > row), default=0.0) for row in kept]
         kept.pop(int(np.argmax(np.asarray(redundancy, np.float32))))
-    assert contents(prune(maps, keep)) == contents(maps.only(kept))
+    assert contents(prune(maps, keep)) == contents(maps.select(kept))
 
 
-def test_overlap_is_one_for_the_same_and_nothing_for_strangers() -> None:
+def test_overlap_is_one_for_equal_and_zero_for_disjoint_maps() -> None:
     maps = make_maps(seeds=(0,))
     maps.arrays["ids"][0], maps.arrays["weights"][0] = [1, 6], [255, 0]
     maps.arrays["ids"][1], maps.arrays["weights"][1] = [5, 0], [255, 0]
-    likeness = _overlap(maps)
-    np.testing.assert_allclose(likeness(np.arange(2), np.arange(2)), np.eye(2))
-    np.testing.assert_allclose(likeness(np.array([0]), np.arange(2)), [[1, 0]])
+    similarity = _overlap(maps)
+    np.testing.assert_allclose(similarity(np.arange(2), np.arange(2)), np.eye(2))
+    np.testing.assert_allclose(similarity(np.array([0]), np.arange(2)), [[1, 0]])
     assert SHAPE.experts == 6

@@ -1,4 +1,4 @@
-"""Training stride predictors, and the file that keeps them."""
+"""Training of predictors, and their file."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def trained() -> Predictors:
     )
 
 
-def test_what_follows_from_earlier_layers_is_learned_and_what_does_not_is_not(trained: Predictors) -> None:
+def test_only_predictable_layers_are_learned(trained: Predictors) -> None:
     found = recall(trained, [predictable(1000 + seed) for seed in range(5)])
     assert (found[:2] > 0.9).all()  # predict layers 2 and 3
-    assert (found[2:] < 0.6).all()  # predict the next iteration's first layers, which follow from nothing
+    assert (found[2:] < 0.6).all()  # predict the next iteration's first layers, which are random
 
 
-def test_the_policy_predicts_as_well_as_the_predictors(trained: Predictors) -> None:
-    """So what it feeds them while requests run is what they were trained on."""
+def test_the_policy_reaches_the_recall_of_its_predictors(trained: Predictors) -> None:
+    """So it feeds them the same inputs as training does."""
     request = predictable(2000)
     policy = ProMoEPolicy(SHAPE.layers, SHAPE.experts, trained, SHAPE.active)
     hits = needs = 0
@@ -64,22 +64,22 @@ def test_equal_seeds_train_equal_predictors() -> None:
 
 
 def test_progress_is_reported_to_the_end() -> None:
-    told: list[tuple[int, int]] = []
-    train([predictable(0)], 4, 6, epochs=2, hidden=4, progress=lambda done, steps, _: told.append((done, steps)))
-    assert told == [(1, 2), (2, 2)]
+    reported: list[tuple[int, int]] = []
+    train([predictable(0)], 4, 6, epochs=2, hidden=4, progress=lambda done, steps, _: reported.append((done, steps)))
+    assert reported == [(1, 2), (2, 2)]
 
 
-def test_requests_of_one_iteration_are_nothing_to_train_on() -> None:
+def test_requests_of_one_iteration_are_refused() -> None:
     with pytest.raises(FinemoeError, match="two iterations or more"):
         train([predictable(0, length=1)], SHAPE.layers, SHAPE.experts)
 
 
-def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
-    kept = untrained(SHAPE)
-    save(kept, tmp_path / "new" / "predictors.safetensors", "a model")
+def test_round_trip(tmp_path: Path) -> None:
+    saved = untrained(SHAPE)
+    save(saved, tmp_path / "new" / "predictors.safetensors", "a model")
     loaded = load(tmp_path / "new" / "predictors.safetensors", "a model")
-    assert (loaded.stride, loaded.history) == (kept.stride, kept.history)
-    for ours, theirs in zip(kept[:4], loaded[:4], strict=True):
+    assert (loaded.stride, loaded.history) == (saved.stride, saved.history)
+    for ours, theirs in zip(saved[:4], loaded[:4], strict=True):
         assert np.array_equal(ours, theirs)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["predictors.safetensors"]
 

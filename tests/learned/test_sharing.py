@@ -1,4 +1,4 @@
-"""Stores that several processes share: what is published comes back merged, bounded, and from whole files alone."""
+"""Shared stores: publications are merged and bounded, and damaged files are skipped."""
 
 from __future__ import annotations
 
@@ -11,9 +11,19 @@ import numpy as np
 import pytest
 
 from finemoe.errors import ConfigError, MapsError
-from finemoe.learned import FolderMaps, LocalMaps, Maps, SharedMaps, Version, counted_once, merge, news, num_updates
+from finemoe.learned import (
+    FolderMaps,
+    LocalMaps,
+    Maps,
+    SharedMaps,
+    Version,
+    merge,
+    new_maps,
+    num_updates,
+    with_new_totals,
+)
 from finemoe.policy import make_policy
-from tests.learned.make import REMEMBERING, SHAPE, make_maps
+from tests.learned.make import PERSISTENT, SHAPE, make_maps
 from tests.policy.workload import recorded
 
 Open = Callable[[int], SharedMaps]  # another process's view of the same store
@@ -40,17 +50,17 @@ def same(one: Maps, other: Maps) -> bool:
     )
 
 
-def test_what_one_publishes_another_pulls(store: Open) -> None:
+def test_published_maps_are_pulled_by_others(store: Open) -> None:
     here, there = store(100), store(100)
-    nothing = here.pull()
-    assert nothing is not None and nothing.maps is None
-    assert here.pull(nothing.version) is None
+    empty = here.pull()
+    assert empty is not None and empty.maps is None
+    assert here.pull(empty.version) is None
     mine, yours = make_maps(seeds=(0,)), make_maps(seeds=(1, 2))
-    assert here.publish(mine).follows(nothing.version)
+    assert here.publish(mine).follows(empty.version)
     version, maps = pull(there)
     assert len(maps) == len(mine)
     assert there.pull(version) is None
-    assert there.publish(yours).follows(version), "nobody else has published"
+    assert there.publish(yours).follows(version), "no other process has published"
     version, both = pull(here)
     assert len(both) == len(mine) + len(yours)
     assert both.arrays["iterations"][0] == mine.arrays["iterations"][0] + yours.arrays["iterations"][0]
@@ -74,7 +84,7 @@ def test_maps_of_another_model_are_refused(store: Open) -> None:
         here.publish(make_maps(seeds=(1,), model="4567"))
 
 
-def test_damaged_and_strange_files_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_and_other_files_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     url = str(tmp_path / "maps")
     whole, damaged = FolderMaps(url, "0123", "finemoe"), FolderMaps(url, "0123", "finemoe")
     whole.publish(make_maps(seeds=(0,)))
@@ -96,7 +106,7 @@ def test_damaged_and_strange_files_are_passed_over(tmp_path: Path, caplog: pytes
 
 
 def test_surplus_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finemoe.learned.shared_folder._FILES", 3)
+    monkeypatch.setattr("finemoe.learned.shared_folder._MOST_FILES", 3)
     for seed in range(5):
         FolderMaps(str(tmp_path), "0123", "finemoe").publish(make_maps(seeds=(seed,)))
     _, maps = pull(FolderMaps(str(tmp_path), "0123", "finemoe"))
@@ -109,8 +119,8 @@ def test_unknown_storage_is_refused_in_one_line() -> None:
         FolderMaps("nowhere://maps", "0123", "finemoe")
 
 
-@pytest.mark.parametrize("name", REMEMBERING)
-def test_news_are_what_was_learned_since_and_counted_once(name: str) -> None:
+@pytest.mark.parametrize("name", PERSISTENT)
+def test_new_maps_are_what_was_learned_since_and_counted_once(name: str) -> None:
     policy = make_policy(name, SHAPE.layers, SHAPE.experts)
 
     def known() -> Maps:
@@ -118,32 +128,32 @@ def test_news_are_what_was_learned_since_and_counted_once(name: str) -> None:
 
     policy.learn(recorded(0, SHAPE, length=6))
     before = known()
-    assert news(before, None) is before
-    assert news(before, before) is None
+    assert new_maps(before, None) is before
+    assert new_maps(before, before) is None
     policy.learn(recorded(1, SHAPE, length=5))
     now = known()
-    fresh = news(now, before)
-    assert fresh is not None and len(fresh) == len(now) - len(before)
-    again = merge([before, fresh])
+    added = new_maps(now, before)
+    assert added is not None and len(added) == len(now) - len(before)
+    again = merge([before, added])
     assert len(again) == len(now) and num_updates(again) == len(now)
-    assert len(merge([again, counted_once(now, now)])) == len(now)
-    totals = merge([before, counted_once(now, before)]).arrays
+    assert len(merge([again, with_new_totals(now, now)])) == len(now)
+    totals = merge([before, with_new_totals(now, before)]).arrays
     for total in {"usual", "iterations", "visits"} & set(totals):
         np.testing.assert_allclose(totals[total], now.arrays[total], atol=1e-12)
         np.testing.assert_allclose(again.arrays[total], now.arrays[total], atol=1e-12)
 
 
-def test_prompts_are_told_once(tmp_path: Path) -> None:
+def test_prompts_are_published_once(tmp_path: Path) -> None:
     before = make_maps(seeds=(0,))
     width = np.arange(4, dtype=np.float32)
     usage = np.ones((1, SHAPE.layers, SHAPE.experts), np.float32)
     now = make_maps(seeds=(0, 1))
     before.arrays.update(openings=width[None], opened=usage)
     now.arrays.update(openings=np.stack([width, width + 1]), opened=np.concatenate([usage, usage / 2]))
-    fresh = news(now, before)
-    assert fresh is not None and np.array_equal(fresh.arrays["openings"], [width + 1])
-    assert np.array_equal(fresh.arrays["opened"], usage / 2)
-    nothing = counted_once(now, now)
+    added = new_maps(now, before)
+    assert added is not None and np.array_equal(added.arrays["openings"], [width + 1])
+    assert np.array_equal(added.arrays["opened"], usage / 2)
+    nothing = with_new_totals(now, now)
     assert nothing.arrays["openings"].shape == (0, 4)
     FolderMaps(str(tmp_path), "0123", "finemoe").publish(nothing)
     _, maps = pull(FolderMaps(str(tmp_path), "0123", "finemoe"))

@@ -18,7 +18,7 @@ from finemoe.engine.async_policy import AsyncPolicy
 from finemoe.errors import ConfigError, FinemoeWarning
 from finemoe.learned import read_maps
 from finemoe.policy import FACTORIES
-from tests.learned.make import REMEMBERING, make_file
+from tests.learned.make import PERSISTENT, make_file
 
 
 def generate(model: Any, seed: int = 0, tokens: int = 8) -> None:
@@ -38,7 +38,7 @@ def name_of(folder: Path) -> str:
     return fingerprint(folder, read_headers(sorted(folder.glob("*.safetensors"))))
 
 
-@pytest.mark.parametrize("policy", REMEMBERING)
+@pytest.mark.parametrize("policy", PERSISTENT)
 def test_a_policy_starts_from_what_it_learned_last_time(chat_folder: Path, tmp_path: Path, policy: str) -> None:
     path = tmp_path / "maps"
     with finemoe.load(chat_folder, policy=policy, map_store=path) as model:
@@ -83,7 +83,7 @@ def test_each_model_and_policy_has_a_default_file(
         with finemoe.load(chat_folder, policy=policy) as model:
             generate(model)
     model = name_of(chat_folder)
-    assert {path.name for path in tmp_path.iterdir()} == {f"{model}-{policy}.safetensors" for policy in REMEMBERING}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{model}-{policy}.safetensors" for policy in PERSISTENT}
 
 
 @pytest.mark.parametrize("cache", ["FINEMOE_CACHE", "XDG_CACHE_HOME"])

@@ -1,4 +1,4 @@
-"""What the bounds know, and that nothing beats them."""
+"""The bounds: their view of the future, and that no policy does better."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finemoe.policy import POLICIES, CacheManager, Policy, foresee, make_policy
+from finemoe.policy import POLICIES, CacheManager, Policy, compute_future, make_policy
 from finemoe.policy.belady import NEVER, Belady, Oracle
 from finemoe.types import ExpertId, Routed
-from tests.policy.drive import Drive
+from tests.policy.cache_driver import CacheDriver
 
 LAYERS, EXPERTS = 2, 4
 Events = list[list[int]]  # flat indices of one layer, ascending
@@ -40,8 +40,8 @@ def routed(event: list[int]) -> Routed:
 
 
 @given(events)
-def test_next_uses_are_found(trace: Events) -> None:
-    ptr, next_use, first_use = foresee(LAYERS, EXPERTS, *accesses(trace))
+def test_next_uses_match_the_trace(trace: Events) -> None:
+    ptr, next_use, first_use = compute_future(LAYERS, EXPERTS, *accesses(trace))
     for expert in range(LAYERS * EXPERTS):
         when = [i for i, event in enumerate(trace) if expert in event]
         assert first_use.reshape(-1)[expert] == (when[0] if when else NEVER)
@@ -50,58 +50,58 @@ def test_next_uses_are_found(trace: Events) -> None:
 
 
 def misses(policy: Policy, trace: Events, capacity: int) -> int:
-    drive = Drive(CacheManager(LAYERS, EXPERTS, capacity, policy))
-    return sum(len(drive.event(routed(event))) for event in trace)
+    driver = CacheDriver(CacheManager(LAYERS, EXPERTS, capacity, policy))
+    return sum(len(driver.event(routed(event))) for event in trace)
 
 
 def fewest_misses(trace: Events, capacity: int) -> int:
-    """By trying every choice of victims."""
+    """By exhaustive search over all victims."""
     states = {frozenset[int](): 0}
     for event in trace:
-        after: dict[frozenset[int], int] = {}
+        reached: dict[frozenset[int], int] = {}
         for held, cost in states.items():
             missing = [expert for expert in event if expert not in held]
             over = max(0, len(held) + len(missing) - capacity)
             for victims in combinations(sorted(held - set(event)), over):
                 state = held - set(victims) | set(event)
-                after[state] = min(after.get(state, 10**9), cost + len(missing))
-        states = after
+                reached[state] = min(reached.get(state, 10**9), cost + len(missing))
+        states = reached
     return min(states.values())
 
 
 @given(events, st.integers(2, 5))
 @settings(max_examples=50)
-def test_belady_misses_as_seldom_as_possible(trace: Events, capacity: int) -> None:
-    least = misses(Belady(LAYERS, EXPERTS, foresee(LAYERS, EXPERTS, *accesses(trace))), trace, capacity)
+def test_belady_has_the_fewest_misses(trace: Events, capacity: int) -> None:
+    least = misses(Belady(LAYERS, EXPERTS, compute_future(LAYERS, EXPERTS, *accesses(trace))), trace, capacity)
     assert least == fewest_misses(trace, capacity)
     for policy in POLICIES:
         assert misses(make_policy(policy, LAYERS, EXPERTS), trace, capacity) >= least
 
 
 @given(events, st.integers(2, 6))
-def test_the_oracle_wants_what_comes_first_and_keeps_it(trace: Events, capacity: int) -> None:
-    oracle = Oracle(LAYERS, EXPERTS, foresee(LAYERS, EXPERTS, *accesses(trace)))
-    drive = Drive(CacheManager(LAYERS, EXPERTS, capacity, oracle))
+def test_oracle_prefetches_the_soonest_use_and_keeps_it(trace: Events, capacity: int) -> None:
+    oracle = Oracle(LAYERS, EXPERTS, compute_future(LAYERS, EXPERTS, *accesses(trace)))
+    driver = CacheDriver(CacheManager(LAYERS, EXPERTS, capacity, oracle))
 
-    def coming(expert: ExpertId, now: int) -> int:
+    def next_use(expert: ExpertId, now: int) -> int:
         later = (i for i in range(now, len(trace)) if expert.layer * EXPERTS + expert.expert in trace[i])
         return next(later, NEVER)
 
     for now, event in enumerate(trace):
-        while (fetch := drive.idle()) is not None:
+        while (fetch := driver.idle()) is not None:
             absent = [ExpertId(la, e) for la in range(LAYERS) for e in range(EXPERTS)]
-            absent = [e for e in absent if e not in drive.resident and e not in drive.in_flight]
-            assert coming(fetch.expert, now) <= min(
-                (coming(e, now) for e in absent if e != fetch.victim), default=NEVER
+            absent = [e for e in absent if e not in driver.resident and e not in driver.in_flight]
+            assert next_use(fetch.expert, now) <= min(
+                (next_use(e, now) for e in absent if e != fetch.victim), default=NEVER
             )
             if fetch.victim is not None:
-                assert coming(fetch.victim, now) > coming(fetch.expert, now)
-            drive.land(fetch.expert)
-        assert not drive.event(routed(event)), "with an idle link, all that is needed has come"
+                assert next_use(fetch.victim, now) > next_use(fetch.expert, now)
+            driver.land(fetch.expert)
+        assert not driver.event(routed(event)), "with an idle link, everything needed was prefetched"
 
 
-def test_events_beyond_the_future_are_refused() -> None:
-    belady = Belady(1, 2, foresee(1, 2, np.array([0, 1]), np.array([0])))
+def test_events_beyond_the_future_raise() -> None:
+    belady = Belady(1, 2, compute_future(1, 2, np.array([0, 1]), np.array([0])))
     belady.routed(Routed(0, (0,)))
     with pytest.raises(IndexError):
         belady.routed(Routed(0, (1,)))

@@ -1,4 +1,4 @@
-"""Prefetches that do not pay are paused, and tried again."""
+"""Throttling of prefetches that do not pay, and experts that a layer does not have."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from finemoe.types import ExpertId, Routed
 LAYERS, EXPERTS = 1, 3
 
 
-class Wishful(Policy):
-    """Wants whatever is absent, and is wrong: the layer always needs expert 0."""
+class PrefetchAll(Policy):
+    """Prefetches whatever is absent; `right`: whether the layer then needs it."""
 
     prefetches = True
     throttles_prefetch = True
@@ -40,8 +40,8 @@ class Wishful(Policy):
         self.right = right
 
 
-def run(policy: Wishful, iterations: int) -> CacheManager:
-    """One slot. Between iterations something is prefetched; the layer needs that, or what it displaced."""
+def run(policy: PrefetchAll, iterations: int) -> CacheManager:
+    """One slot. Between iterations an expert is prefetched; the layer needs that one, or the one it evicted."""
     cache_manager = CacheManager(LAYERS, EXPERTS, 1, policy)
     needed = 0
     for _ in range(iterations):
@@ -58,25 +58,25 @@ def run(policy: Wishful, iterations: int) -> CacheManager:
     return cache_manager
 
 
-def test_prefetches_that_displace_more_than_they_bring_are_paused_and_tried_again() -> None:
-    cache = run(Wishful(right=False), WINDOW + 3 * THROTTLE_ITERATIONS + WINDOW).cache
+def test_prefetches_that_evict_needed_experts_are_throttled_and_tried_again() -> None:
+    cache = run(PrefetchAll(right=False), WINDOW + 3 * THROTTLE_ITERATIONS + WINDOW).cache
     assert cache.counters[THROTTLED] == 2 * THROTTLE_ITERATIONS
     assert cache.counters[REGRETTED] >= 2 * WINDOW - 2
 
 
-def test_prefetches_that_pay_are_not_paused() -> None:
-    cache = run(Wishful(right=True), 4 * WINDOW).cache
+def test_useful_prefetches_are_not_throttled() -> None:
+    cache = run(PrefetchAll(right=True), 4 * WINDOW).cache
     assert cache.counters[THROTTLED] == 0
     assert cache.prefetch_balance[LOST] == 0
 
 
-def test_a_policy_that_does_not_ask_for_it_is_never_paused() -> None:
-    policy = Wishful(right=False)
+def test_policies_can_opt_out_of_throttling() -> None:
+    policy = PrefetchAll(right=False)
     policy.throttles_prefetch = False
     assert run(policy, 4 * WINDOW).cache.counters[THROTTLED] == 0
 
 
-def test_what_comes_back_by_prefetch_is_not_regretted() -> None:
+def test_an_evicted_expert_that_is_prefetched_again_is_not_regretted() -> None:
     cache = make_cache_state(LAYERS, EXPERTS, 1)
     retention_priority = np.zeros(EXPERTS)
     for expert in (0, 1, 0):
@@ -92,7 +92,7 @@ def test_what_comes_back_by_prefetch_is_not_regretted() -> None:
 
 
 @pytest.mark.parametrize("compile_it", [False, True])
-def test_nothing_is_chosen_while_paused(compile_it: bool) -> None:
+def test_no_candidate_while_throttled(compile_it: bool) -> None:
     jit = compiler() if compile_it else lambda kernel: kernel
     cache, prefetch_priority = make_cache_state(LAYERS, EXPERTS, 2), np.ones(EXPERTS)
     choose, step = jit(next_prefetch_candidate), jit(throttle_prefetch)
@@ -106,13 +106,13 @@ def test_nothing_is_chosen_while_paused(compile_it: bool) -> None:
     assert cache.counters[THROTTLED] == THROTTLE_ITERATIONS
 
 
-def test_experts_that_a_layer_has_not_are_never_asked_for() -> None:
+def test_experts_that_a_layer_does_not_have_are_never_prefetched() -> None:
     policy = Policy(2, EXPERTS)
     policy.prefetch_priority[:] = 1.0
     cache_manager = CacheManager(2, EXPERTS, 6, policy, sizes=(1, 3))
-    got = []
+    fetched = []
     while (fetch := cache_manager.prefetch()) is not None:
-        got.append(fetch.expert)
+        fetched.append(fetch.expert)
         cache_manager.landed(fetch.expert)
-    assert sorted(got) == [ExpertId(0, 0), ExpertId(1, 0), ExpertId(1, 1), ExpertId(1, 2)]
+    assert sorted(fetched) == [ExpertId(0, 0), ExpertId(1, 0), ExpertId(1, 1), ExpertId(1, 2)]
     cache_manager.check_integrity()

@@ -1,4 +1,4 @@
-"""What every policy promises, whatever it thinks of the experts."""
+"""Contract tests that every policy must pass."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from finemoe.jit import interpreted
 from finemoe.policy import BOUNDS, FACTORIES, POLICIES, CacheManager, make_cache_manager, make_policy
 from finemoe.policy.base import Policy
 from finemoe.types import ExpertId, Routed
+from tests.policy.cache_driver import CacheDriver
 from tests.policy.compile import compiled
-from tests.policy.drive import Drive
 from tests.policy.workload import Iteration, Shape, future, recorded, untrained, workload
 
 LAYERS, EXPERTS = 3, 6
@@ -37,7 +37,7 @@ def cache_manager(policy: str, capacity: int) -> CacheManager:
 
 
 def informed(policy: str, played: list[Iteration], shape: Shape = SHAPE) -> Policy:
-    """A policy that has everything it may ask for."""
+    """A policy with all of its inputs: future, predictors, recorded requests."""
     if policy in BOUNDS:
         return make_policy(policy, shape.layers, shape.experts, future=future(played, shape))
     made = make_policy(policy, shape.layers, shape.experts, **options(policy, shape))
@@ -47,7 +47,7 @@ def informed(policy: str, played: list[Iteration], shape: Shape = SHAPE) -> Poli
 
 
 def options(policy: str, shape: Shape) -> dict[str, Any]:
-    """What a policy can't do without."""
+    """Constructor arguments that a policy requires."""
     return {"predictors": untrained(shape)} if policy == "promoe" else {}
 
 
@@ -65,42 +65,42 @@ def scores(policy: Policy, played: list[Iteration]) -> list[tuple[bytes, bytes]]
 
 @all_policies
 @given(traces, capacities, st.randoms(use_true_random=False))
-def test_every_need_is_served_and_no_promise_is_broken(
+def test_every_needed_expert_is_loaded_and_invariants_hold(
     policy: str, trace: Trace, capacity: int, random: object
 ) -> None:
-    drive = Drive(cache_manager(policy, capacity), random.randrange)  # type: ignore[attr-defined] # hypothesis' Random
+    driver = CacheDriver(cache_manager(policy, capacity), random.randrange)  # type: ignore[attr-defined] # hypothesis' Random
     for layer, experts in trace:
-        drive.layer(layer, experts)  # asserts in every step
+        driver.layer(layer, experts)  # asserts in every step
 
 
 @all_policies
 @given(traces, capacities)
 def test_equal_events_give_equal_plans(policy: str, trace: Trace, capacity: int) -> None:
-    drives = [Drive(cache_manager(policy, capacity)) for _ in range(2)]
+    drivers = [CacheDriver(cache_manager(policy, capacity)) for _ in range(2)]
     for layer, experts in trace:
-        for drive in drives:
-            drive.layer(layer, experts)
-    assert drives[0].log == drives[1].log
+        for driver in drivers:
+            driver.layer(layer, experts)
+    assert drivers[0].log == drivers[1].log
 
 
 @all_policies
 @given(traces)
 def test_nothing_is_fetched_twice_when_everything_fits(policy: str, trace: Trace) -> None:
-    drive = Drive(cache_manager(policy, LAYERS * EXPERTS))
+    driver = CacheDriver(cache_manager(policy, LAYERS * EXPERTS))
     for layer, experts in trace:
-        drive.layer(layer, experts)
-    fetched = [fetch.expert for fetch in drive.log]
+        driver.layer(layer, experts)
+    fetched = [fetch.expert for fetch in driver.log]
     assert len(fetched) == len(set(fetched))
-    assert all(fetch.victim is None for fetch in drive.log)
+    assert all(fetch.victim is None for fetch in driver.log)
 
 
 @all_policies
 @given(traces, capacities)
-def test_residents_are_not_fetched(policy: str, trace: Trace, capacity: int) -> None:
-    drive = Drive(cache_manager(policy, capacity))
+def test_resident_experts_are_not_fetched(policy: str, trace: Trace, capacity: int) -> None:
+    driver = CacheDriver(cache_manager(policy, capacity))
     for layer, experts in trace:
-        before = set(drive.resident)
-        fetched = drive.layer(layer, experts)
+        before = set(driver.resident)
+        fetched = driver.layer(layer, experts)
         if len(experts) <= capacity:
             assert {fetch.expert for fetch in fetched} == {ExpertId(layer, e) for e in experts} - before
 
@@ -108,30 +108,30 @@ def test_residents_are_not_fetched(policy: str, trace: Trace, capacity: int) -> 
 @all_policies
 @pytest.mark.parametrize("capacity", [1, 2, 5])
 def test_a_layer_that_needs_more_than_the_pool_holds_runs_in_waves(policy: str, capacity: int) -> None:
-    drive = Drive(cache_manager(policy, capacity))
-    fetched = drive.layer(0, range(EXPERTS))
+    driver = CacheDriver(cache_manager(policy, capacity))
+    fetched = driver.layer(0, range(EXPERTS))
     assert [fetch.expert.expert for fetch in fetched] == list(range(EXPERTS))
-    assert len(drive.resident) == capacity
+    assert len(driver.resident) == capacity
 
 
 @all_policies
 @given(traces, traces, capacities)
-def test_clear_forgets_what_was_resident_and_in_flight(policy: str, trace: Trace, later: Trace, capacity: int) -> None:
+def test_clear_resets_residents_and_fetches_in_flight(policy: str, trace: Trace, later: Trace, capacity: int) -> None:
     under_test = cache_manager(policy, capacity)
-    drive = Drive(under_test)
+    driver = CacheDriver(under_test)
     for layer, experts in trace:
-        drive.layer(layer, experts)
-    under_test.routed(Routed(0, (0, 1, 2)))  # left in the middle
+        driver.layer(layer, experts)
+    under_test.routed(Routed(0, (0, 1, 2)))  # not completed
     under_test.clear()
     under_test.check_integrity()
     assert not any(under_test.is_resident(ExpertId(la, e)) for la in range(LAYERS) for e in range(EXPERTS))
-    again = Drive(under_test)
+    again = CacheDriver(under_test)
     for layer, experts in later:
         again.layer(layer, experts)
 
 
 @all_policies
-def test_a_failed_fetch_gives_its_slot_back(policy: str) -> None:
+def test_a_failed_fetch_frees_its_slot(policy: str) -> None:
     under_test = cache_manager(policy, 1)
     under_test.routed(Routed(0, (0,)))
     under_test.failed(ExpertId(0, 0))
@@ -149,47 +149,47 @@ def test_an_expert_in_flight_is_not_fetched_again(policy: str) -> None:
 
 @all_policies
 def test_layers_may_have_fewer_experts_than_the_largest(policy: str) -> None:
-    drive = Drive(make_cache_manager(policy, 2, 8, 3))
+    driver = CacheDriver(make_cache_manager(policy, 2, 8, 3))
     for experts in ([0, 1], [1]):
-        drive.layer(0, experts)
-        drive.layer(1, [0, 7])
+        driver.layer(0, experts)
+        driver.layer(1, [0, 7])
 
 
 @every_policy
 @given(st.integers(0, 99), capacities, st.randoms(use_true_random=False))
 @settings(max_examples=40)
-def test_prefetches_break_no_promise(policy: str, seed: int, capacity: int, random: object) -> None:
+def test_invariants_hold_with_prefetches(policy: str, seed: int, capacity: int, random: object) -> None:
     played = workload(seed, SHAPE, truncated=seed % 2 == 1, embeddings=seed % 3 > 0)
-    drive = Drive(
+    driver = CacheDriver(
         CacheManager(LAYERS, EXPERTS, capacity, informed(policy, played)),
         random.randrange,  # type: ignore[attr-defined] # hypothesis' Random
         prefetch=True,
     )
     for iteration in played:
-        drive.cache_manager.begin(iteration.steps)
+        driver.cache_manager.begin(iteration.steps)
         for event in iteration.events:
-            drive.event(event)
-        drive.cache_manager.end()
-    if not drive.cache_manager.policy.prefetches:
-        assert all(fetch.urgent for fetch in drive.log)
+            driver.event(event)
+        driver.cache_manager.end()
+    if not driver.cache_manager.policy.prefetches:
+        assert all(fetch.urgent for fetch in driver.log)
 
 
 @every_policy
-def test_a_policy_that_prefetches_says_so_and_does(policy: str) -> None:
+def test_prefetches_attribute_is_true(policy: str) -> None:
     made = informed(policy, PLAYED)
     scores(made, PLAYED)
-    wanted = False
+    positive = False
     for iteration in workload(2, SHAPE) if policy not in BOUNDS else []:
         made.begin(iteration.steps)
         for event in iteration.events:
-            wanted = wanted or bool((made.prefetch_priority > 0).any())
+            positive = positive or bool((made.prefetch_priority > 0).any())
             made.routed(event)
         made.end()
-    assert (wanted or policy == "oracle") == made.prefetches
+    assert (positive or policy == "oracle") == made.prefetches
 
 
 @every_policy
-def test_scores_stay_where_the_controller_looks_for_them(policy: str) -> None:
+def test_score_arrays_are_updated_in_place(policy: str) -> None:
     made = informed(policy, PLAYED)
     retention_priority, prefetch_priority = made.retention_priority, made.prefetch_priority
     scores(made, PLAYED)
@@ -203,7 +203,7 @@ def test_scores_stay_where_the_controller_looks_for_them(policy: str) -> None:
 
 
 @all_policies
-def test_nothing_but_needs_is_enough_to_go_on_with(policy: str) -> None:
+def test_events_without_optional_inputs_are_enough(policy: str) -> None:
     made = make_policy(policy, LAYERS, EXPERTS)
     for iteration in PLAYED:
         made.begin([step._replace(embedding=None) for step in iteration.steps])
@@ -215,40 +215,40 @@ def test_nothing_but_needs_is_enough_to_go_on_with(policy: str) -> None:
 
 
 def with_another_future(played: list[Iteration], events: int) -> list[Iteration]:
-    """The same first iterations; later ones are those of other requests."""
+    """The same first iterations, followed by those of other requests."""
     past = events // LAYERS
     return played[:past] + workload(7, SHAPE, iterations=len(played) - past)
 
 
 @all_policies
 @pytest.mark.parametrize("past", [LAYERS, 10 * LAYERS])
-def test_the_future_does_not_change_past_decisions(policy: str, past: int) -> None:
+def test_decisions_do_not_depend_on_the_future(policy: str, past: int) -> None:
     other = with_another_future(PLAYED, past)
     assert scores(informed(policy, PLAYED), PLAYED)[:past] == scores(informed(policy, other), other)[:past]
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
-def test_a_bound_sees_the_future(bound: str) -> None:
+def test_bounds_depend_on_the_future(bound: str) -> None:
     other = with_another_future(PLAYED, 10 * LAYERS)
     assert BOUNDS[bound].clairvoyant
     assert scores(informed(bound, PLAYED), PLAYED)[:10] != scores(informed(bound, other), other)[:10]
 
 
 @all_policies
-def test_no_policy_on_offer_sees_the_future(policy: str) -> None:
+def test_no_policy_is_clairvoyant(policy: str) -> None:
     assert not FACTORIES[policy].clairvoyant
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
-def test_bounds_are_not_on_offer(bound: str) -> None:
+def test_bounds_are_refused_outside_the_simulator(bound: str) -> None:
     with pytest.raises(ConfigError, match=f"--policy: '{bound}' knows the future"):
         make_cache_manager(bound, 1, 1, 1)
 
 
 @all_policies
-def test_compiled_and_interpreted_policies_decide_alike(policy: str) -> None:
+def test_compiled_and_interpreted_policies_agree(policy: str) -> None:
     if not FACTORIES[policy].compiles:
-        pytest.skip("nothing in it is compiled")
+        pytest.skip("it has no kernels")
     truncated = workload(3, SHAPE, truncated=True, batch=3)
     for played in (PLAYED, truncated):
         plain, fast = (
@@ -266,7 +266,7 @@ def test_compiled_and_interpreted_policies_decide_alike(policy: str) -> None:
                 made.end()
 
 
-def test_an_unknown_policy_is_refused_with_the_known_ones_named() -> None:
+def test_unknown_policy_is_refused_and_the_known_ones_are_listed() -> None:
     with pytest.raises(ConfigError, match=r"--policy: unknown policy 'lur'; choose one of lru, "):
         make_cache_manager("lur", 1, 1, 1)
 

@@ -1,4 +1,4 @@
-"""Each eviction against the dumbest correct implementation of itself."""
+"""Eviction policies against simple reference implementations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finemoe.policy import make_cache_manager
 from finemoe.policy.cache_state import ABSENT, NONE, RESIDENT, choose_victim, make_cache_state
 from finemoe.policy.eviction import LFRU, LFU, LRU
 from finemoe.types import ExpertId, Fetch
-from tests.policy.drive import Drive
+from tests.policy.cache_driver import CacheDriver
 
 LAYERS, EXPERTS = 3, 6
 ALL = [ExpertId(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
@@ -38,15 +38,15 @@ class PlainLRU:
 
 
 @given(traces, st.integers(3, LAYERS * EXPERTS))
-def test_lru_is_a_list_of_what_was_used_last(trace: Trace, capacity: int) -> None:
-    plain, drive = PlainLRU(capacity), Drive(make_cache_manager("lru", LAYERS, EXPERTS, capacity))
+def test_lru_matches_a_list(trace: Trace, capacity: int) -> None:
+    plain, driver = PlainLRU(capacity), CacheDriver(make_cache_manager("lru", LAYERS, EXPERTS, capacity))
     for layer, experts in trace:
-        assert drive.layer(layer, experts) == plain.layer(layer, experts)
-    assert drive.resident == set(plain.held)
+        assert driver.layer(layer, experts) == plain.layer(layer, experts)
+    assert driver.resident == set(plain.held)
 
 
 class PlainVisits:
-    """Every visit, with the iteration that it fell into; an iteration ends when the layer index does not grow."""
+    """All visits with their iterations; an iteration ends when the layer index does not increase."""
 
     def __init__(self, trace: Trace) -> None:
         self.iteration = 0
@@ -58,27 +58,27 @@ class PlainVisits:
             for expert in experts:
                 self.of.setdefault(ExpertId(layer, expert), []).append(self.iteration)
 
-    def faded(self, expert: ExpertId, decay: float) -> float:
+    def decayed(self, expert: ExpertId, decay: float) -> float:
         return sum(decay ** (self.iteration - then) for then in self.of.get(expert, []))
 
 
 @given(traces)
-def test_lfu_counts_visits_that_lose_a_tenth_each_iteration(trace: Trace) -> None:
+def test_lfu_counts_visits_decayed_by_a_tenth_per_iteration(trace: Trace) -> None:
     lfu, plain = LFU(LAYERS, EXPERTS), PlainVisits(trace)
     for layer, experts in trace:
         lfu.visit(layer, experts)
     for expert in ALL:
-        assert lfu.retention_priority[expert] == pytest.approx(plain.faded(expert, 0.9))
+        assert lfu.retention_priority[expert] == pytest.approx(plain.decayed(expert, 0.9))
 
 
 @given(traces)
-def test_lfru_divides_faded_visits_by_their_age_in_iterations(trace: Trace) -> None:
+def test_lfru_divides_decayed_visits_by_the_age_of_the_last(trace: Trace) -> None:
     lfru, plain = LFRU(LAYERS, EXPERTS), PlainVisits(trace)
     for layer, experts in trace:
         lfru.visit(layer, experts)
     for expert in ALL:
         age = plain.iteration - max(plain.of.get(expert, [0]))
-        assert lfru.retention_priority[expert] == pytest.approx(plain.faded(expert, 0.98) / (age + 1))
+        assert lfru.retention_priority[expert] == pytest.approx(plain.decayed(expert, 0.98) / (age + 1))
 
 
 def test_lru_orders_the_experts_of_one_event() -> None:
@@ -92,7 +92,7 @@ def test_lru_orders_the_experts_of_one_event() -> None:
     st.lists(st.booleans(), min_size=6, max_size=6),
     st.lists(st.booleans(), min_size=6, max_size=6),
 )
-def test_only_idle_residents_are_chosen_and_the_first_of_the_least(
+def test_victim_is_the_first_unpinned_resident_of_lowest_priority(
     retention_priority: list[float], resident: list[bool], pinned: list[bool]
 ) -> None:
     cache = make_cache_state(2, 3, 6)

@@ -1,4 +1,4 @@
-"""Evictions against libCacheSim, access for access: every access is an event of its own there, so here too."""
+"""Eviction against libCacheSim, access by access; as there, every access is a separate event."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finemoe.policy import CacheManager, foresee
+from finemoe.policy import CacheManager, compute_future
 from finemoe.policy.base import Policy
 from finemoe.policy.belady import Belady
 from finemoe.policy.eviction import LFU, LRU
@@ -25,10 +25,9 @@ Accesses = Sequence[int]  # flat indices
 
 
 class InCacheLFU(LFU):
-    """LFU by libCacheSim's rules: visits count while the expert is cached, and among equals the least recent goes.
+    """LFU by libCacheSim's rules: counts are reset on eviction, and ties go to the least recently used.
 
-    `lfu` keeps its counts when an expert is evicted, and leaves ties to the index: this adds the two rules to it, and
-    nothing else.
+    `lfu` keeps its counts on eviction, and breaks ties by index.
     """
 
     def __init__(self, layers: int, experts: int) -> None:
@@ -36,7 +35,7 @@ class InCacheLFU(LFU):
         self.touched = np.zeros((layers, experts))
 
     def routed(self, event: Routed) -> None:
-        self.retention_priority[:] = self.ranking.frequency  # as `lfu` left it
+        self.retention_priority[:] = self.ranking.frequency  # as `lfu` sets it
         super().routed(event)
         self.touched[event.layer, list(event.experts)] = self.touched.max() + 1
         assert np.array_equal(self.retention_priority, self.ranking.frequency)
@@ -62,11 +61,11 @@ def ours(policy: Policy, accesses: Accesses, capacity: int, experts: int) -> lis
 
 
 def theirs(cache: Any, accesses: Accesses) -> list[bool]:
-    coming: dict[int, int] = {}
+    next_seen: dict[int, int] = {}
     next_use = [1 << 62] * len(accesses)
     for now in reversed(range(len(accesses))):
-        next_use[now] = coming.get(accesses[now], 1 << 62)
-        coming[accesses[now]] = now
+        next_use[now] = next_seen.get(accesses[now], 1 << 62)
+        next_seen[accesses[now]] = now
     return [
         cache.get(libcachesim.Request(obj_id=access, obj_size=1, next_access_vtime=then, clock_time=now))
         for now, (access, then) in enumerate(zip(accesses, next_use, strict=True))
@@ -74,7 +73,9 @@ def theirs(cache: Any, accesses: Accesses) -> list[bool]:
 
 
 def belady(accesses: Accesses, layers: int, experts: int) -> Policy:
-    return Belady(layers, experts, foresee(layers, experts, np.arange(len(accesses) + 1), np.array(accesses, np.int64)))
+    return Belady(
+        layers, experts, compute_future(layers, experts, np.arange(len(accesses) + 1), np.array(accesses, np.int64))
+    )
 
 
 Make = Callable[[Accesses, int, int], Policy]
@@ -91,16 +92,16 @@ pairs = pytest.mark.parametrize(
 
 @pairs
 @given(st.lists(st.integers(0, 3 * 5 - 1), max_size=120), st.integers(1, 15))
-def test_made_up_accesses_hit_alike(make: Make, reference: str, accesses: list[int], capacity: int) -> None:
+def test_hits_agree_on_generated_accesses(make: Make, reference: str, accesses: list[int], capacity: int) -> None:
     hits = ours(make(accesses, 3, 5), accesses, capacity, 5)
     assert hits == theirs(getattr(libcachesim, reference)(capacity), accesses)
 
 
 @pairs
 @pytest.mark.parametrize("share", [0.15, 0.25, 0.5])
-def test_recorded_accesses_hit_alike(make: Make, reference: str, share: float) -> None:
+def test_hits_agree_on_recorded_accesses(make: Make, reference: str, share: float) -> None:
     if not TRACE.is_file():
-        pytest.skip("the recorded traces are not beside this repository")
+        pytest.skip("the recorded traces are not available")
     with np.load(TRACE) as trace:
         routing, offsets = trace["expert_ids"], trace["offsets"]
     tokens = [routing[start : start + 70] for start in offsets[:-1:140]]

@@ -1,4 +1,4 @@
-"""Hit rates on recorded routing: gpt-oss-20b, decoding, on demand only. Needs the traces beside the repository."""
+"""Hit rates on recorded routing (gpt-oss-20b, decode, on demand). Skipped without the trace in shared/data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REQUESTS, TOKENS = 6, 200
 
 
 def hit_rate(policy: str, share: float) -> float:
-    """Over the first tokens of a few requests, one request after another."""
+    """Over the first tokens of a few requests, one after another."""
     cache_manager = make_cache_manager(policy, LAYERS, EXPERTS, int(share * LAYERS * EXPERTS))
     with np.load(TRACE) as trace:
         routing, offsets = trace["expert_ids"], trace["offsets"]
@@ -37,20 +37,20 @@ def hit_rate(policy: str, share: float) -> float:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _trace_is_here() -> None:
+def _require_trace() -> None:
     if not TRACE.is_file():
-        pytest.skip("the recorded traces are not beside this repository")
+        pytest.skip("the recorded traces are not available")
 
 
-# an independent study of the same trace, over more requests
+# expected values: an independent study of the same trace, over more requests
 @pytest.mark.parametrize(
     ("policy", "share", "expected"),
     [("lru", 0.25, 0.608), ("lfu", 0.25, 0.66), ("lfru", 0.25, 0.66), ("lru", 0.5, 0.903), ("lfru", 0.5, 0.919)],
 )
-def test_hit_rate_is_that_of_an_independent_study(policy: str, share: float, expected: float) -> None:
+def test_hit_rate_matches_an_independent_study(policy: str, share: float, expected: float) -> None:
     assert hit_rate(policy, share) == pytest.approx(expected, abs=0.02)
 
 
 @pytest.mark.parametrize(("share", "expected"), LOCAL_HITS[1:-1])
-def test_forecast_rests_on_measured_hit_rates(share: float, expected: float) -> None:
+def test_cost_model_uses_measured_hit_rates(share: float, expected: float) -> None:
     assert hit_rate("lfru", share) == pytest.approx(expected, abs=0.02)

@@ -1,4 +1,4 @@
-"""A cache under every policy, with layers, idle links, landings, failures and errors in any order."""
+"""The cache manager under every policy: layers, idle links, landings, failures and errors in any order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from finemoe.policy import POLICIES, CacheManager
 from finemoe.types import ExpertId
-from tests.policy.drive import Drive
+from tests.policy.cache_driver import CacheDriver
 from tests.policy.test_contract import informed
 from tests.policy.workload import Shape, workload
 
@@ -24,67 +24,67 @@ class Cache(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 99), capacity=st.integers(1, 15))
     def start(self, seed: int, capacity: int) -> None:
         self.played = iter(workload(seed, SHAPE, iterations=60))
-        self.drive = Drive(CacheManager(SHAPE.layers, SHAPE.experts, capacity, informed(self.policy, [], SHAPE)))
+        self.driver = CacheDriver(CacheManager(SHAPE.layers, SHAPE.experts, capacity, informed(self.policy, [], SHAPE)))
         self.begin()
 
     def begin(self) -> None:
         iteration = next(self.played)
-        self.drive.cache_manager.begin(iteration.steps)
+        self.driver.cache_manager.begin(iteration.steps)
         self.events = list(iteration.events)
 
-    @precondition(lambda self: not self.drive.needed)
+    @precondition(lambda self: not self.driver.needed)
     @rule()
     def route(self) -> None:
         event = self.events.pop(0)
-        self.drive.needed = [ExpertId(event.layer, expert) for expert in event.experts]
-        self.drive.follow(self.drive.cache_manager.routed(event))
+        self.driver.needed = [ExpertId(event.layer, expert) for expert in event.experts]
+        self.driver.execute(self.driver.cache_manager.routed(event))
         if not self.events:
-            self.drive.cache_manager.end()
+            self.driver.cache_manager.end()
             self.begin()
 
-    @precondition(lambda self: any(expert in self.drive.resident for expert in self.drive.needed))
+    @precondition(lambda self: any(expert in self.driver.resident for expert in self.driver.needed))
     @rule(which=st.integers(0, 9))
     def use(self, which: int) -> None:
-        usable = [expert for expert in self.drive.needed if expert in self.drive.resident]
-        self.drive.use(usable[which % len(usable)])
+        usable = [expert for expert in self.driver.needed if expert in self.driver.resident]
+        self.driver.use(usable[which % len(usable)])
 
-    @precondition(lambda self: self.drive.in_flight)
+    @precondition(lambda self: self.driver.in_flight)
     @rule(which=st.integers(0, 99))
     def land(self, which: int) -> None:
-        self.drive.land(self.drive.in_flight[which % len(self.drive.in_flight)])
+        self.driver.land(self.driver.in_flight[which % len(self.driver.in_flight)])
 
-    @precondition(lambda self: self.drive.in_flight)
+    @precondition(lambda self: self.driver.in_flight)
     @rule(which=st.integers(0, 99))
     def fail(self, which: int) -> None:
-        self.drive.fail(self.drive.in_flight[which % len(self.drive.in_flight)])
+        self.driver.fail(self.driver.in_flight[which % len(self.driver.in_flight)])
 
     @rule()
     def idle(self) -> None:
-        self.drive.idle()
+        self.driver.idle()
 
     @rule()
     def cancel(self) -> None:
-        self.drive.cancel()
+        self.driver.cancel()
 
     @rule()
     def error(self) -> None:
-        self.drive.cache_manager.clear()
-        self.drive.resident.clear()
-        self.drive.in_flight.clear()
-        self.drive.needed.clear()
+        self.driver.cache_manager.clear()
+        self.driver.resident.clear()
+        self.driver.in_flight.clear()
+        self.driver.needed.clear()
 
     @invariant()
-    def what_is_needed_will_come(self) -> None:
-        if not hasattr(self, "drive"):
+    def needed_experts_are_loaded_eventually(self) -> None:
+        if not hasattr(self, "driver"):
             return
-        drive = self.drive
-        drive.check()
-        if drive.needed and not any(expert in drive.resident for expert in drive.needed):
-            assert drive.in_flight or not drive.cache_manager.short_of_slots
+        driver = self.driver
+        driver.check()
+        if driver.needed and not any(expert in driver.resident for expert in driver.needed):
+            assert driver.in_flight or not driver.cache_manager.short_of_slots
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_cache_keeps_its_promises(policy: str) -> None:
+def test_invariants_hold_in_any_order_of_events(policy: str) -> None:
     machine: Any = type("CacheUnder", (Cache,), {"policy": policy})
     machine.TestCase.settings = settings(max_examples=25, stateful_step_count=60, deadline=None)
     machine.TestCase("runTest").debug()

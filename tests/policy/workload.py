@@ -1,4 +1,4 @@
-"""Made-up serving: requests that come and go, and every input that a policy may get."""
+"""Generated workloads: requests that start and end, with all inputs that a policy may get."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from finemoe.policy import Future, foresee
+from finemoe.policy import Future, compute_future
 from finemoe.policy.published.promoe import Predictors
 from finemoe.types import DECODE, PREFILL, Recorded, Routed, Step
 
@@ -32,7 +32,7 @@ def softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
 
 
 def selected(p: npt.NDArray[np.float32], active: int) -> npt.NDArray[np.bool_]:
-    """Mask `[.., E]` of the likeliest."""
+    """Mask `[.., E]` of the `active` likeliest."""
     return np.argsort(np.argsort(-p, axis=-1, kind="stable"), axis=-1) < active
 
 
@@ -49,15 +49,15 @@ def workload(
     random = np.random.default_rng(seed)
     size = (shape.layers, shape.experts)
     running: dict[int, npt.NDArray[np.float64]] = {}
-    fresh, made = 0, []
+    next_request, made = 0, []
     for _ in range(iterations):
         for request in [r for r in running if random.random() < 0.2]:
             del running[request]
-        began = set()
+        started = set()
         while not running or (len(running) < batch and random.random() < 0.5):
-            running[fresh] = 2 * random.normal(size=size)
-            began.add(fresh)
-            fresh += 1
+            running[next_request] = 2 * random.normal(size=size)
+            started.add(next_request)
+            next_request += 1
         p = []
         for request, logits in running.items():
             running[request] = logits + 0.5 * random.normal(size=size)
@@ -68,8 +68,8 @@ def workload(
         steps = [
             Step(
                 request,
-                PREFILL if request in began else DECODE,
-                random.integers(0, 7, 3 if request in began else 1).astype(np.int32),
+                PREFILL if request in started else DECODE,
+                random.integers(0, 7, 3 if request in started else 1).astype(np.int32),
                 random.normal(size=shape.width).astype(np.float32) if embeddings else None,
             )
             for request in running
@@ -101,7 +101,7 @@ def future(played: list[Iteration], shape: Shape = Shape()) -> Future:
     events = [event for iteration in played for event in iteration.events]
     ptr = np.cumsum([0] + [len(event.experts) for event in events])
     flat = [event.layer * shape.experts + expert for event in events for expert in event.experts]
-    return foresee(shape.layers, shape.experts, ptr.astype(np.int64), np.array(flat, np.int64))
+    return compute_future(shape.layers, shape.experts, ptr.astype(np.int64), np.array(flat, np.int64))
 
 
 def untrained(shape: Shape = Shape(), *, stride: int = 2, history: int = 3, hidden: int = 4) -> Predictors:

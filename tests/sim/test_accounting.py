@@ -45,9 +45,9 @@ def test_sums_are_the_engines_own_counters(
         link = VirtualLink(link_ratio, chunks)
         driven = EngineReplay.make(schedule, make_policy(policy, LAYERS, EXPERTS), capacity, link)
         driven.engine.cache_manager.source_counts = SourceCounts(LAYERS, EXPERTS)
-        driven.engine.cache_manager.watch()
+        driven.engine.cache_manager.enable_expert_counts()
         driven.run(schedule, evidence)
-    rows, counters = driven.engine.cache_manager.source_counts.explained(), driven.engine.counters
+    rows, counters = driven.engine.cache_manager.source_counts.rows(), driven.engine.counters
     assert (total(rows, "hits"), total(rows, "late"), total(rows, "misses")) == (
         counters.hits, counters.late, counters.misses,
     )  # fmt: skip
@@ -64,8 +64,8 @@ def test_sums_are_the_engines_own_counters(
     assert counts[[HITS, MISSES, expert_counts.WASTED], :EXPERTS].sum(axis=1).tolist() == by_layer
     prefetches = tuple(row for row in rows if row.source.startswith("prefetch"))
     assert total(prefetches, "hits") + total(prefetches, "late") == tally[PREFETCHED_USED]
-    fresh = int(driven.engine.cache_manager.cache.fresh.sum())
-    assert tally[PREFETCHED] == tally[PREFETCHED_USED] + tally[WASTED] + fresh
+    unused_prefetch = int(driven.engine.cache_manager.cache.unused_prefetch.sum())
+    assert tally[PREFETCHED] == tally[PREFETCHED_USED] + tally[WASTED] + unused_prefetch
     assert total(rows, "misses") == total(tuple(row for row in rows if row.source == "demand"), "misses")
     for row in prefetches:  # of each source on its own, nothing is used that was not predicted
         assert row.hits + row.late + row.wasted <= row.predicted
@@ -99,7 +99,7 @@ def test_an_expert_is_told_by_how_it_came() -> None:
     begin(cache_manager)
     cache_manager.routed(Routed(0, [0, 2]))
     cache_manager.routed(Routed(2, [1]))
-    assert cache_manager.source_counts.explained() == (
+    assert cache_manager.source_counts.rows() == (
         ExplainRow(0, "demand", None, predicted=0, hits=1, late=0, misses=1, wasted=0),
         ExplainRow(0, "prefetch-next", None, predicted=1, hits=0, late=1, misses=0, wasted=0),
         ExplainRow(2, "kept", None, predicted=0, hits=1, late=0, misses=0, wasted=0),
@@ -113,12 +113,12 @@ def test_a_withdrawn_prefetch_is_wasted() -> None:
     begin(cache_manager)
     assert cache_manager.prefetch() is not None
     cache_manager.failed(ExpertId(0, 0))
-    assert cache_manager.source_counts.explained() == (ExplainRow(0, "prefetch", 1, 1, 0, 0, 0, 1),)
+    assert cache_manager.source_counts.rows() == (ExplainRow(0, "prefetch", 1, 1, 0, 0, 0, 1),)
 
 
 def test_each_expert_is_counted_on_its_own() -> None:
     cache_manager = make({(2, 1): 3.0, (0, 2): 2.0})
-    cache_manager.watch()
+    cache_manager.enable_expert_counts()
     begin(cache_manager)
     cache_manager.routed(Routed(0, [0]))
     cache_manager.landed(ExpertId(0, 0))

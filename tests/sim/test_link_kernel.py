@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finemoe.policy import Policy, foresee, make_policy
+from finemoe.policy import Policy, compute_future, make_policy
 from finemoe.sim.hardware import Machine, Noise
 from finemoe.sim.link_kernel import FETCHED, PREFETCHED, WITHDRAWN
 from finemoe.sim.simulator import Outcome
@@ -238,7 +238,7 @@ def test_links_go_on_in_the_gap_between_iterations(gap: float, counts: tuple[int
 @pytest.mark.parametrize("policy", ["lru", "belady"])
 def test_a_gap_changes_nothing_on_demand(policy: str) -> None:
     plan = schedule([[[0, 1]], [[1, 2]], [[0, 2]]], 3)
-    future: dict[str, Any] = {"future": foresee(1, 3, plan.ptr, plan.needs)} if policy == "belady" else {}
+    future: dict[str, Any] = {"future": compute_future(1, 3, plan.ptr, plan.needs)} if policy == "belady" else {}
     without, with_gap = (play(plan, make_policy(policy, 1, 3, **future), 2, 3.0, gap=gap) for gap in (0.0, 5.0))
     assert with_gap.iteration_times.tolist() == without.iteration_times.tolist()
     assert (counted(with_gap), with_gap.stall) == (counted(without), without.stall)
@@ -249,7 +249,7 @@ def test_the_bound_for_everything_prefetches_in_the_gap() -> None:
     plan = schedule([[[0]], [[1]]], 2)
     totals = []
     for gap in (0.0, 3.0):
-        oracle = make_policy("oracle", 1, 2, future=foresee(1, 2, plan.ptr, plan.needs))
+        oracle = make_policy("oracle", 1, 2, future=compute_future(1, 2, plan.ptr, plan.needs))
         totals.append(play(plan, oracle, 1, 3.0, gap=gap).iteration_times.tolist())
     assert totals == [[3 + 0.5, 0.5 + 2.5 + 0.5], [3 + 0.5, 1]]
 

@@ -10,7 +10,7 @@ import pytest
 
 from finemoe.errors import InvariantError
 from finemoe.jit import Jit, interpreted
-from finemoe.policy import BOUNDS, FACTORIES, Policy, foresee, make_policy
+from finemoe.policy import BOUNDS, FACTORIES, Policy, compute_future, make_policy
 from finemoe.policy.cache_state import LOADING, RESIDENT
 from finemoe.policy.eviction import OnDemand
 from finemoe.sim.hardware import Machine
@@ -59,7 +59,7 @@ def decoding(tmp_path_factory: pytest.TempPathFactory) -> Trace:
 def made(policy: str, schedule: Schedule, jit: Jit[Any] = interpreted) -> Policy:
     options = {}
     if policy in BOUNDS:
-        options["future"] = foresee(schedule.layers, schedule.experts, schedule.ptr, schedule.needs)
+        options["future"] = compute_future(schedule.layers, schedule.experts, schedule.ptr, schedule.needs)
     return make_policy(policy, schedule.layers, schedule.experts, jit=jit, **options)
 
 
@@ -177,7 +177,7 @@ def test_a_state_that_breaks_a_law_is_noticed(trace: Trace, jit: Jit[Any]) -> No
     replay.world.cache.pinned[3] = True
     noticed(replay, "in use")
     replay = broken(trace)
-    replay.world.cache.room[0] += 1
+    replay.world.cache.free_slots[0] += 1
     noticed(replay, "slots")
     replay = broken(trace)
     absent = int(np.flatnonzero((replay.world.cache.status != RESIDENT) & (replay.world.cache.status != LOADING))[0])

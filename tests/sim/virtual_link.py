@@ -171,8 +171,8 @@ class LoggedCacheManager(CacheManager):
         super().__init__(layers, experts, capacity, policy)
         self.victims = []
 
-    def _fill(self) -> Plan:
-        plan = super()._fill()
+    def _plan_waiting(self) -> Plan:
+        plan = super()._plan_waiting()
         self.victims += plan.fetches
         return plan
 

@@ -7,7 +7,7 @@ from itertools import product
 
 from finemoe.config import EXPERT_DTYPES, REPLAY_HELP, STORED, LoadConfig
 from finemoe.errors import ConfigError
-from finemoe.learned import NOWHERE
+from finemoe.learned import NO_MAP_STORE
 from finemoe.policy import policy_class
 
 BATCHED = "batched_mm"
@@ -111,7 +111,7 @@ class BenchConfig(LoadConfig):
                 raise ConfigError(f"{_flag(name)}: {value} is not at least {least}")
         if self.timeout_s <= 0:
             raise ConfigError(f"--timeout-s: {self.timeout_s} is not above 0")
-        if self.replay_routing is not None and self.map_store != NOWHERE:
+        if self.replay_routing is not None and self.map_store != NO_MAP_STORE:
             raise ConfigError("--map-store: maps of --replay-routing are not this model's; leave it out")
         self._check_perplexity()
         self._check_predictors()
@@ -187,7 +187,7 @@ class BenchConfig(LoadConfig):
         if "predictors" not in policy_class(policy).needs:
             values["predictors"] = None
         if not policy_class(policy).is_persistent:
-            values["map_store"] = NOWHERE
+            values["map_store"] = NO_MAP_STORE
         return LoadConfig(**values | {"expert_memory": budget, "policy": policy, "expert_dtype": expert_dtype})
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from finemoe.cli.flags import add_flags, read_flags
 from finemoe.config import GenerateConfig, LoadConfig, PrefillConfig, ReplayConfig, format_bytes, refuse_undecodable
 from finemoe.errors import ConfigError
-from finemoe.learned import NOWHERE
+from finemoe.learned import NO_MAP_STORE
 from finemoe.metrics import explain_table
 from finemoe.system import unmap_idle_code
 
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         routing = open_routing(trace)
         if load_config.map_store is None:
-            load_config = replace(load_config, map_store=NOWHERE)  # forced routing teaches nothing about this model
+            load_config = replace(load_config, map_store=NO_MAP_STORE)  # forced routing teaches nothing
 
     def show(text: str) -> None:
         arguments.interrupts.check()

@@ -71,7 +71,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     _at_least_one("--capacity", arguments.capacity)
     stores = [read_maps(Path(file)) for file in arguments.files]
     for file, store in zip(arguments.files[1:], stores[1:], strict=True):
-        if difference := stores[0].difference(store):
+        if difference := stores[0].incompatibility(store):
             raise ConfigError(f"{file} can't be merged with {arguments.files[0]}: another {difference}")
     return _written(merge(stores, arguments.capacity), out, arguments, sum(map(len, stores)))
 
@@ -167,7 +167,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def describe(path: Path, maps: Maps) -> dict[str, Any]:
     """Describes a file as a JSON object."""
-    return {"path": str(path), "bytes": path.stat().st_size} | maps.about()
+    return {"path": str(path), "bytes": path.stat().st_size} | maps.summary()
 
 
 def table(described: dict[str, Any]) -> str:

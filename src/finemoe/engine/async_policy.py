@@ -167,10 +167,10 @@ class AsyncPolicy(Policy):
                 return
 
     def _think(self, told_s: float, what: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        self.inner.behind = bool(self._events)
+        self.inner.lagging = bool(self._events)
         what(*arguments)
         self.searches += 1
-        if self.inner.behind:
+        if self.inner.lagging:
             self.late += 1
         else:
             self._copy()

@@ -276,7 +276,7 @@ class Engine:
                 del pending[ExpertId(event.layer, index)]
             self._execute(self.cache_manager.routed(event, observe=self.deciding, computed_on_host=away))
             for expert in self._prefetching:
-                if not self.cache_manager.still_wanted(expert) or self.cache_manager.short_of_slots:
+                if not self.cache_manager.should_continue_prefetch(expert) or self.cache_manager.short_of_slots:
                     self.transfer.cancel(expert)
             if landed := self.transfer.poll():
                 ready.extend(self._settle(landed, pending))

@@ -55,6 +55,6 @@ def _serve(cache: CacheManager, event: Routed, experts: int) -> None:
     used = ExpertId(event.layer, event.experts[0])
     cache.used(used)
     fetch = cache.prefetch() or cache.prefetch_if_free(ExpertId(event.layer, (event.experts[0] + 1) % experts))
-    cache.still_wanted(used if fetch is None else fetch.expert)
+    cache.should_continue_prefetch(used if fetch is None else fetch.expert)
     if fetch is not None:
         cache.failed(fetch.expert)

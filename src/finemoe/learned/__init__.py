@@ -1,14 +1,23 @@
-"""What policies learned, kept from one run to the next: expert maps in files. See docs/maps.md."""
+"""What policies learned (expert maps): saved, restored, merged, pruned and shared. See docs/maps.md."""
 
 from finemoe.learned.compaction import merge, prune
 from finemoe.learned.file import read_maps, write_maps
 from finemoe.learned.maps import Maps
-from finemoe.learned.persistence import NOWHERE, MapPersistence, open_map_persistence, refuse_useless
+from finemoe.learned.persistence import NO_MAP_STORE, MapPersistence, check_map_store, open_map_persistence
 from finemoe.learned.shared_folder import FolderMaps
-from finemoe.learned.sharing import SHARED_MAPS, LocalMaps, Pulled, SharedMaps, Version, counted_once, news, num_updates
+from finemoe.learned.sharing import (
+    SHARED_MAPS,
+    LocalMaps,
+    Pulled,
+    SharedMaps,
+    Version,
+    new_maps,
+    num_updates,
+    with_new_totals,
+)
 
 __all__ = [
-    "NOWHERE",
+    "NO_MAP_STORE",
     "SHARED_MAPS",
     "FolderMaps",
     "LocalMaps",
@@ -17,13 +26,13 @@ __all__ = [
     "Pulled",
     "SharedMaps",
     "Version",
-    "counted_once",
+    "check_map_store",
     "merge",
-    "news",
+    "new_maps",
     "num_updates",
     "open_map_persistence",
     "prune",
     "read_maps",
-    "refuse_useless",
+    "with_new_totals",
     "write_maps",
 ]

@@ -1,4 +1,4 @@
-"""What a policy learned from one model, with what tells whose it is."""
+"""`Maps`: what a policy learned from one model, as arrays, with the policy's name and the model's fingerprint."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ from finemoe.policy.finemoe.history import NO_ROW
 
 Ints = npt.NDArray[np.int64]
 
+ROW_ARRAYS = frozenset({"ids", "weights", "tokens", "before", "maps", "born", "keys"})  # arrays with one entry per map
+
 
 @dataclass(frozen=True, eq=False)
 class Maps:
-    """The maps of one policy for one model; `arrays` are what its `state_dict` handed out.
+    """The `n` expert maps of one policy for one model.
+
+    There are two kinds: those of `finemoe`, the rows of its history, have links to the previous row of their request;
+    those of `expert-map` have none.
 
     Attributes:
         policy: its name.
         model: the model's fingerprint.
-        name: of the model, for people.
+        name: the model's name, for display.
         layers: `L`.
         experts: the largest `E` of any layer.
-        arrays: by name; `tokens` `[n]` are there under every policy.
+        arrays: the policy's `state_dict`; all kinds have `tokens` `[n]`.
     """
 
     policy: str
@@ -36,69 +41,68 @@ class Maps:
     arrays: StateDict
 
     def __len__(self) -> int:
-        """How many maps."""
+        """Number of maps."""
         return len(self.arrays["tokens"])
 
     @property
-    def linked(self) -> bool:
-        """Whether maps know the one before them: then they lie oldest first."""
+    def has_links(self) -> bool:
+        """Whether maps are linked to their predecessors; then they are stored oldest first."""
         return "before" in self.arrays
 
     @property
     def active(self) -> int:
         """K."""
-        return int(self.arrays["ids"].shape[2] if self.linked else self.arrays["active"][0])
+        return int(self.arrays["ids"].shape[2] if self.has_links else self.arrays["active"][0])
 
     @property
-    def stretches(self) -> int | None:
-        """Runs of successive iterations: the requests, unless one was cut by pruning. `None` where nobody knows."""
-        return int((self.arrays["before"] == NO_ROW).sum()) if self.linked else None
+    def embedding_width(self) -> int:
+        """`D` of the keys; 0 without keys."""
+        return int(self.arrays["keys"].shape[1]) if "keys" in self.arrays else 0
+
+    @property
+    def num_sequences(self) -> int | None:
+        """Number of runs of linked maps: one per request, more where pruning cut links. `None` without links."""
+        return int((self.arrays["before"] == NO_ROW).sum()) if self.has_links else None
 
     @property
     def memory_bytes(self) -> int:
-        """What these maps take in a loaded policy."""
-        if self.linked:
-            of_one = self.layers * (self.experts + self.active * self.arrays["ids"].itemsize) + 3 * 4
+        """Memory that these maps take in a loaded policy."""
+        if self.has_links:
+            map_bytes = self.layers * (self.experts + self.active * self.arrays["ids"].itemsize) + 3 * 4
         else:
-            width = self.arrays["keys"].shape[1] if "keys" in self.arrays else 0
-            of_one = 4 * (self.layers * (self.experts + 1) + width) + 2 * 8
-        return len(self) * of_one
+            map_bytes = 4 * (self.layers * (self.experts + 1) + self.embedding_width) + 2 * 8
+        return len(self) * map_bytes
 
     @property
     def ages(self) -> Ints:
         """`[n]`: how many maps are newer than each."""
-        if self.linked:
+        if self.has_links:
             return np.arange(len(self))[::-1]
         ages = np.empty(len(self), np.int64)
         ages[np.argsort(-self.arrays["born"], kind="stable")] = np.arange(len(self))
         return ages
 
-    def difference(self, other: Maps) -> str | None:
-        """What keeps `other` from being merged with these; `None` if nothing does."""
-        for name in ("policy", "model", "layers", "experts", "active", "width"):
+    def incompatibility(self, other: Maps) -> str | None:
+        """Why `other` can't be merged with these: the property that differs, with both values. `None` if it can."""
+        for name in ("policy", "model", "layers", "experts", "active", "embedding_width"):
             ours, theirs = getattr(self, name), getattr(other, name)
-            if ours != theirs and not (name == "width" and 0 in {ours, theirs}):
+            if ours != theirs and not (name == "embedding_width" and 0 in {ours, theirs}):
                 return f"{name}: {theirs} there, {ours} here"
         return None
 
-    @property
-    def width(self) -> int:
-        """`D`, of the keys; 0 without any."""
-        return int(self.arrays["keys"].shape[1]) if "keys" in self.arrays else 0
-
-    def only(self, rows: Sequence[int] | Ints) -> Maps:
-        """The maps of ascending rows alone. A map whose predecessor is not among them has none any more."""
+    def select(self, rows: Sequence[int] | Ints) -> Maps:
+        """The maps of these rows only, which must be ascending. Links to rows that are left out are cut."""
         chosen = np.asarray(rows, np.int64)
         arrays = {name: array[chosen] if name in ROW_ARRAYS else array for name, array in self.arrays.items()}
-        if self.linked:
-            place = np.full(len(self) + 1, NO_ROW, np.int32)  # the last entry is nobody's
-            place[chosen] = np.arange(len(chosen))
-            arrays["before"] = place[arrays["before"]]
+        if self.has_links:
+            new_row = np.full(len(self) + 1, NO_ROW, np.int32)  # by old row; the last entry is for `NO_ROW`
+            new_row[chosen] = np.arange(len(chosen))
+            arrays["before"] = new_row[arrays["before"]]
             arrays["number"] = np.array([len(chosen)])
         return replace(self, arrays=arrays)
 
-    def about(self) -> dict[str, Any]:
-        """What there is, ready for JSON."""
+    def summary(self) -> dict[str, Any]:
+        """A description, ready for JSON."""
         return {
             "policy": self.policy,
             "model": self.name,
@@ -107,10 +111,7 @@ class Maps:
             "layers": self.layers,
             "experts": self.experts,
             "active": self.active,
-            "stretches": self.stretches,
-            "embedding_width": self.width,
+            "stretches": self.num_sequences,
+            "embedding_width": self.embedding_width,
             "memory_bytes": self.memory_bytes,
         }
-
-
-ROW_ARRAYS = frozenset({"ids", "weights", "tokens", "before", "maps", "born", "keys"})  # one entry for each map

@@ -1,4 +1,4 @@
-"""Predictors of routing: trained on recorded requests, kept in one file."""
+"""Training of the predictors of `promoe` on recorded requests, and their file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
 from finemoe.errors import FinemoeError
-from finemoe.policy.published.promoe import Floats, Predictors, chances, faded, inputs
+from finemoe.policy.published.promoe import Floats, Predictors, input_indices, predict_probabilities, update_mean
 from finemoe.system import replace_file
 from finemoe.types import Recorded
 
@@ -38,23 +38,23 @@ def train(
     history: int = 8,
     progress: Progress | None = None,
 ) -> Predictors:
-    """Trains a predictor for each layer, all at once: Adam on the binary cross-entropy of what was executed.
+    """Trains a predictor for each layer, all at once: Adam on the binary cross-entropy of the executed experts.
 
     Equal requests, seeds and thread counts give equal predictors.
 
     Args:
-        requests: to learn from; never those that the result is measured on.
+        requests: training data; must not include the requests that the result is measured on.
         layers: `L`.
         experts: the largest `E` of any layer.
-        seed: of the first weights and of the order.
-        epochs: how often each iteration is seen.
+        seed: of the initial weights and the order of the data.
+        epochs: how often each iteration is used.
         hidden: `H`, the size of the hidden layer.
         stride: how many layers ahead to predict.
-        history: how many layers back the inputs reach.
-        progress: is told after every step.
+        history: of how many layers the gates are inputs.
+        progress: called after every step.
 
     Raises:
-        FinemoeError: no request has two iterations or more.
+        FinemoeError: no request has at least two iterations.
     """
     import torch
     from torch.nn import functional
@@ -82,10 +82,10 @@ def train(
         order = rows[torch.randperm(len(rows), generator=generator).numpy()]
         for start in range(0, len(order), _BATCH):
             batch = order[start : start + _BATCH]
-            seen = torch.from_numpy(_inputs(states, batch, stride, history))
-            wanted = torch.from_numpy(_targets(executed, batch, stride))
-            logits = torch.baddbmm(outer_bias, torch.baddbmm(inner_bias, seen, inner).relu(), outer)
-            loss = functional.binary_cross_entropy_with_logits(logits, wanted)
+            batch_inputs = torch.from_numpy(_inputs(states, batch, stride, history))
+            targets = torch.from_numpy(_targets(executed, batch, stride))
+            logits = torch.baddbmm(outer_bias, torch.baddbmm(inner_bias, batch_inputs, inner).relu(), outer)
+            loss = functional.binary_cross_entropy_with_logits(logits, targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -98,27 +98,27 @@ def train(
 
 
 def recall(predictors: Predictors, requests: Iterable[Recorded]) -> npt.NDArray[np.float64]:
-    """`[L]`, by the layer predicted from: the share of the executed experts among as many likeliest ones."""
+    """`[L]`, by the layer whose predictor it is: recall of the executed experts among as many likeliest ones."""
     states, executed, rows = _gather(requests, predictors.layers, predictors.experts)
-    found, all_of_them = np.zeros(predictors.layers), np.zeros(predictors.layers)
+    found, total = np.zeros(predictors.layers), np.zeros(predictors.layers)
     for start in range(0, len(rows), _BATCH):
         batch = rows[start : start + _BATCH]
-        seen = _inputs(states, batch, predictors.stride, predictors.history)
-        wanted = _targets(executed, batch, predictors.stride)
+        batch_inputs = _inputs(states, batch, predictors.stride, predictors.history)
+        targets = _targets(executed, batch, predictors.stride)
         for layer in range(predictors.layers):
-            p = chances(predictors, layer, seen[layer])
+            p = predict_probabilities(predictors, layer, batch_inputs[layer])
             rank = np.argsort(np.argsort(-p, axis=1, kind="stable"), axis=1)
-            found[layer] += wanted[layer][rank < wanted[layer].sum(axis=1, keepdims=True)].sum()
-            all_of_them[layer] += wanted[layer].sum()
-    return found / np.maximum(all_of_them, 1)
+            found[layer] += targets[layer][rank < targets[layer].sum(axis=1, keepdims=True)].sum()
+            total[layer] += targets[layer].sum()
+    return found / np.maximum(total, 1)
 
 
 def save(predictors: Predictors, path: Path, model: str) -> None:
-    """Writes the predictors to one file, which is there in full or not at all.
+    """Writes the predictors to one file, atomically.
 
     Args:
-        predictors: to be kept.
-        path: of the file; an older one is replaced.
+        predictors: to save.
+        path: of the file; an existing one is replaced.
         model: fingerprint of the model that they were trained for.
     """
     arrays = {name: np.ascontiguousarray(getattr(predictors, name), np.float32) for name in _ARRAYS}
@@ -128,11 +128,11 @@ def save(predictors: Predictors, path: Path, model: str) -> None:
 
 
 def load(path: Path, model: str | None = None) -> Predictors:
-    """Reads what `save` wrote.
+    """Reads a file that `save` wrote.
 
     Args:
         path: of the file.
-        model: fingerprint of the model that it must have been trained for.
+        model: fingerprint of the model that the predictors must have been trained for; by default any.
 
     Raises:
         FinemoeError: the file is missing, damaged, not of this format, or for another model.
@@ -170,11 +170,11 @@ def _digest(arrays: dict[str, Floats]) -> str:
 def _gather(
     requests: Iterable[Recorded], layers: int, experts: int
 ) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """All iterations in a row, an empty one before each request.
+    """All iterations as one sequence, with an empty one before each request.
 
     Returns:
-        The states after each `[N, 2, L, E]` (`inputs` says of what), what each executed `[N, L, E]`, and the indices of
-        those that another one of the same request follows.
+        The states after each iteration `[N, 2, L, E]`, see `input_indices`; the executed experts `[N, L, E]`; and the
+        indices of iterations that are followed by another one of the same request.
     """
     empty = np.zeros((1, layers, experts), np.bool_)
     states, executed, rows, total = [np.zeros((0, 2, layers, experts), np.float16)], [empty[:0]], [], 0
@@ -184,7 +184,7 @@ def _gather(
         state[1:, 0] = roots
         mean = np.zeros((layers, experts), np.float32)
         for i, row in enumerate(roots):
-            mean = faded(mean, row)
+            mean = update_mean(mean, row)
             state[i + 1, 1] = mean
         states.append(state)
         executed += [empty, request.executed]
@@ -194,14 +194,14 @@ def _gather(
 
 
 def _inputs(states: npt.NDArray[np.float16], batch: npt.NDArray[np.int64], stride: int, history: int) -> Floats:
-    """`[L, n, F]`."""
+    """`[L, n, F]`: inputs of all predictors, for `n` iterations."""
     pairs = np.stack([states[batch - 1], states[batch]], axis=1, dtype=np.float32).reshape(len(batch), -1)
-    places = inputs(states.shape[2], states.shape[3], stride, history)
+    places = input_indices(states.shape[2], states.shape[3], stride, history)
     return np.stack([pairs.take(row, axis=1) for row in places])
 
 
 def _targets(executed: npt.NDArray[np.bool_], batch: npt.NDArray[np.int64], stride: int) -> Floats:
-    """`[L, n, E]`: what the layer a stride ahead executed, in this iteration or the next."""
+    """`[L, n, E]`: experts executed by the layer a stride ahead, in this iteration or the next."""
     layers = executed.shape[1]
     ahead = [divmod(layer + stride, layers) for layer in range(layers)]
     return np.stack([executed[batch + later, target] for later, target in ahead]).astype(np.float32)

@@ -1,6 +1,6 @@
-"""Maps shared through a folder that all processes reach: a disk, or any storage that fsspec knows.
+"""Maps shared through a common folder: on a disk, or in any storage that fsspec supports.
 
-Each process writes one file, of what it has learned itself, and reads those of the others: no file has two writers.
+Each process writes one file with what it has learned itself, and reads those of the others: no file has two writers.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from typing import Any
 from finemoe.errors import ConfigError, MapsError
 from finemoe.learned.file import read_maps, write_maps
 from finemoe.learned.maps import Maps
-from finemoe.learned.sharing import SHARED_MAPS, Pulled, Version, bounded
+from finemoe.learned.sharing import SHARED_MAPS, Pulled, Version, merge_newest
 
 _LOG = logging.getLogger(__name__)
-_FILES = 64  # that are read; a folder with more loses its oldest
+_MOST_FILES = 64  # in the folder; if there are more, the oldest are removed
 _ENDING = ".maps.safetensors"
-_MODIFIED = ("mtime", "ino", "LastModified", "last_modified", "updated", "etag", "ETag", "created")
+_STAMP_KEYS = ("mtime", "ino", "LastModified", "last_modified", "updated", "etag", "ETag", "created")
 _Stamp = tuple[str, ...]
 
 
 class FolderMaps:
-    """One process's view of the folder.
+    """`SharedMaps` in a folder, as seen by one process.
 
-    A file that is damaged, or of another model or policy, is passed over, with one warning.
+    A file that is damaged, or for another model or policy, is skipped with a warning.
 
     Args:
-        url: of the folder, as fsspec has it: a path, `s3://bucket/maps`. It is made if need be.
+        url: of the folder, for fsspec: a path, `s3://bucket/maps`. It is created if it does not exist.
         model: the model's fingerprint.
         policy: name of the policy.
-        limit: how many maps are kept, here and of all files together.
+        limit: how many maps are kept, in the own file and when all files are merged.
 
     Raises:
-        ConfigError: no storage is called so, or the library that reads it is not installed.
+        ConfigError: fsspec does not know the URL's scheme, or the library for it is not installed.
     """
 
     def __init__(self, url: str, model: str, policy: str, limit: int = SHARED_MAPS) -> None:
@@ -60,10 +60,10 @@ class FolderMaps:
         self._version = Version(uuid.uuid4().hex, 0)
 
     def publish(self, maps: Maps) -> Version:
-        """See `SharedMaps`. What was written before stays there until the new file is whole."""
+        """See `SharedMaps`. The process's previous file is replaced only when the new one is complete."""
         with self._lock:
-            self._refuse_others(maps)
-            own = maps if self._own is None else bounded([self._own, maps], self._limit)
+            self._check_compatible(maps)
+            own = maps if self._own is None else merge_newest([self._own, maps], self._limit)
             with tempfile.TemporaryDirectory() as folder:
                 local = Path(folder) / self._name
                 write_maps(own, local)
@@ -72,41 +72,41 @@ class FolderMaps:
                 self._files.put_file(str(local), part)
                 self._files.mv(part, f"{self._folder}/{self._name}")
             self._own = own
-            return self._next()
+            return self._next_version()
 
     def pull(self, since: Version | None = None) -> Pulled | None:
         """See `SharedMaps`."""
         with self._lock:
-            listed = self._listed()
+            listed = self._list_others()
             if listed != self._seen:
                 self._read(listed)
-                self._next()
+                self._next_version()
             if since == self._version:
                 return None
             stores = [*self._others.values(), *([] if self._own is None else [self._own])]
-            return Pulled(self._version, bounded(stores, self._limit) if stores else None)
+            return Pulled(self._version, merge_newest(stores, self._limit) if stores else None)
 
-    def _next(self) -> Version:
-        self._version = self._version._replace(number=self._version.number + 1)  # noqa: SLF001 - a named tuple's way
+    def _next_version(self) -> Version:
+        self._version = self._version._replace(number=self._version.number + 1)  # noqa: SLF001 - public in named tuples
         return self._version
 
-    def _listed(self) -> dict[str, _Stamp]:
-        """The newest files of other processes; surplus ones are removed."""
+    def _list_others(self) -> dict[str, _Stamp]:
+        """The newest files of other processes, with stamps to detect changes; surplus files are removed."""
         self._files.invalidate_cache()
         try:
-            found: list[Mapping[str, Any]] = self._files.ls(self._folder, detail=True)
+            entries: list[Mapping[str, Any]] = self._files.ls(self._folder, detail=True)
         except FileNotFoundError:
             return {}
         stamps = {
-            str(each["name"]).rpartition("/")[2]: (*(str(each.get(key)) for key in _MODIFIED), str(each.get("size")))
-            for each in found
+            str(each["name"]).rpartition("/")[2]: (*(str(each.get(key)) for key in _STAMP_KEYS), str(each.get("size")))
+            for each in entries
         }
-        names = sorted((name for name in stamps if _is_ours(name)), key=stamps.__getitem__, reverse=True)
-        for name in names[_FILES:]:
+        names = sorted((name for name in stamps if _is_map_file(name)), key=stamps.__getitem__, reverse=True)
+        for name in names[_MOST_FILES:]:
             if name != self._name:
-                with suppress(OSError):  # another process was faster
+                with suppress(OSError):  # another process has removed it
                     self._files.rm_file(f"{self._folder}/{name}")
-        return {name: stamps[name] for name in names[:_FILES] if name != self._name}
+        return {name: stamps[name] for name in names[:_MOST_FILES] if name != self._name}
 
     def _read(self, listed: dict[str, _Stamp]) -> None:
         kept = {name: maps for name, maps in self._others.items() if self._seen.get(name) == listed.get(name)}
@@ -114,14 +114,14 @@ class FolderMaps:
             if self._seen.get(name) == stamp:
                 continue
             try:
-                kept[name] = self._fetched(name)
+                kept[name] = self._fetch(name)
             except FileNotFoundError:
                 continue
             except MapsError as error:
                 _LOG.warning("%s; going on without", error)
         self._others, self._seen = kept, listed
 
-    def _fetched(self, name: str) -> Maps:
+    def _fetch(self, name: str) -> Maps:
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / name
             self._files.get_file(f"{self._folder}/{name}", str(local))
@@ -129,14 +129,18 @@ class FolderMaps:
                 maps = read_maps(local)
             except MapsError as error:
                 raise type(error)(str(error).replace(str(local), f"{self._url}: {name}")) from error
-        self._refuse_others(maps)
+        self._check_compatible(maps)
         return maps
 
-    def _refuse_others(self, maps: Maps) -> None:
+    def _check_compatible(self, maps: Maps) -> None:
         mine = self._own or next(iter(self._others.values()), maps)
-        if (maps.model, maps.policy) != (self._model, self._policy) or (mine is not maps and mine.difference(maps)):
-            raise MapsError(f"{self._url}: has maps of {maps.name} under --policy {maps.policy}, which are not ours")
+        if (maps.model, maps.policy) != (self._model, self._policy) or (
+            mine is not maps and mine.incompatibility(maps)
+        ):
+            raise MapsError(
+                f"{self._url}: has maps of {maps.name} under --policy {maps.policy}, not of this model and policy"
+            )
 
 
-def _is_ours(name: str) -> bool:
+def _is_map_file(name: str) -> bool:
     return re.fullmatch(rf"[0-9a-f]{{32}}{re.escape(_ENDING)}", name) is not None

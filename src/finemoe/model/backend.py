@@ -7,7 +7,7 @@ from typing import Any
 from finemoe.config import LoadConfig
 from finemoe.errors import ConfigError
 from finemoe.gguf.locate import is_gguf
-from finemoe.learned import refuse_useless
+from finemoe.learned import check_map_store
 from finemoe.policy import policy_class
 
 
@@ -24,7 +24,7 @@ def load_config(config: LoadConfig) -> Any:
             if config.predictors is None
             else f"--predictors: --policy {config.policy} takes none"
         )
-    refuse_useless(config.map_store, config.policy)
+    check_map_store(config.map_store, config.policy)
     if is_gguf(config.model):
         from finemoe.model.gguf_loader import load_gguf
 

@@ -16,7 +16,7 @@ from finemoe.engine.engine import Engine
 from finemoe.engine.layer_timing import LayerTiming
 from finemoe.errors import ConfigError, DamagedMapsError, FinemoeError, MapsError
 from finemoe.learned import MapPersistence, Maps
-from finemoe.learned.file import fault
+from finemoe.learned.file import check_arrays
 from finemoe.metrics import ExplainRow, PerExpert, Stats
 from finemoe.policy import accounting as expert_counts
 from finemoe.policy import cache_state as cache
@@ -112,7 +112,7 @@ class ModelHandle:
             stall_s=counters.stall_s,
             stalled_bytes=counters.stalled_bytes,
             peak_rss_bytes=peak_rss_bytes() - pool.mapped_twice_bytes,
-            explained=None if source_counts is None else source_counts.explained(),
+            explained=None if source_counts is None else source_counts.rows(),
             replayed_routing=self.replayed_routing,
             device=self.device,
             expert_kernel=self._kernel(),
@@ -190,12 +190,12 @@ class ModelHandle:
         source_counts = self._engine.cache_manager.source_counts
         if source_counts is None:
             raise ConfigError("explain: was not asked for; load the model with explain=True, or --explain")
-        return source_counts.explained()
+        return source_counts.rows()
 
     def watch(self) -> None:
         """From now on, count every expert on its own, for `experts()`."""
         with self._engine.lock:
-            self._engine.cache_manager.watch()
+            self._engine.cache_manager.enable_expert_counts()
 
     def experts(self) -> PerExpert:
         """Where every expert is now, and what its accesses found; all of one moment. Safe to call from any thread.
@@ -273,7 +273,7 @@ class ModelHandle:
         kind = self.policy.partition("/")[0]
         if (maps.model, maps.policy) != (self.fingerprint, kind):
             raise MapsError(f"maps of {maps.name} ({maps.model}) under --policy {maps.policy} are not this model's")
-        wrong = fault(maps.arrays, policy.layers, policy.experts)
+        wrong = check_arrays(maps.arrays, policy.layers, policy.experts)
         if wrong is not None:
             raise DamagedMapsError(f"maps of {maps.name} are damaged ({wrong})")
 
@@ -350,7 +350,7 @@ class ModelHandle:
         policy = self._engine.cache_manager.policy
         learned = policy.finish() if isinstance(policy, AsyncPolicy) else policy
         if self._keeper is not None and learned is not None:
-            self._keeper.keep(learned)
+            self._keeper.save(learned)
 
 
 class OffloadedModel:

@@ -1,4 +1,7 @@
-"""Counts what each access found by what had brought its expert in. A constant cost each, and none where nobody asks."""
+"""Optional statistics of the cache: accesses and prefetches by expert, and by what loaded the expert.
+
+`CacheManager` updates them in constant time per access; both are off by default.
+"""
 
 from __future__ import annotations
 
@@ -8,93 +11,26 @@ import numpy.typing as npt
 from finemoe.metrics import COUNTS, ExplainRow
 from finemoe.policy.cache_state import ABSENT, LOADING, RESIDENT
 
-DEMAND, KEPT = 0, 1  # then, of prefetches, the distance plus KEPT; then those for the next iteration
-PREDICTED, HITS, LATE, MISSES, WASTED = range(len(COUNTS))
-
-
-class SourceCounts:
-    """What a controller tells of its cache, kept for `ExplainRow`.
-
-    Args:
-        layers: `L`.
-        experts: the largest `E` of any layer.
-    """
-
-    def __init__(self, layers: int, experts: int) -> None:
-        self._experts = experts
-        self._next = layers + KEPT + 1
-        self._gate = -1  # the layer whose gate spoke last; -1 before the first of an iteration
-        self._source: npt.NDArray[np.int32] = np.zeros(layers * experts, np.int32)  # what brought each expert in
-        self.counts: npt.NDArray[np.int64] = np.zeros((layers, self._next + 1, len(COUNTS)), np.int64)
-
-    def begin(self) -> None:
-        """An iteration begins."""
-        self._gate = -1
-
-    def gate(self, layer: int) -> None:
-        """A layer's routing is known."""
-        self._gate = layer
-
-    def access(self, index: int, status: int, *, fresh: bool) -> None:
-        """An expert is needed, and was found so; `fresh` if it was prefetched and not needed before."""
-        source = int(self._source[index])
-        if status == ABSENT:
-            self._count(index, DEMAND, MISSES)
-        else:
-            kept = source if fresh else min(source, KEPT)
-            self._count(index, kept, HITS if status == RESIDENT else LATE)
-
-    def prefetched(self, index: int) -> None:
-        """A prefetch begins."""
-        ahead = index // self._experts - self._gate
-        source = ahead + KEPT if ahead > 0 else self._next
-        self._source[index] = source
-        self._count(index, source, PREDICTED)
-
-    def demanded(self, index: int) -> None:
-        """An urgent fetch begins."""
-        self._source[index] = DEMAND
-
-    def wasted(self, index: int) -> None:
-        """A prefetch was evicted or withdrawn without having been needed."""
-        self._count(index, int(self._source[index]), WASTED)
-
-    def explained(self) -> tuple[ExplainRow, ...]:
-        """All counts that are not 0, by layer, then by source."""
-        rows = []
-        for layer, source in np.argwhere(self.counts.sum(axis=2)).tolist():
-            counted = dict(zip(COUNTS, self.counts[layer, source].tolist(), strict=True))
-            if source == DEMAND:
-                rows.append(ExplainRow(layer, "demand", None, **counted))
-            elif source == KEPT:
-                rows.append(ExplainRow(layer, "kept", None, **counted))
-            elif source == self._next:
-                rows.append(ExplainRow(layer, "prefetch-next", None, **counted))
-            else:
-                rows.append(ExplainRow(layer, "prefetch", source - KEPT, **counted))
-        return tuple(rows)
-
-    def _count(self, index: int, source: int, what: int) -> None:
-        self.counts[index // self._experts, source, what] += 1
-
-
-MISSES, LATE, HITS = ABSENT, LOADING, RESIDENT  # an access is counted by what it found
+MISSES, LATE, HITS = ABSENT, LOADING, RESIDENT  # an access is counted by the status that it found
 PREFETCHED, WASTED = 3, 4
 
 
 class ExpertCounts:
-    """What a controller tells of its cache, expert by expert.
+    """Counts per expert.
 
     Args:
         layers: `L`.
         experts: the largest `E` of any layer.
+
+    Attributes:
+        counts: `[5, L * E]`, rows `MISSES`, `LATE`, `HITS`, `PREFETCHED`, `WASTED`.
     """
 
     def __init__(self, layers: int, experts: int) -> None:
         self.counts: npt.NDArray[np.int64] = np.zeros((5, layers * experts), np.int64)
 
     def access(self, index: int, status: int) -> None:
-        """An expert is needed, and was found so."""
+        """A layer needs the expert, which has this status."""
         self.counts[status, index] += 1
 
     def prefetched(self, index: int) -> None:
@@ -102,5 +38,81 @@ class ExpertCounts:
         self.counts[PREFETCHED, index] += 1
 
     def wasted(self, index: int) -> None:
-        """A prefetch was evicted or withdrawn without having been needed."""
+        """A prefetch was evicted or cancelled unused."""
         self.counts[WASTED, index] += 1
+
+
+_DEMAND, _KEPT = 0, 1  # sources; then `_KEPT + d`: prefetched d layers ahead; then: prefetched for the next iteration
+_PREDICTED_COLUMN, _HIT_COLUMN, _LATE_COLUMN, _MISS_COLUMN, _WASTED_COLUMN = range(len(COUNTS))
+
+
+class SourceCounts:
+    """Counts per layer and source, i.e. what loaded the expert that an access finds (`--explain`).
+
+    Sources: a demand load, a prefetch for a layer d ahead in the same iteration, a prefetch for the next iteration.
+    From its second access on, an expert loaded by prefetch counts as kept.
+
+    Args:
+        layers: `L`.
+        experts: the largest `E` of any layer.
+
+    Attributes:
+        counts: `[L, L + 3, len(COUNTS)]`: layer, source, column of `metrics.COUNTS`.
+    """
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self._experts = experts
+        self._next_iteration = layers + _KEPT + 1
+        self._current_layer = -1  # of this iteration's latest routing; -1 before the first
+        self._source: npt.NDArray[np.int32] = np.zeros(layers * experts, np.int32)  # what loaded each expert last
+        self.counts: npt.NDArray[np.int64] = np.zeros((layers, self._next_iteration + 1, len(COUNTS)), np.int64)
+
+    def begin(self) -> None:
+        """An iteration begins."""
+        self._current_layer = -1
+
+    def routed(self, layer: int) -> None:
+        """The routing of a layer is known."""
+        self._current_layer = layer
+
+    def access(self, index: int, status: int, *, unused_prefetch: bool) -> None:
+        """A layer needs the expert, which has this status; `unused_prefetch` as in `CacheState`."""
+        source = int(self._source[index])
+        if status == ABSENT:
+            self._count(index, _DEMAND, _MISS_COLUMN)
+        else:
+            found = source if unused_prefetch else min(source, _KEPT)
+            self._count(index, found, _HIT_COLUMN if status == RESIDENT else _LATE_COLUMN)
+
+    def prefetched(self, index: int) -> None:
+        """A prefetch begins."""
+        distance = index // self._experts - self._current_layer
+        source = distance + _KEPT if distance > 0 else self._next_iteration
+        self._source[index] = source
+        self._count(index, source, _PREDICTED_COLUMN)
+
+    def demanded(self, index: int) -> None:
+        """A demand load begins."""
+        self._source[index] = _DEMAND
+
+    def wasted(self, index: int) -> None:
+        """A prefetch was evicted or cancelled unused."""
+        self._count(index, int(self._source[index]), _WASTED_COLUMN)
+
+    def rows(self) -> tuple[ExplainRow, ...]:
+        """All rows that are not zero, by layer, then by source."""
+        rows = []
+        for layer, source in np.argwhere(self.counts.sum(axis=2)).tolist():
+            counted = dict(zip(COUNTS, self.counts[layer, source].tolist(), strict=True))
+            if source == _DEMAND:
+                rows.append(ExplainRow(layer, "demand", None, **counted))
+            elif source == _KEPT:
+                rows.append(ExplainRow(layer, "kept", None, **counted))
+            elif source == self._next_iteration:
+                rows.append(ExplainRow(layer, "prefetch-next", None, **counted))
+            else:
+                rows.append(ExplainRow(layer, "prefetch", source - _KEPT, **counted))
+        return tuple(rows)
+
+    def _count(self, index: int, source: int, column: int) -> None:
+        self.counts[index // self._experts, source, column] += 1

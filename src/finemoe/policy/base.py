@@ -1,7 +1,7 @@
-"""What a policy is: an observer of routing that keeps two scores per expert up to date.
+"""The `Policy` interface: observe routing, keep two scores per expert up to date.
 
-The `CacheManager` turns the scores into fetches; the simulator's compiled twin of it does the same. So a policy never
-sees slots, links or clocks, and can't break a rule of the cache.
+`CacheManager` (engine) and the simulator's kernels turn the scores into fetches and evictions. A policy never handles
+slots, links or clocks, so it can't violate an invariant of the cache.
 """
 
 from __future__ import annotations
@@ -16,34 +16,37 @@ import numpy.typing as npt
 from finemoe.policy.cache_state import Scores
 from finemoe.types import Recorded, Routed, Step
 
-StateDict = dict[str, npt.NDArray[Any]]  # what a policy learned, by name: pure arrays
+StateDict = dict[str, npt.NDArray[Any]]  # what a policy learned: arrays by name
 
 
 class Policy:
-    """Base of all policies: on-demand loading with every resident worth the same.
+    """Base class; by itself, on-demand loading with all resident experts equal.
 
-    The arrays `retention_priority` and `prefetch_priority` are changed in place, never replaced after construction.
+    The arrays `retention_priority` and `prefetch_priority` are updated in place and never replaced after construction.
 
     Attributes:
-        worth: `[L, E]`; of what may be evicted, the lowest goes first.
-        want: `[L, E]`; while the link is idle, the absent expert with the highest is prefetched; 0 or less: never.
-        margin: a prefetch must be wanted by more than this above its victim's worth. `-inf` where the two scores are
-            not comparable: then it must be wanted more than its victim is.
-        switch: a prefetch under way is dropped for one that is wanted this many times as much.
+        retention_priority: `[L, E]`; the evictable expert with the lowest is evicted first.
+        prefetch_priority: `[L, E]`; when the link is idle, the absent expert with the highest is prefetched; experts at
+            0 or less are never prefetched.
+        margin: a prefetch takes its victim's slot only if its prefetch priority exceeds the victim's retention priority
+            by more than this. `-inf` if the two scores are not comparable: then it must exceed the victim's prefetch
+            priority.
+        switch: a prefetch in flight is cancelled if another candidate has more than this many times its priority.
+        lagging: set by the caller while newer events are queued: the policy must observe, and need not predict.
+        lookahead: how many layers ahead it uses gates (`Routed.lookahead`), if it uses them.
         prefetches: whether `prefetch_priority` is ever above 0.
-        needs: what it predicts from, of `gates`, `lookahead` and `predictors`; without it, it only evicts.
-        uses: what it does better with, where there is any: of `gates` and `lookahead`.
-        lookahead: for how many layers ahead it wants to hear of gates, where it needs or uses that.
-        substitutes: what stands in where an input of the published policy is missing, by that input's name.
-        pauses: does not prefetch while that does not pay (`cache.throttle_prefetch`).
-        foresees: says what a request will use from its prompt alone (`predict_request`).
-        remembers: what it learns is worth keeping: `state_dict` hands it out, `load_state_dict` takes it in.
-        clairvoyant: knows the future: a bound, for the simulator alone.
-        compiles: its constructor takes `jit`.
-        deliberates: thinks longer about an event than the model should wait for it: the engine gives it a thread.
-        parts: what its constructor can leave out (`without`), for ablations.
-        settings: whole numbers that its constructor takes, and its name may give.
-        behind: set by who tells it of events while newer ones wait: it must observe, and need not predict.
+        needs: inputs that its predictions require, of `gates`, `lookahead` and `predictors`; without them it only
+            evicts.
+        uses: optional inputs, of `gates` and `lookahead`.
+        substitutes: inputs of the published policy that are replaced here, and by what.
+        throttles_prefetch: suspends prefetching while it does not pay (`cache_state.throttle_prefetch`).
+        predicts_requests: implements `predict_request`.
+        is_persistent: implements `state_dict` and `load_state_dict`.
+        clairvoyant: needs the future: an upper bound, for the simulator only.
+        compiles: the constructor takes `jit`.
+        runs_async: predictions take longer than a layer should wait: the engine runs it on a thread of its own.
+        parts: names that the constructor's `without` accepts, for ablations.
+        settings: integer options of the constructor that may be given in the policy's name.
 
     Args:
         layers: `L`.
@@ -52,13 +55,13 @@ class Policy:
 
     margin: float = -np.inf
     switch: float = np.inf
-    behind: bool = False
+    lagging: bool = False
     lookahead: int = 1
+    throttles_prefetch: bool = False
     prefetches: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
     uses: ClassVar[frozenset[str]] = frozenset()
     substitutes: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    throttles_prefetch: bool = False
     predicts_requests: ClassVar[bool] = False
     is_persistent: ClassVar[bool] = False
     clairvoyant: ClassVar[bool] = False
@@ -83,34 +86,34 @@ class Policy:
         """The iteration is over: all its layers were routed."""
 
     def learn(self, recorded: Recorded) -> None:
-        """Take in a request that was recorded earlier: the store's share of a trace."""
+        """Learn from a request recorded earlier, e.g. of the part of a trace that fills the store."""
 
     def expected(self, layer: int) -> Scores | None:
-        """`[E]`: the chance of each expert of `layer` to be needed next, for all that is known; `None`: no guess."""
+        """`[E]`: the probability that the next run of `layer` needs each expert; `None` if not predicted."""
         del layer
         return None
 
     def predict_request(self, embedding: npt.NDArray[np.float32]) -> Scores | None:
-        """`[L, E]`: the share of its tokens that a request will send to each expert; `None`: no guess.
+        """`[L, E]`: the share of its tokens that a new request will send to each expert; `None` if not predicted.
 
         Args:
-            embedding: `[D]`, the mean of its prompt's embeddings.
+            embedding: `[D]`, the mean of the prompt's token embeddings.
         """
         del embedding
         return None
 
     @property
     def num_updates(self) -> int:
-        """How many iterations were ever taken in: `state_dict` has changed where this has."""
+        """Number of iterations learned so far; `state_dict` changes only when this does."""
         return 0
 
     def state_dict(self) -> StateDict:
-        """What it learned, for another one of its kind and shape; empty if that is nothing. Copies, not views."""
+        """What it learned, as copies, for `load_state_dict` of a policy of equal kind and shape; `{}` if nothing."""
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Take in what another one knew, in place of what was learned so far, when no request runs.
+        """Replace what was learned so far; call it only while no request runs.
 
-        From then on it scores as the other one, but for requests that the other one was in the middle of. The arrays
-        are trusted: what comes from a file was checked there.
+        Afterwards it scores as the policy that `state_dict` comes from would, but for requests that were running there.
+        The arrays are not validated here; `learned.file.check_arrays` does that for files.
         """

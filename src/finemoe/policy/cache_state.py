@@ -1,7 +1,9 @@
-"""The cache's bookkeeping: what is resident, in flight and in use, and whose slot is taken. Kernels over flat arrays.
+"""State of the expert cache as flat arrays, and its transitions as kernels.
 
-Expert `e` of layer `l` has the index `l * E + e`. Life of an expert: absent -> loading (it owns a slot) -> resident ->
-absent (its slot was taken). What is pinned or loading is never a victim.
+`CacheManager` (engine) and the simulator both keep a `CacheState` and change it only through these kernels.
+
+Expert `e` of layer `l` has index `l * E + e`. Life of an expert: `ABSENT` -> `LOADING` (it owns a slot) -> `RESIDENT`
+-> `ABSENT` (evicted). A pinned or loading expert is never a victim.
 """
 
 from __future__ import annotations
@@ -15,38 +17,42 @@ from finemoe.jit import compiled_as, kernel
 
 Scores = npt.NDArray[np.float64]
 
-ABSENT, LOADING, RESIDENT = 0, 1, 2
-NOWHERE = 255  # Book.device of what there is not: experts that a layer has less than the largest
-FREE, NONE = -1, -2  # instead of a victim's index: a free slot was there; there is nothing to be had
-EVICTED, PREFETCHED, PREFETCHED_USED, WASTED, REGRETTED, THROTTLED = range(6)  # of Book.tally
-TRIED, GAINED, LOST, THROTTLE = range(4)  # of Book.account
-WINDOW = 256  # prefetches over which it is judged whether they pay: a few iterations' worth
-THROTTLE_ITERATIONS = 64  # then they are tried again: other requests may be more predictable
+ABSENT, LOADING, RESIDENT = 0, 1, 2  # CacheState.status
+NO_EXPERT = 255  # CacheState.device of an index without an expert: its layer has fewer than E
+FREE, NONE = -1, -2  # in place of an expert's index: a free slot was used; there is no slot, or no candidate
+EVICTED, PREFETCHED, PREFETCHED_USED, WASTED, REGRETTED, THROTTLED = range(6)  # CacheState.counters
+TRIED, GAINED, LOST, THROTTLE = range(4)  # CacheState.prefetch_balance
+WINDOW = 256  # prefetches, a few iterations' worth, after which throttling is decided
+THROTTLE_ITERATIONS = 64  # after that many without prefetch it is tried again: other requests may be more predictable
 
 
 class CacheState(NamedTuple):
-    """State of a cache of `C` slots, spread over devices. Arrays of length `L * E` unless said otherwise."""
+    """State of a cache of `C` slots, spread over devices. Arrays have length `L * E` unless a shape is given.
+
+    Counters: `EVICTED` experts; `PREFETCHED` prefetches begun, of them `PREFETCHED_USED`, and `WASTED`, which lost
+    their slot unused; `REGRETTED` accesses to experts that had been evicted for a prefetch; `THROTTLED` iterations.
+    """
 
     status: npt.NDArray[np.uint8]
-    pinned: npt.NDArray[np.bool_]  # needed by the layer under way, and not used yet
-    fresh: npt.NDArray[np.bool_]  # came, or is coming, by prefetch, and was not needed yet
-    displaced: npt.NDArray[np.bool_]  # absent, because its slot went to a prefetch
-    device: npt.NDArray[np.uint8]  # where it lives: round-robin, or `NOWHERE`
-    room: npt.NDArray[np.int64]  # [devices], free slots
-    counters: npt.NDArray[np.int64]  # [6], see above
-    prefetch_balance: npt.NDArray[np.int64]  # [4]: what prefetches brought and cost, see `throttle_prefetch`
+    pinned: npt.NDArray[np.bool_]  # needed by the current layer, and not used yet
+    unused_prefetch: npt.NDArray[np.bool_]  # loading or resident by a prefetch, and not needed since
+    evicted_for_prefetch: npt.NDArray[np.bool_]  # absent, because a prefetch took its slot
+    device: npt.NDArray[np.uint8]  # which device it is cached on: round-robin, or `NO_EXPERT`
+    free_slots: npt.NDArray[np.int64]  # [devices]
+    counters: npt.NDArray[np.int64]  # [6]
+    prefetch_balance: npt.NDArray[np.int64]  # [4], see `throttle_prefetch`
 
 
 def make_cache_state(layers: int, experts: int, capacity: int, devices: int = 1) -> CacheState:
-    """An empty cache. Device `i` has `capacity // devices` slots, the first ones one more if it does not divide."""
+    """An empty cache. Every device has `capacity // devices` slots, and the first `capacity % devices` one more."""
     size = layers * experts
     return CacheState(
         status=np.zeros(size, np.uint8),
         pinned=np.zeros(size, np.bool_),
-        fresh=np.zeros(size, np.bool_),
-        displaced=np.zeros(size, np.bool_),
+        unused_prefetch=np.zeros(size, np.bool_),
+        evicted_for_prefetch=np.zeros(size, np.bool_),
         device=(np.arange(size) % devices).astype(np.uint8),
-        room=np.array([(capacity + devices - 1 - i) // devices for i in range(devices)], np.int64),
+        free_slots=np.array([(capacity + devices - 1 - i) // devices for i in range(devices)], np.int64),
         counters=np.zeros(6, np.int64),
         prefetch_balance=np.zeros(4, np.int64),
     )
@@ -64,41 +70,41 @@ def _choose_victim_loop(cache: CacheState, retention_priority: Scores, device: i
 
 @compiled_as(_choose_victim_loop)
 def choose_victim(cache: CacheState, retention_priority: Scores, device: int) -> int:
-    """The resident of lowest worth that nothing needs now (ties: the lowest index), or `NONE`."""
-    may_go = (cache.status == RESIDENT) & ~cache.pinned & (cache.device == device)
-    victim = int(np.where(may_go, retention_priority, np.inf).argmin())
-    if may_go[victim]:
+    """The unpinned resident expert of lowest retention priority (ties: the lowest index), or `NONE`."""
+    evictable = (cache.status == RESIDENT) & ~cache.pinned & (cache.device == device)
+    victim = int(np.where(evictable, retention_priority, np.inf).argmin())
+    if evictable[victim]:
         return victim
-    victim = int(may_go.argmax())  # every candidate is worth +inf, and argmin met another first; or there is none
-    return victim if may_go[victim] else NONE
+    victim = int(evictable.argmax())  # all candidates have priority +inf, or there is none
+    return victim if evictable[victim] else NONE
 
 
 @kernel
 def allocate_slot(cache: CacheState, retention_priority: Scores, device: int) -> int:
-    """Takes a slot: `FREE`, or the index of the victim that lost its own, or `NONE`."""
-    if cache.room[device] > 0:
-        cache.room[device] -= 1
+    """Takes a free slot, or else evicts. Returns `FREE`, the index of the evicted expert, or `NONE`: no slot."""
+    if cache.free_slots[device] > 0:
+        cache.free_slots[device] -= 1
         return FREE
     victim = choose_victim(cache, retention_priority, device)
     if victim != NONE:
         cache.status[victim] = ABSENT
         cache.counters[EVICTED] += 1
-        if cache.fresh[victim]:
-            cache.fresh[victim] = False
+        if cache.unused_prefetch[victim]:
+            cache.unused_prefetch[victim] = False
             cache.counters[WASTED] += 1
     return victim
 
 
 @kernel
 def access(cache: CacheState, expert: int) -> int:
-    """A layer needs this expert now: pins it. Returns its status."""
+    """The current layer needs this expert: pins it. Returns its status."""
     cache.pinned[expert] = True
-    if cache.fresh[expert]:
-        cache.fresh[expert] = False
+    if cache.unused_prefetch[expert]:
+        cache.unused_prefetch[expert] = False
         cache.counters[PREFETCHED_USED] += 1
         cache.prefetch_balance[GAINED] += 1
-    elif cache.displaced[expert]:
-        cache.displaced[expert] = False
+    elif cache.evicted_for_prefetch[expert]:
+        cache.evicted_for_prefetch[expert] = False
         cache.counters[REGRETTED] += 1
         cache.prefetch_balance[LOST] += 1
     return int(cache.status[expert])
@@ -106,7 +112,7 @@ def access(cache: CacheState, expert: int) -> int:
 
 @kernel
 def access_all(cache: CacheState, experts: npt.NDArray[np.int64], statuses: npt.NDArray[np.uint8]) -> int:
-    """`access` of all that a layer needs, in order; `statuses` is filled in. Returns how many are absent."""
+    """`access` for all experts that a layer needs, in order; fills in `statuses`. Returns how many are absent."""
     absent = 0
     for i in range(len(experts)):
         statuses[i] = access(cache, experts[i])
@@ -116,13 +122,13 @@ def access_all(cache: CacheState, experts: npt.NDArray[np.int64], statuses: npt.
 
 @kernel
 def begin_prefetch(cache: CacheState, retention_priority: Scores, expert: int) -> int:
-    """Takes a slot for a prefetch that `next_prefetch_candidate` named. Returns the victim, or `FREE`."""
+    """Takes a slot for a prefetch; one must be available. Returns the evicted expert, or `FREE`."""
     victim = allocate_slot(cache, retention_priority, cache.device[expert])
     cache.status[expert] = LOADING
-    cache.fresh[expert] = True
-    cache.displaced[expert] = False
+    cache.unused_prefetch[expert] = True
+    cache.evicted_for_prefetch[expert] = False
     if victim >= 0:
-        cache.displaced[victim] = True
+        cache.evicted_for_prefetch[victim] = True
     cache.counters[PREFETCHED] += 1
     cache.prefetch_balance[TRIED] += 1
     return victim
@@ -130,10 +136,11 @@ def begin_prefetch(cache: CacheState, retention_priority: Scores, expert: int) -
 
 @kernel
 def throttle_prefetch(cache: CacheState) -> None:
-    """An iteration begins: after every `WINDOW` prefetches, pauses them if they did not pay.
+    """Called when an iteration begins: suspends prefetching for `THROTTLE_ITERATIONS` if it does not pay.
 
-    They pay if more of them were needed than of the experts that had made room for them. Moving them costs nothing
-    here, as they only use a link that is idle.
+    Decided after every `WINDOW` prefetches (`TRIED`). They pay if more prefetched experts were used (`GAINED`) than
+    experts that were evicted for them were needed again (`LOST`). The transfers themselves count as free, because
+    prefetches only use an idle link. `prefetch_balance[THROTTLE]` is the number of iterations still to go without.
     """
     if cache.prefetch_balance[THROTTLE] > 0:
         cache.prefetch_balance[THROTTLE] -= 1
@@ -146,11 +153,11 @@ def throttle_prefetch(cache: CacheState) -> None:
 
 @kernel
 def release_slot(cache: CacheState, expert: int) -> None:
-    """What was loading will not come: its slot is free."""
+    """A load failed or was cancelled: the expert is absent and its slot free."""
     cache.status[expert] = ABSENT
-    cache.room[cache.device[expert]] += 1
-    if cache.fresh[expert]:
-        cache.fresh[expert] = False
+    cache.free_slots[cache.device[expert]] += 1
+    if cache.unused_prefetch[expert]:
+        cache.unused_prefetch[expert] = False
         cache.counters[WASTED] += 1
 
 
@@ -166,7 +173,7 @@ def _highest_priority_absent_loop(cache: CacheState, prefetch_priority: Scores, 
 
 @compiled_as(_highest_priority_absent_loop)
 def highest_priority_absent(cache: CacheState, prefetch_priority: Scores, device: int) -> int:
-    """The absent expert that is wanted most (ties: the lowest index), or `NONE` if none is wanted."""
+    """The absent expert of highest positive prefetch priority (ties: the lowest index), or `NONE`."""
     candidates = (cache.status == ABSENT) & (prefetch_priority > 0) & (cache.device == device)
     best = int(np.where(candidates, prefetch_priority, -np.inf).argmax())
     return best if candidates[best] else NONE
@@ -176,10 +183,11 @@ def highest_priority_absent(cache: CacheState, prefetch_priority: Scores, device
 def next_prefetch_candidate(
     cache: CacheState, retention_priority: Scores, prefetch_priority: Scores, margin: float, device: int
 ) -> int:
-    """The absent expert of highest positive `prefetch_priority` (which may be empty), or `NONE`, as while throttled.
+    """The absent expert of highest positive prefetch priority, if it may take a slot; otherwise `NONE`.
 
-    Its prefetch priority must exceed the victim's retention priority by more than `margin`. With a margin of `-inf` the
-    two scores are not comparable; then it must only exceed the victim's prefetch priority.
+    It may take a free slot, or a victim's if its prefetch priority exceeds the victim's retention priority by more than
+    `margin`. With a margin of `-inf` the two scores are not comparable: then it must exceed the victim's prefetch
+    priority. `NONE` while throttled, and for an empty `prefetch_priority` (a policy without prefetch).
     """
     best = (
         highest_priority_absent(cache, prefetch_priority, device)
@@ -188,7 +196,7 @@ def next_prefetch_candidate(
     )
     if best == NONE:
         return NONE
-    if cache.room[device] > 0:
+    if cache.free_slots[device] > 0:
         return best
     victim = choose_victim(cache, retention_priority, device)
     if victim == NONE:
@@ -207,14 +215,14 @@ def begin_next_prefetch(
     device: int,
     chosen: npt.NDArray[np.int64],
 ) -> None:
-    """Begins the next prefetch, if there is a candidate. `chosen` `[2]` becomes the expert and its victim."""
+    """Begins the next prefetch, if there is a candidate; `chosen` `[2]`: the expert (or `NONE`) and its victim."""
     chosen[0] = next_prefetch_candidate(cache, retention_priority, prefetch_priority, margin, device)
     if chosen[0] != NONE:
         chosen[1] = begin_prefetch(cache, retention_priority, chosen[0])
 
 
 @kernel
-def still_wanted(
+def should_continue_prefetch(
     cache: CacheState,
     retention_priority: Scores,
     prefetch_priority: Scores,
@@ -223,7 +231,11 @@ def still_wanted(
     device: int,
     expert: int,
 ) -> bool:
-    """Whether a prefetch under way is worth going on with: wanted, worth its slot, and no other is wanted far more."""
+    """Whether a prefetch in flight should continue rather than be cancelled.
+
+    Cancelled are prefetches whose priority is no longer positive, is below the retention priority of every resident
+    expert (if the scores are comparable), or is less than `1 / switch` of the next candidate's.
+    """
     if not prefetch_priority[expert] > 0:
         return False
     if margin != -np.inf:

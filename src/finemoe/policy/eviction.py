@@ -1,4 +1,4 @@
-"""Eviction by what was used: recency, decayed frequency, and frequency over age. On-demand loading, no prefetch."""
+"""Eviction policies without prefetch: LRU, LFU and LFRU, and the access ranking that other policies share."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from finemoe.policy.base import Policy
 from finemoe.policy.cache_state import Scores
 from finemoe.types import Routed
 
-RECENCY, FREQUENCY, FREQUENCY_OVER_AGE, NEXT_USE = range(4)
-_VISITS, _ITERATION, _PREVIOUS_LAYER = range(3)
+RECENCY, FREQUENCY, FREQUENCY_OVER_AGE, NEXT_USE = range(4)  # kinds of ranking
+_VISITS, _ITERATION, _PREVIOUS_LAYER = range(3)  # Ranking.clock
 
 
 class Ranking(NamedTuple):
-    """State of a ranking. Arrays `[L, E]` unless said otherwise."""
+    """Retention priorities computed from past accesses. Arrays `[L, E]` unless a shape is given."""
 
     retention_priority: Scores
-    frequency: Scores
-    last: Scores  # iteration of the last visit
-    clock: npt.NDArray[np.int64]  # [3]: visits, iterations, the previous event's layer
+    frequency: Scores  # number of visits, decayed
+    last_visit: Scores  # iteration of the last visit
+    clock: npt.NDArray[np.int64]  # [3]: visits so far, iterations so far, layer of the previous event
 
 
-def make_ranking(layers: int, experts: int, nothing: float = 0.0) -> Ranking:
-    """A ranking without any visit; `nothing` is what an expert is worth that was never visited."""
+def make_ranking(layers: int, experts: int, initial: float = 0.0) -> Ranking:
+    """A ranking without visits; `initial` is the retention priority of experts that were never visited."""
     shape = (layers, experts)
-    return Ranking(np.full(shape, nothing), np.zeros(shape), np.zeros(shape), np.array([0, 0, -1]))
+    return Ranking(np.full(shape, initial), np.zeros(shape), np.zeros(shape), np.array([0, 0, -1]))
 
 
 @kernel
@@ -41,14 +41,27 @@ def visit(
     experts: npt.NDArray[np.int64],
     next_use: npt.NDArray[np.int64],
 ) -> None:
-    """One access event: these experts `[n]` of `layer` were needed together, resident or not.
+    """Records one access event: `layer` needs these experts `[n]`, resident or not.
+
+    With iteration i, and f the visits of an expert, each weighted by `decay` to the power of its age in iterations, the
+    retention priority is, by `kind`:
+
+    - `RECENCY`: the number of the last visit; experts of one event count in the order given;
+    - `FREQUENCY`: `f`;
+    - `FREQUENCY_OVER_AGE`: `f / (i - last_visit + 1)`;
+    - `NEXT_USE`: `-next_use`.
+
+    An iteration ends when the layer index does not increase.
 
     Args:
-        kind: how the worth follows from the visits.
-        decay: what a visit is worth one iteration later. An iteration ends when the layer index does not grow.
-        next_use: `[n]`, only of `NEXT_USE`: the event that needs each of `experts` next.
+        kind: see above.
+        decay: weight of a visit after one iteration.
+        ranking: is updated.
+        layer: of the event.
+        experts: `[n]`, expert numbers within the layer.
+        next_use: `[n]`, for `NEXT_USE` only: index of the event that needs each of `experts` next.
     """
-    retention_priority, frequency, last, clock = ranking
+    retention_priority, frequency, last_visit, clock = ranking
     if layer <= clock[_PREVIOUS_LAYER]:
         clock[_ITERATION] += 1
         if kind == FREQUENCY:
@@ -56,7 +69,7 @@ def visit(
             retention_priority[:] = frequency
         elif kind == FREQUENCY_OVER_AGE:
             frequency *= decay
-            retention_priority[:] = frequency / (clock[_ITERATION] - last + 1.0)
+            retention_priority[:] = frequency / (clock[_ITERATION] - last_visit + 1.0)
     clock[_PREVIOUS_LAYER] = layer
     for i in range(len(experts)):
         expert = experts[i]
@@ -67,19 +80,26 @@ def visit(
             retention_priority[layer, expert] = -next_use[i]
         else:
             frequency[layer, expert] += 1.0
-            last[layer, expert] = clock[_ITERATION]
+            last_visit[layer, expert] = clock[_ITERATION]
             retention_priority[layer, expert] = frequency[layer, expert]
 
 
-_NO_FUTURE = np.empty(0, np.int64)
+_NO_NEXT_USE = np.empty(0, np.int64)
 
 
 class OnDemand(Policy):
-    """Loads what is needed when it is needed, and evicts by a ranking of what was used."""
+    """Base of the policies that load on demand only and evict by a `Ranking`.
+
+    Attributes:
+        kind: of ranking, see `visit`.
+        decay: see `visit`.
+        next_use: for `NEXT_USE`, aligned with all accesses to come; otherwise empty.
+        ranking: the state.
+    """
 
     kind = RECENCY
     decay = 1.0
-    next_use = _NO_FUTURE  # only of a ranking that knows it
+    next_use = _NO_NEXT_USE
 
     def __init__(self, layers: int, experts: int) -> None:
         super().__init__(layers, experts)
@@ -90,16 +110,22 @@ class OnDemand(Policy):
         self.visit(event.layer, event.experts)
 
     def visit(self, layer: int, experts: Sequence[int]) -> None:
-        """Books an access event."""
-        visit(self.kind, self.decay, self.ranking, layer, np.asarray(experts, np.int64), _NO_FUTURE)
+        """Records an access event."""
+        visit(self.kind, self.decay, self.ranking, layer, np.asarray(experts, np.int64), _NO_NEXT_USE)
 
 
 class LRU(OnDemand):
-    """Least recently used goes first. Experts of one event are ordered by their index."""
+    """Evicts the least recently used expert. Experts of one event are ordered by their index."""
 
 
 class LFU(OnDemand):
-    """Least frequently used goes first, by a frequency that decays once per iteration."""
+    """Evicts the least frequently used expert, by a visit count that decays once per iteration.
+
+    Args:
+        layers: `L`.
+        experts: the largest `E` of any layer.
+        decay: weight of a visit after one iteration.
+    """
 
     kind = FREQUENCY
 
@@ -109,11 +135,16 @@ class LFU(OnDemand):
 
 
 class LFRU(OnDemand):
-    """Frequency over age: `f / (age + 1)`, age in iterations since the last visit; the lowest goes first.
+    """Evicts the expert with the lowest `f / (age + 1)`: frequency over iterations since the last visit.
 
-    Source: the least-frequently-recently-used score that a 2026 caching study found best among causal evictions.
-    It leaves open what `f` counts; here visits that decay per iteration, slower than `LFU`'s as age already favours
-    the recent.
+    Source: the least-frequently-recently-used score that a 2026 caching study found best among evictions that don't
+    know the future. The study does not define f. Here it is the decayed number of visits, with a slower decay than
+    `LFU`'s, because the age already favours recent visits.
+
+    Args:
+        layers: `L`.
+        experts: the largest `E` of any layer.
+        decay: weight of a visit after one iteration.
     """
 
     kind = FREQUENCY_OVER_AGE

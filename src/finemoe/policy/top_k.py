@@ -1,4 +1,4 @@
-"""K, the number of experts active per token, as far as events tell; and the likeliest K of a distribution."""
+"""K, the number of experts active per token, estimated from events; and the top k of a distribution."""
 
 from __future__ import annotations
 
@@ -12,39 +12,43 @@ from finemoe.types import Routed
 Distribution = npt.NDArray[np.floating]
 
 
-class Active:
-    """K: as given, or the fewest experts that any event said that a token uses, or needed, so far.
+class TopKEstimator:
+    """K if given; otherwise an upper bound that events tighten.
 
-    An event is the union over tokens and requests, so it never needs fewer than K; one token alone needs exactly K.
+    The experts of an event are the union over tokens and requests: at least K of them, and exactly K for one token. So
+    the smallest union seen so far is the estimate. An event that states K (`Routed.active`) is used as such.
 
     Args:
         given: K where it is known.
+
+    Attributes:
+        count: the estimate; 0 before the first event.
     """
 
     def __init__(self, given: int | None = None) -> None:
-        self.count = given or 0  # 0: nothing seen yet
+        self.count = given or 0
         self._given = given is not None
 
-    def hear(self, event: Routed) -> None:
-        """An event tells what a token uses, or what all of its tokens need."""
-        self.see(event.active or len(event.experts))
+    def observe(self, event: Routed) -> None:
+        """Update the estimate from an event."""
+        self.observe_count(event.active or len(event.experts))
 
-    def see(self, needed: int) -> None:
-        """A token uses no more than so many experts."""
-        if not self._given and needed and (needed < self.count or not self.count):
-            self.count = needed
+    def observe_count(self, experts: int) -> None:
+        """Update the estimate from a number of experts that is at least K; 0 is ignored."""
+        if not self._given and experts and (experts < self.count or not self.count):
+            self.count = experts
 
 
 @kernel
-def likeliest(p: Distribution, count: int) -> Scores:
-    """The chance that any of these requests needs an expert, counting only the `count` likeliest of each.
+def top_k_union(p: Distribution, count: int) -> Scores:
+    """The probability that at least one request needs an expert, if each needs only its `count` likeliest.
 
     Args:
         p: `[B, E]`, one distribution per request. Ties go to the lower index.
-        count: how many to keep.
+        count: how many experts of each request to keep.
 
     Returns:
-        `[E]`: `1 - prod(1 - p)` over the requests that keep the expert.
+        `[E]`: `1 - prod_b (1 - p[b, e])` over the requests b that keep expert e.
     """
     missed = np.ones(p.shape[1])
     for b in range(len(p)):

@@ -16,7 +16,7 @@ from finemoe import __version__
 from finemoe.config import LoadConfig
 from finemoe.errors import ConfigError
 from finemoe.gguf.locate import refuse_gguf
-from finemoe.learned import NOWHERE, FolderMaps, SharedMaps
+from finemoe.learned import FolderMaps, SharedMaps
 from finemoe.model import load_config as load
 from finemoe.model.generation import load_tokenizer
 from finemoe.policy import policy_class
@@ -97,7 +97,7 @@ def open_service(
     if shares:
         refuse_to_share_nothing(load_config.policy)
         if load_config.map_store is None:
-            load_config = replace(load_config, map_store=NOWHERE)
+            load_config = replace(load_config, map_store=NO_MAP_STORE)
     refuse_gguf(load_config.model, "serve")
     with load(load_config) as model:
         if store is None and config.shared_maps is not None:

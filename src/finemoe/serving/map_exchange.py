@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from finemoe.learned import Maps, SharedMaps, Version, counted_once, merge, news, num_updates
+from finemoe.learned import Maps, SharedMaps, Version, merge, new_maps, num_updates, with_new_totals
 
 _LOG = logging.getLogger(__name__)
 _PATIENCE_S = 10.0  # to wait for a moment at which no request runs
@@ -124,7 +124,7 @@ class Sharing:
 
     def _publish(self, now: Maps | None) -> Version | None:
         """Tells others what is new; returns the store's version then, `None` if nothing is."""
-        fresh = None if now is None else news(now, self._told)
+        fresh = None if now is None else new_maps(now, self._told)
         if fresh is None:
             return None
         version = self._store.publish(fresh)
@@ -135,7 +135,7 @@ class Sharing:
     def _take_in(self, pulled: Maps, now: Maps | None, told: Maps | None) -> bool:
         """What others know and what is known here, as one; if nothing was learned here in the meantime."""
         self._learner.refuse_others(pulled)
-        merged = pulled if now is None else merge([pulled, counted_once(now, told)])
+        merged = pulled if now is None else merge([pulled, with_new_totals(now, told)])
         before = 0 if now is None else num_updates(now)
         taken: list[bool] = []
         self._worker.run_when_idle(lambda: taken.append(self._learner.take_in(merged, before)), self._patience_s)

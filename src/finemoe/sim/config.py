@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from finemoe.config import parse_budget
 from finemoe.errors import BudgetError, ConfigError
-from finemoe.policy import BOUNDS, POLICIES, any_class
+from finemoe.policy import BOUNDS, POLICIES, policy_or_bound_class
 from finemoe.sim.hardware import HARDWARE, SHAPES
 
 T = TypeVar("T")
@@ -157,7 +157,7 @@ class SimulateConfig:
             return known
 
         def name(word: str) -> str:
-            any_class(word)
+            policy_or_bound_class(word)
             return word
 
         return _list("policy", self.policy, name)

@@ -9,7 +9,16 @@ import numpy as np
 import numpy.typing as npt
 
 from finemoe.jit import kernel
-from finemoe.policy.cache_state import ABSENT, LOADING, NONE, RESIDENT, CacheState, Scores, access, still_wanted
+from finemoe.policy.cache_state import (
+    ABSENT,
+    LOADING,
+    NONE,
+    RESIDENT,
+    CacheState,
+    Scores,
+    access,
+    should_continue_prefetch,
+)
 from finemoe.policy.eviction import Ranking, visit
 from finemoe.sim.link_kernel import (
     ACCESSES,
@@ -97,7 +106,7 @@ def route(world: World, needs: Ints) -> int:
         expert = wire.prefetch[device]
         if expert == NONE:
             continue
-        wanted = still_wanted(
+        wanted = should_continue_prefetch(
             cache, retention_priority, prefetch_priority, rules[MARGIN], rules[SWITCH], device, expert
         )
         if stuck > 0 or not wanted:
@@ -119,7 +128,7 @@ def check_laws(world: World) -> None:
         partial += (cache.status[expert] == LOADING) * (wire.takes[expert] - wire.left[expert])
     if in_use > 0:
         raise RuntimeError("an expert is in use although no layer runs")
-    if occupied + cache.room.sum() != rules[CAPACITY] or cache.room.min() < 0:
+    if occupied + cache.free_slots.sum() != rules[CAPACITY] or cache.free_slots.min() < 0:
         raise RuntimeError("slots were lost or made up")
     if counts[HITS] + counts[LATE] + counts[MISSES] != counts[ACCESSES]:
         raise RuntimeError("hits, late hits and misses are not all accesses")

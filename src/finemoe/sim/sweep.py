@@ -18,7 +18,7 @@ import numpy as np
 
 from finemoe.errors import ConfigError
 from finemoe.jit import compiler
-from finemoe.policy import Policy, any_class, foresee, make_policy
+from finemoe.policy import Policy, compute_future, make_policy, policy_or_bound_class
 from finemoe.sim.config import SimulateConfig
 from finemoe.sim.hardware import TIMING, Machine
 from finemoe.sim.simulator import Outcome, Replay
@@ -104,7 +104,7 @@ def runnable(config: SimulateConfig, header: TraceHeader) -> tuple[tuple[str, ..
     }
     left_out = {}
     for name in config.policies:
-        missing = sorted(any_class(name).needs - recorded)
+        missing = sorted(policy_or_bound_class(name).needs - recorded)
         if missing:
             hints = "; ".join(ways[field] for field in missing if field in ways)
             left_out[name] = f"this trace has no {' and no '.join(missing)}{f' ({hints})' if hints else ''}"
@@ -247,11 +247,13 @@ class _TraceInput:
 
     def options(self, policy: str) -> dict[str, Any]:
         """What a policy is made with beyond the shape."""
-        kind = any_class(policy)
+        kind = policy_or_bound_class(policy)
         options: dict[str, Any] = {}
         if kind.clairvoyant:
             schedule = self.schedule
-            options["future"] = foresee(schedule.layers, schedule.experts, schedule.ptr, schedule.needs, compiler())
+            options["future"] = compute_future(
+                schedule.layers, schedule.experts, schedule.ptr, schedule.needs, compiler()
+            )
         if "predictors" in kind.needs:
             from finemoe.learned.predictors import load
 

@@ -1,4 +1,4 @@
-"""A request that decodes alone is heard in one kernel: the same as step by step."""
+"""The fused kernel for single-request decoding does the same as the general path."""
 
 from __future__ import annotations
 
@@ -20,64 +20,66 @@ PARTS: list[frozenset[str]] = [frozenset(), frozenset({"lookahead"}), frozenset(
 
 
 class StepByStep(FinemoePolicy):
-    """The twin."""
+    """Never uses the fused kernel."""
 
-    def _routed_alone(self, event: Routed) -> bool:
+    def _routed_single(self, event: Routed) -> bool:
         del event
         return False
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 40), st.sampled_from(PARTS), st.booleans(), st.booleans(), st.randoms())
-def test_what_one_kernel_makes_of_a_layer_is_what_the_steps_make_of_it(
-    seed: int, capacity: int, without: frozenset[str], gated: bool, left_out: bool, random: Random
+def test_fused_kernel_equals_step_by_step(
+    seed: int, capacity: int, without: frozenset[str], gated: bool, drop: bool, random: Random
 ) -> None:
-    one, other = (kind(SHAPE.layers, SHAPE.experts, capacity, without=without) for kind in (FinemoePolicy, StepByStep))
+    fused, reference = (
+        kind(SHAPE.layers, SHAPE.experts, capacity, without=without) for kind in (FinemoePolicy, StepByStep)
+    )
     for iteration in workload(seed, SHAPE, iterations=12, batch=1):
-        for policy in (one, other):
-            policy.behind = False
+        for policy in (fused, reference):
+            policy.lagging = False
             policy.begin(iteration.steps)
         for event in iteration.events:
-            if left_out and random.random() < 0.1:
-                continue  # as where a policy could not keep up
-            late = random.random() < 0.3
-            for policy in (one, other):
-                policy.behind = late
+            if drop and random.random() < 0.1:
+                continue  # as if a policy could not keep up
+            lagging = random.random() < 0.3
+            for policy in (fused, reference):
+                policy.lagging = lagging
                 policy.routed(event if gated else event._replace(gates=None, lookahead=None))
-            assert (one.retention_priority == other.retention_priority).all()
-        for policy in (one, other):
+            assert (fused.retention_priority == reference.retention_priority).all()
+        for policy in (fused, reference):
             policy.end()
-    known, expected = one.state_dict(), other.state_dict()
+    known, expected = fused.state_dict(), reference.state_dict()
     assert known.keys() == expected.keys()
     assert all((known[name] == expected[name]).all() for name in known)
 
 
-class Counting(FinemoePolicy):
-    """Says which events it heard so."""
+class Recording(FinemoePolicy):
+    """Records whether the last event was handled by the fused kernel."""
 
-    heard: bool = False
+    fused: bool = False
 
-    def _routed_alone(self, event: Routed) -> bool:
-        self.heard = super()._routed_alone(event)
-        return self.heard
+    def _routed_single(self, event: Routed) -> bool:
+        self.fused = super()._routed_single(event)
+        return self.fused
 
 
-def test_only_a_request_that_decodes_alone_is_heard_so() -> None:
-    policy, seen = Counting(SHAPE.layers, SHAPE.experts), set()
+def test_fused_kernel_is_used_exactly_for_single_request_decoding() -> None:
+    policy, seen = Recording(SHAPE.layers, SHAPE.experts), set()
     for iteration in workload(1, SHAPE, iterations=20):
-        alone = len(iteration.steps) == 1 and iteration.steps[0].phase == DECODE and policy.history is not None
-        seen.add(alone)
+        single = len(iteration.steps) == 1 and iteration.steps[0].phase == DECODE and policy.history is not None
+        seen.add(single)
         policy.begin(iteration.steps)
         for event in iteration.events:
-            policy.heard = False
+            policy.fused = False
             policy.routed(event)
-            assert policy.heard == alone
+            assert policy.fused == single
         policy.end()
     assert seen == {True, False}
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_compiled_it_says_the_same(batch: int) -> None:
+def test_compiled_and_interpreted_agree(batch: int) -> None:
     plain, fast = (
         make_policy("finemoe", SHAPE.layers, SHAPE.experts, capacity=20, **options)
         for options in ({}, {"jit": compiled})

@@ -1,4 +1,4 @@
-"""Expert maps against the paper's formulas, written out one by one."""
+"""`ExpertMapPolicy` against a slow implementation of the paper's formulas."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finemoe.policy.published.expert_map import ExpertMapPolicy, select
-from finemoe.policy.published.expert_map_store import MapStore
-from finemoe.policy.published.lru_prefetch import KEPT
+from finemoe.policy.published.expert_map import ExpertMapPolicy, select_experts
+from finemoe.policy.published.expert_map_store import ExpertMapStore
+from finemoe.policy.published.lru_prefetch import PROTECTED
 from finemoe.types import Recorded
 from tests.policy.workload import Iteration, Shape, recorded, workload
 
@@ -32,14 +32,14 @@ class Row:
     key: Vector | None
 
 
-def likeness(a: Row, b: Row) -> float:
-    """Semantic similarity of two iterations."""
+def semantic_similarity(a: Row, b: Row) -> float:
+    """Of two iterations."""
     return float(a.token == b.token) if a.key is None or b.key is None else cosine(a.key, b.key)
 
 
 @dataclass
 class Plain:
-    """The policy, slowly."""
+    """A slow implementation of the policy."""
 
     capacity: int
     distance: int
@@ -49,7 +49,7 @@ class Plain:
 
     def __post_init__(self) -> None:
         size = (SHAPE.layers, SHAPE.experts)
-        self.p, self.chosen, self.frequency = np.zeros(size), np.zeros(size), np.zeros(size)
+        self.p, self.selected, self.frequency = np.zeros(size), np.zeros(size), np.zeros(size)
 
     def insert(self, row: Row) -> None:
         self.born.append(1 + max(self.born, default=0))
@@ -58,21 +58,22 @@ class Plain:
             return
         share = self.distance / SHAPE.layers
         redundancy = [
-            share * likeness(row, old) + (1 - share) * cosine(row.map.ravel(), old.map.ravel()) for old in self.rows
+            share * semantic_similarity(row, old) + (1 - share) * cosine(row.map.ravel(), old.map.ravel())
+            for old in self.rows
         ]
         worst = int(np.argmax(redundancy))
         self.rows[worst], self.born[worst] = row, self.born.pop()
 
-    def foresee(self, layer: int, matches: list[tuple[Row, float]]) -> None:
+    def predict(self, layer: int, matches: list[tuple[Row, float]]) -> None:
         matches = [(row, score) for row, score in matches if score > 0]
-        chosen = np.zeros((len(matches), SHAPE.experts))
+        selected = np.zeros((len(matches), SHAPE.experts))
         for b, (row, score) in enumerate(matches):
             delta = min(max(1 - score, 0), 1)
             for expert in sorted(range(SHAPE.experts), key=lambda e, p=row.map[layer]: -p[e]):  # type: ignore[misc]
-                if chosen[b].sum() >= delta and (chosen[b] > 0).sum() >= self.active:
+                if selected[b].sum() >= delta and (selected[b] > 0).sum() >= self.active:
                     break
-                chosen[b, expert] = row.map[layer, expert]
-        self.chosen[layer] = 1 - (1 - chosen).prod(axis=0)
+                selected[b, expert] = row.map[layer, expert]
+        self.selected[layer] = 1 - (1 - selected).prod(axis=0)
         if matches:
             self.p[layer] = 1 - np.prod([1 - row.map[layer] for row, _ in matches], axis=0)
 
@@ -80,25 +81,25 @@ class Plain:
         if row.key is None:
             same = [i for i, old in enumerate(self.rows) if old.token == row.token]
             return (self.rows[max(same, key=lambda i: self.born[i])], 1.0) if same else (row, 0.0)
-        best = max(self.rows, key=lambda old: likeness(row, old), default=row)
-        return best, likeness(row, best) if self.rows else 0.0
+        best = max(self.rows, key=lambda old: semantic_similarity(row, old), default=row)
+        return best, semantic_similarity(row, best) if self.rows else 0.0
 
     def trajectory(self, row: Row, layer: int) -> tuple[Row, float]:
-        def alike(old: Row) -> float:
+        def similarity(old: Row) -> float:
             return cosine(row.map[: layer + 1].ravel(), old.map[: layer + 1].ravel())
 
-        best = max(self.rows, key=alike, default=row)
-        return best, alike(best) if self.rows else 0.0
+        best = max(self.rows, key=similarity, default=row)
+        return best, similarity(best) if self.rows else 0.0
 
     def scores(self, now: int) -> tuple[Vector, Vector]:
         prefetch_priority, retention_priority = np.zeros_like(self.p), np.zeros_like(self.p)
         for layer in range(SHAPE.layers):
             for expert in range(SHAPE.experts):
                 if now < layer <= now + self.distance:
-                    prefetch_priority[layer, expert] = self.chosen[layer, expert] / (layer - now)
+                    prefetch_priority[layer, expert] = self.selected[layer, expert] / (layer - now)
                 p = max(self.p[layer, expert], 1e-6)
                 retention_priority[layer, expert] = p * self.frequency[layer, expert]
-        return np.where(prefetch_priority > 0, KEPT + prefetch_priority, retention_priority), prefetch_priority
+        return np.where(prefetch_priority > 0, PROTECTED + prefetch_priority, retention_priority), prefetch_priority
 
 
 def rows_of(iteration: Iteration) -> list[Row]:
@@ -117,7 +118,9 @@ def learn(plain: Plain, past: Recorded) -> None:
 
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 5), st.booleans(), st.booleans())
 @settings(max_examples=60)
-def test_the_policy_is_its_formulas(seed: int, capacity: int, distance: int, embeddings: bool, truncated: bool) -> None:
+def test_policy_matches_its_formulas(
+    seed: int, capacity: int, distance: int, embeddings: bool, truncated: bool
+) -> None:
     fast = ExpertMapPolicy(SHAPE.layers, SHAPE.experts, capacity, distance, SHAPE.active)
     plain = Plain(capacity, distance, SHAPE.active)
     past = recorded(seed, SHAPE, embeddings=embeddings)
@@ -125,16 +128,16 @@ def test_the_policy_is_its_formulas(seed: int, capacity: int, distance: int, emb
     learn(plain, past)
     for iteration in workload(seed + 1, SHAPE, iterations=6, embeddings=embeddings, truncated=truncated):
         rows = rows_of(iteration)
-        plain.chosen[:] = 0
+        plain.selected[:] = 0
         matches = [plain.semantic(row) for row in rows]
         for layer in range(distance):
-            plain.foresee(layer, matches)
+            plain.predict(layer, matches)
         fast.begin(iteration.steps)
         np.testing.assert_allclose(fast.prefetch_priority, plain.scores(-1)[1], rtol=1e-4, atol=1e-7)
         for event in iteration.events:
             plain.frequency[event.layer, list(event.experts)] += 1
             if event.layer + distance < SHAPE.layers:
-                plain.foresee(event.layer + distance, [plain.trajectory(row, event.layer) for row in rows])
+                plain.predict(event.layer + distance, [plain.trajectory(row, event.layer) for row in rows])
             fast.routed(event)
             retention_priority, prefetch_priority = plain.scores(event.layer)
             np.testing.assert_allclose(fast.prefetch_priority, prefetch_priority, rtol=1e-4, atol=1e-7)
@@ -145,11 +148,11 @@ def test_the_policy_is_its_formulas(seed: int, capacity: int, distance: int, emb
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0, 1), st.integers(0, 8))
-def test_the_selected_set_is_the_smallest_that_will_do(p: list[float], delta: float, count: int) -> None:
-    chosen = np.empty(len(p))
-    select(np.array(p), delta, count, chosen)
-    kept = [value for value in chosen if value > 0]
-    assert kept == [value for i, value in enumerate(p) if chosen[i] > 0]
+def test_the_selected_set_is_the_smallest_sufficient_one(p: list[float], delta: float, count: int) -> None:
+    selected = np.empty(len(p))
+    select_experts(np.array(p), delta, count, selected)
+    kept = [value for value in selected if value > 0]
+    assert kept == [value for i, value in enumerate(p) if selected[i] > 0]
     assert sorted(kept, reverse=True) == sorted(p, reverse=True)[: len(kept)]
     enough = len(kept) >= count and sum(sorted(kept, reverse=True)) >= delta
     assert enough or len(kept) == sum(value > 0 for value in p)
@@ -158,9 +161,9 @@ def test_the_selected_set_is_the_smallest_that_will_do(p: list[float], delta: fl
         assert len(fewer) < count or sum(fewer) < delta
 
 
-def test_taking_in_many_maps_at_once_is_taking_them_in_one_by_one() -> None:
+def test_adding_maps_at_once_equals_adding_them_one_by_one() -> None:
     past = recorded(0, SHAPE, length=40)
-    at_once, one_by_one = (MapStore(SHAPE.layers, SHAPE.experts, 7, 3) for _ in range(2))
+    at_once, one_by_one = (ExpertMapStore(SHAPE.layers, SHAPE.experts, 7, 3) for _ in range(2))
     at_once.add(past.gates, past.token_ids, past.embeddings)
     for i in range(40):
         assert past.embeddings is not None
@@ -169,19 +172,19 @@ def test_taking_in_many_maps_at_once_is_taking_them_in_one_by_one() -> None:
     np.testing.assert_allclose(at_once.inverse_norms, one_by_one.inverse_norms, rtol=1e-6)
 
 
-def test_an_iteration_seen_before_is_foretold() -> None:
+def test_a_repeated_iteration_is_predicted() -> None:
     policy = ExpertMapPolicy(SHAPE.layers, SHAPE.experts, active=SHAPE.active)
     (seen,) = workload(0, SHAPE, iterations=1, batch=1)
-    for turn in range(2):
+    for run in range(2):
         policy.begin(seen.steps)
         for event in seen.events:
-            if turn:
+            if run:
                 assert np.flatnonzero(policy.prefetch_priority[event.layer]).tolist() == list(event.experts)
             policy.routed(event)
         policy.end()
 
 
-def test_an_iteration_that_was_cut_short_is_not_kept() -> None:
+def test_an_incomplete_iteration_is_not_stored() -> None:
     policy = ExpertMapPolicy(SHAPE.layers, SHAPE.experts)
     (cut,) = workload(0, SHAPE, iterations=1, batch=1)
     policy.begin(cut.steps)
@@ -192,12 +195,12 @@ def test_an_iteration_that_was_cut_short_is_not_kept() -> None:
 
 
 @pytest.mark.parametrize("distance", [1, 3, 9])
-def test_layers_further_than_the_prefetch_distance_are_not_wanted(distance: int) -> None:
+def test_layers_beyond_the_prefetch_distance_have_no_prefetch_priority(distance: int) -> None:
     policy = ExpertMapPolicy(SHAPE.layers, SHAPE.experts, distance=distance)
     policy.learn(recorded(0, SHAPE))
     for iteration in workload(0, SHAPE):
         policy.begin(iteration.steps)
         for event in iteration.events:
             policy.routed(event)
-            wanted = np.flatnonzero(policy.prefetch_priority.any(axis=1))
-            assert all(event.layer < layer <= event.layer + distance for layer in wanted)
+            prefetched = np.flatnonzero(policy.prefetch_priority.any(axis=1))
+            assert all(event.layer < layer <= event.layer + distance for layer in prefetched)

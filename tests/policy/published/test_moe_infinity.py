@@ -1,4 +1,4 @@
-"""Activation matrices against the formulas, written out one by one."""
+"""`MoEInfinityPolicy` against a slow implementation of the paper's formulas, and its collection."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ import numpy.typing as npt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finemoe.policy.published.moe_infinity import Collection, MoEInfinityPolicy, representatives, unit_rows
+from finemoe.policy.published.moe_infinity import (
+    ActivationCollection,
+    MoEInfinityPolicy,
+    cluster_medoids,
+    normalize_rows,
+)
 from finemoe.types import DECODE, Recorded, Routed
 from tests.policy.workload import Shape, recorded, workload
 
@@ -21,7 +26,7 @@ def cosine(a: Matrix, b: Matrix) -> float:
 
 
 def distance(a: Matrix, b: Matrix) -> float:
-    """Over the layers that are known of `a`."""
+    """Over the layers with activations in `a`."""
     known = [layer for layer in range(len(a)) if a[layer].any()]
     return 1 - sum(cosine(a[layer], b[layer]) for layer in known) / max(1, len(known))
 
@@ -36,7 +41,7 @@ def any_of(p: list[Matrix]) -> Matrix:
 
 
 class Plain:
-    """The policy, slowly."""
+    """A slow implementation of the policy."""
 
     def __init__(self) -> None:
         self.stored: list[Matrix] = []
@@ -77,7 +82,7 @@ class Plain:
 
 @given(st.integers(0, 10**6), st.integers(1, 3), st.booleans())
 @settings(max_examples=60)
-def test_the_policy_is_its_formulas(seed: int, batch: int, truncated: bool) -> None:
+def test_policy_matches_its_formulas(seed: int, batch: int, truncated: bool) -> None:
     fast, plain = MoEInfinityPolicy(SHAPE.layers, SHAPE.experts, active=SHAPE.active), Plain()
     for past in (recorded(seed + i, SHAPE) for i in range(3)):
         fast.learn(past)
@@ -94,38 +99,38 @@ def test_the_policy_is_its_formulas(seed: int, batch: int, truncated: bool) -> N
             np.testing.assert_allclose(fast.retention_priority, retention_priority, rtol=1e-4, atol=1e-7)
 
 
-def family(seed: int, favourite: int) -> Matrix:
-    """A request that likes one expert of each layer."""
+def biased(seed: int, favourite: int) -> Matrix:
+    """The matrix of a request that uses one expert of each layer most."""
     matrix = np.random.default_rng(seed).random((SHAPE.layers, SHAPE.experts))
     matrix[:, favourite] += 20
     return matrix
 
 
-def test_a_full_collection_keeps_one_of_each_kind() -> None:
-    collection = Collection(SHAPE.layers, SHAPE.experts, capacity=4)
+def test_a_full_collection_keeps_one_of_each_cluster() -> None:
+    collection = ActivationCollection(SHAPE.layers, SHAPE.experts, capacity=4)
     for i in range(8):
-        collection.add(family(i, favourite=i // 2))
+        collection.add(biased(i, favourite=i // 2))
     kept = {int(share.sum(axis=0).argmax()) for share in collection.shares[: collection.size]}
     assert kept == {0, 1, 2, 3}
     np.testing.assert_allclose(collection.shares[: collection.size].sum(axis=2), 1)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 6))
-def test_representatives_are_among_the_matrices_and_no_more_than_asked_for(seed: int, count: int) -> None:
-    matrices = unit_rows(np.random.default_rng(seed).random((12, SHAPE.layers, SHAPE.experts)))
-    chosen = representatives(matrices, count)
+def test_medoids_are_distinct_members_and_at_most_count(seed: int, count: int) -> None:
+    matrices = normalize_rows(np.random.default_rng(seed).random((12, SHAPE.layers, SHAPE.experts)))
+    chosen = cluster_medoids(matrices, count)
     assert chosen == sorted(set(chosen))
     assert 1 <= len(chosen) <= count
     assert all(0 <= index < 12 for index in chosen)
 
 
-def test_a_request_enters_the_collection_when_it_has_ended() -> None:
+def test_a_request_is_added_to_the_collection_when_it_ends() -> None:
     policy = MoEInfinityPolicy(SHAPE.layers, SHAPE.experts)
     for iteration in workload(0, SHAPE, iterations=30, batch=3):
-        before = {step.request for step in policy._steps}
+        previous = {step.request for step in policy._steps}
         size = policy.collection.size
         policy.begin(iteration.steps)
-        ended = before - {step.request for step in iteration.steps}
+        ended = previous - {step.request for step in iteration.steps}
         assert policy.collection.size == size + len(ended)
         for event in iteration.events:
             policy.routed(event)

@@ -1,4 +1,4 @@
-"""The stride predictors' policy against its plain description, and its inputs against what was observed."""
+"""`ProMoEPolicy` against a slow implementation, and the inputs of its predictors."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finemoe.errors import ConfigError
-from finemoe.policy.published.promoe import Predictors, ProMoEPolicy, inputs
+from finemoe.policy.published.promoe import Predictors, ProMoEPolicy, input_indices
 from tests.policy.workload import Iteration, Shape, untrained, workload
 
 SHAPE = Shape(layers=4, experts=6, active=2)
 
 
 class Plain:
-    """Every gate that each request ever had, and networks evaluated weight by weight."""
+    """A slow implementation: all gates of each request are kept, networks are evaluated weight by weight."""
 
     def __init__(self, predictors: Predictors) -> None:
         self.predictors = predictors
-        self.seen: dict[int, list[list[list[float]]]] = {}  # of request and layer: roots, iteration by iteration
-        self.p: dict[int, list[float]] = {}  # of a layer
+        self.seen: dict[int, list[list[list[float]]]] = {}  # by request, layer and iteration: roots of the gates
+        self.p: dict[int, list[float]] = {}  # by layer
 
     def mean(self, rows: list[list[float]]) -> list[float]:
         mean = [0.0] * SHAPE.experts
@@ -51,7 +51,7 @@ class Plain:
         return [p[e] if e in top else 0.0 for e in range(SHAPE.experts)]
 
     def routed(self, iteration: Iteration, layer: int) -> list[list[float]]:
-        """What is wanted, `[L, E]`."""
+        """Prefetch priorities `[L, E]`."""
         gates = iteration.events[layer].gates
         assert gates is not None
         requests = [step.request for step in iteration.steps]
@@ -59,8 +59,8 @@ class Plain:
             layers = self.seen.setdefault(request, [[] for _ in range(SHAPE.layers)])
             layers[layer].append([math.sqrt(g) for g in gates[b]])
         chances = [self.chance(request, layer) for request in requests]
-        spared = [math.prod(1 - p[e] for p in chances) for e in range(SHAPE.experts)]
-        self.p[(layer + self.predictors.stride) % SHAPE.layers] = [1 - s for s in spared]
+        missed = [math.prod(1 - p[e] for p in chances) for e in range(SHAPE.experts)]
+        self.p[(layer + self.predictors.stride) % SHAPE.layers] = [1 - x for x in missed]
         prefetch_priority = [[0.0] * SHAPE.experts for _ in range(SHAPE.layers)]
         for ahead in range(1, self.predictors.stride + 1):
             near = self.predictors.stride - ahead
@@ -71,7 +71,7 @@ class Plain:
 
 @given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 4))
 @settings(max_examples=25)
-def test_the_policy_is_its_description(seed: int, stride: int, history: int) -> None:
+def test_policy_matches_the_slow_implementation(seed: int, stride: int, history: int) -> None:
     predictors = untrained(SHAPE, stride=stride, history=history)
     fast, plain = ProMoEPolicy(SHAPE.layers, SHAPE.experts, predictors, SHAPE.active), Plain(predictors)
     for iteration in workload(seed, SHAPE, iterations=5):
@@ -86,9 +86,9 @@ def test_the_policy_is_its_description(seed: int, stride: int, history: int) -> 
             ).all()
 
 
-def test_inputs_reach_back_over_the_beginning_of_the_iteration_and_never_ahead() -> None:
+def test_inputs_reach_back_into_the_previous_iteration_and_never_ahead() -> None:
     layers, experts, stride, history = 4, 3, 2, 3
-    where = np.array(np.unravel_index(inputs(layers, experts, stride, history), (2, 2, layers, experts)))
+    where = np.array(np.unravel_index(input_indices(layers, experts, stride, history), (2, 2, layers, experts)))
     for layer in range(layers):
         now, kind, of, expert = where[:, layer].reshape(4, history + 2, experts)
         assert (expert == np.arange(experts)).all()

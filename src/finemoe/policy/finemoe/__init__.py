@@ -1,1 +1,1 @@
-"""finemoe's own policy."""
+"""finemoe's own policy: nearest-neighbour search over past iterations, at token and layer granularity."""

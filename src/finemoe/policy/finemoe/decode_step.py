@@ -1,7 +1,7 @@
-"""Fused kernel for single-request decoding.
+"""Fused kernel for single-request decoding, and the scoring of experts.
 
-The common case, where call overhead beside a small model's layers counts. `FinemoePolicy.routed` is the reference: it
-does the same step by step for any number of requests.
+One request that decodes is the common case, and with a small model the overhead of several calls per layer would be
+noticeable. `FinemoePolicy.routed` is the reference: it does the same step by step for any number of requests.
 """
 
 from __future__ import annotations
@@ -12,67 +12,76 @@ from finemoe.jit import kernel
 from finemoe.policy.cache_state import Scores
 from finemoe.policy.finemoe.gate_lookahead import look_ahead
 from finemoe.policy.finemoe.history import Floats, History, Ints
-from finemoe.policy.finemoe.request_state import GlobalFrequencies, RequestArrays, use
+from finemoe.policy.finemoe.request_state import GlobalFrequencies, RequestArrays, update_frequencies
 from finemoe.policy.finemoe.search import Constants, extend_search
 
 
 @kernel
-def appraise(now: int, discount: float, chances: Scores, frequency: Scores, value: Scores) -> None:
-    """The discounted chance of each expert's next use, once layer `now` is known (-1: none yet).
+def update_scores(now: int, discount: float, probabilities: Scores, frequency: Scores, scores: Scores) -> None:
+    """The discounted probability of each expert's next use, once layer `now` is routed (-1: none yet).
 
-    An expert of a layer d layers ahead, this iteration's or the next one's, is worth `g^(d / L) * h`, with
-    `h = p_0 + (1 - p_0) * g * (p_1 + (1 - p_1) * g * ..)` over the iterations from that one on, g the discount. After
-    the last one that is told, uses come at the request's frequency: `h = f / (1 - g * (1 - f))`.
+    With g the discount per iteration, f the frequency and `p_j` the probability of a use j iterations from now, the
+    score of an expert whose layer runs next d layers from now is
+
+        V = g^(d / L) * h_i,   h_j = p_j + (1 - p_j) * g * h_{j+1},   h_{horizon+1} = f / (1 - g * (1 - f))
+
+    with i = 0 if its layer is still to run in this iteration, otherwise 1. The last term is the value of uses at a
+    constant rate f.
 
     Args:
-        chances: `[horizon + 1, L, E]`, of this iteration and those after it.
+        now: the last routed layer.
+        discount: g.
+        probabilities: `[horizon + 1, L, E]`, `p_j`.
         frequency: `[L, E]`.
-        value: `[L, E]`, filled in.
+        scores: `[L, E]`, filled in.
     """
-    told, layers, experts = chances.shape
+    iterations, layers, experts = probabilities.shape
     for layer in range(layers):
         passed = layer <= now
-        ahead = layer - now + (layers if passed else 0)
-        nearness = discount ** (ahead / layers)
+        distance = layer - now + (layers if passed else 0)
+        nearness = discount ** (distance / layers)
         for expert in range(experts):
             f = frequency[layer, expert]
             h = f / (1.0 - discount * (1.0 - f))
-            for j in range(told - 1, 0 if passed else -1, -1):
-                p = chances[j, layer, expert]
+            for j in range(iterations - 1, 0 if passed else -1, -1):
+                p = probabilities[j, layer, expert]
                 h = p + (1.0 - p) * discount * h
-            value[layer, expert] = nearness * h
+            scores[layer, expert] = nearness * h
 
 
 @kernel
 def decode_step_kernel(  # noqa: PLR0917 - called in one place
-    global_frequencies: GlobalFrequencies, history: History, size: int, state: RequestArrays, weights: Scores,
-    layer: int, experts: Ints, gates: Floats, ahead: Floats, active: int, constants: Constants, retention_priority: Scores,
-    late: int,
+    global_frequencies: GlobalFrequencies, history: History, size: int, request: RequestArrays, weights: Scores,
+    layer: int, experts: Ints, gates: Floats, ahead: Floats, active: int, constants: Constants,
+    retention_priority: Scores, lagging: int,
 ) -> None:  # fmt: skip
-    """The layers before it are known, and now this one.
+    """All updates after one layer of the only running request, which decodes; all layers before it are known.
 
     Args:
-        usual: of all iterations; takes in this layer.
-        trail: the store, with at least one row taken in.
-        size: of the store.
-        state: of the request; takes in this layer.
-        weights: `[n, 3]`, of lookahead.
-        layer: that is known.
+        global_frequencies: updated.
+        history: with at least one row.
+        size: number of rows in use.
+        request: its state, updated.
+        weights: `[n, 3]`, of gate lookahead, updated.
+        layer: that was routed.
         experts: that it executes.
-        gates: `[E]`; 0 where nothing is known.
-        ahead: `[m, E]`, what the gates of the next layers say; may be empty.
+        gates: `[E]`; 0 if not known.
+        ahead: `[m, E]`, outputs of the next layers' gates; may be empty.
         active: K.
-        constants: what the formulas leave open.
-        worth: `[L, E]`, filled in.
-        late: 1 if nobody will look at what follows, which then is left out; otherwise 0.
+        constants: of the formulas.
+        retention_priority: `[L, E]`, filled in.
+        lagging: 1 to skip all predictions, because newer events are queued; otherwise 0.
     """
-    executed = state.iteration.executed[layer]
+    executed = request.iteration.executed[layer]
     executed[:] = False
     for expert in experts:
         executed[expert] = True
-    state.iteration.gates[layer] = gates
-    use(state.frequencies, global_frequencies, layer, executed.astype(np.float64), 1, constants.fade, 1)
-    extend_search(history, size, layer, state.iteration, constants, state.search, late)
-    look_ahead(weights, state.named, layer, executed, ahead, active, state.search.chances[0])
-    if not late:
-        appraise(layer, constants.discount, state.search.chances, state.search.frequency, retention_priority)
+    request.iteration.gates[layer] = gates
+    update_frequencies(
+        request.frequencies, global_frequencies, layer, executed.astype(np.float64), 1, constants.decay, 1
+    )
+    extend_search(history, size, layer, request.iteration, constants, request.search, lagging)
+    probabilities = request.search.probabilities
+    look_ahead(weights, request.gate_predictions, layer, executed, ahead, active, probabilities[0])
+    if not lagging:
+        update_scores(layer, constants.discount, probabilities, request.search.frequency, retention_priority)

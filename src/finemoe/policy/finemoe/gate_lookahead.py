@@ -1,8 +1,11 @@
-"""What the next layers' gates make of this layer's hidden states, and how far that can be trusted. Kernels.
+"""Predictions from the next layers' gates on the current hidden states, calibrated online. Kernels.
 
-A gate names K of E experts. Of a chance p that was there without it, it makes `logit p' = a * logit p + b * [named] +
-c`, learned as it goes by logistic regression, for each number of layers ahead: what both the store and the gate know
-counts once.
+A gate d layers ahead selects K of E experts. It changes the probability p that was predicted without it to
+
+    logit(p') = a_d * logit(p) + b_d * [selected] + c_d
+
+with weights learned online by logistic regression, per distance d. As p is an input, what search and gate both know is
+not counted twice.
 """
 
 from __future__ import annotations
@@ -14,109 +17,115 @@ import numpy as np
 from finemoe.jit import kernel
 from finemoe.policy.cache_state import Scores
 from finemoe.policy.finemoe.history import Flags, Floats
-from finemoe.policy.top_k import likeliest
+from finemoe.policy.top_k import top_k_union
 
-_CERTAIN = 1e-4  # chances closer to 0 or 1 are taken for this close
-_STEP = 0.02  # of the learning
+_LEAST_PROBABILITY = 1e-4  # probabilities are clipped to this distance from 0 and 1
+_LEARNING_RATE = 0.02
 
 
 class GatePredictions(NamedTuple):
-    """What gates named for layers ahead of a request: by how many layers ahead, less one, and by layer."""
+    """What gates predicted for the layers ahead of one request, by distance - 1 and layer; `n` distances."""
 
-    experts: Flags  # [n, L, E]; none where no gate was asked
-    before: Scores  # [n, L, E], the chances without it
+    selected: Flags  # [n, L, E]; all false where no gate was evaluated
+    prior: Scores  # [n, L, E], the probabilities without the gate
 
 
 def make_weights(distances: int) -> Scores:
-    """`[n, 3]`, a, b and c, before anything was learned: as for a recall of about 0.8. Soon outweighed."""
+    """`[n, 3]`: initial a, b and c, as for a gate recall of about 0.8. They adapt within a few iterations."""
     return np.tile(np.array([0.8, 2.5, -0.8]), (distances, 1))
 
 
-def make_named(distances: int, layers: int, experts: int) -> GatePredictions:
-    """Of a request of which nothing was asked yet."""
+def make_gate_predictions(distances: int, layers: int, experts: int) -> GatePredictions:
+    """No predictions yet."""
     return GatePredictions(np.zeros((distances, layers, experts), np.bool_), np.zeros((distances, layers, experts)))
 
 
 @kernel
-def logit(chance: float) -> float:
-    """`log(p / (1 - p))`, of none that is certain."""
-    p = min(max(chance, _CERTAIN), 1.0 - _CERTAIN)
+def logit(probability: float) -> float:
+    """`log(p / (1 - p))`, with p clipped away from 0 and 1."""
+    p = min(max(probability, _LEAST_PROBABILITY), 1.0 - _LEAST_PROBABILITY)
     return float(np.log(p / (1.0 - p)))
 
 
 @kernel
-def revise(weights: Scores, named: float, before: float) -> float:
-    """`sigmoid(a * before + b * named + c)`, of a logit `before`, and 1 for an expert that was named, otherwise 0."""
-    return float(1.0 / (1.0 + np.exp(-(weights[0] * before + weights[1] * named + weights[2]))))
+def calibrated(weights: Scores, selected: float, prior_logit: float) -> float:
+    """`sigmoid(a * prior_logit + b * selected + c)`, with `selected` 1 or 0."""
+    return float(1.0 / (1.0 + np.exp(-(weights[0] * prior_logit + weights[1] * selected + weights[2]))))
 
 
 @kernel
-def learn(weights: Scores, named: Flags, chances: Scores, executed: Flags) -> None:
-    """One step of logistic regression; all `[E]`."""
-    step = np.zeros(3)
-    for expert in range(len(chances)):
-        before, told = logit(chances[expert]), 1.0 if named[expert] else 0.0
-        error = revise(weights, told, before) - executed[expert]
-        step[0] += error * before
-        step[1] += error * told
-        step[2] += error
-    weights -= _STEP * step
+def learn(weights: Scores, selected: Flags, prior: Scores, executed: Flags) -> None:
+    """One step of logistic regression on one layer: updates `weights` `[3]`; the others are `[E]`."""
+    gradient = np.zeros(3)
+    for expert in range(len(prior)):
+        prior_logit, chosen = logit(prior[expert]), 1.0 if selected[expert] else 0.0
+        error = calibrated(weights, chosen, prior_logit) - executed[expert]
+        gradient[0] += error * prior_logit
+        gradient[1] += error * chosen
+        gradient[2] += error
+    weights -= _LEARNING_RATE * gradient
 
 
 @kernel
-def fuse(weights: Scores, named: Flags, chances: Scores) -> None:
-    """Revises chances `[E]`. What is impossible stays so."""
-    for expert in range(len(chances)):
-        if chances[expert] > 0.0:
-            chances[expert] = revise(weights, 1.0 if named[expert] else 0.0, logit(chances[expert]))
+def fuse(weights: Scores, selected: Flags, probabilities: Scores) -> None:
+    """Updates `probabilities` `[E]` by the gate's selection; 0 stays 0."""
+    for expert in range(len(probabilities)):
+        if probabilities[expert] > 0.0:
+            probabilities[expert] = calibrated(weights, 1.0 if selected[expert] else 0.0, logit(probabilities[expert]))
 
 
 @kernel
-def settle(weights: Scores, named: GatePredictions, layer: int, executed: Flags) -> None:
-    """A layer is known: learns from what was named of it.
+def learn_from_layer(weights: Scores, predictions: GatePredictions, layer: int, executed: Flags) -> None:
+    """A layer is routed: learns from the predictions made for it, and drops them.
 
     Args:
-        weights: `[n, 3]`.
-        named: of the request; that of this layer is forgotten.
-        layer: the one that is known.
-        executed: `[E]`; of none, nothing is learned.
+        weights: `[n, 3]`, updated.
+        predictions: of the request.
+        layer: that was routed.
+        executed: `[E]`; all false if not known: then nothing is learned.
     """
     known = executed.any()
     for distance in range(len(weights)):
-        experts = named.experts[distance, layer]
-        if known and experts.any():
-            learn(weights[distance], experts, named.before[distance, layer], executed)
-        experts[:] = False
+        selected = predictions.selected[distance, layer]
+        if known and selected.any():
+            learn(weights[distance], selected, predictions.prior[distance, layer], executed)
+        selected[:] = False
 
 
 @kernel
-def anticipate(
-    weights: Scores, named: GatePredictions, layer: int, ahead: Floats, active: int, chances: Scores
+def apply_gates(
+    weights: Scores, predictions: GatePredictions, layer: int, ahead: Floats, active: int, probabilities: Scores
 ) -> None:
-    """Revises the chances of the next layers by what their gates say of this layer's hidden states.
+    """Updates the probabilities of the next layers by what their gates select.
 
     Args:
         weights: `[n, 3]`.
-        named: of the request; becomes what these gates name.
-        layer: the one that is known.
-        ahead: `[m, E]`, of the layers after it; 0 where a gate was not asked.
+        predictions: of the request; filled in for `learn_from_layer`.
+        layer: that was routed.
+        ahead: `[m, E]`, outputs of the next m layers' gates on its hidden states; 0 where a gate was not evaluated.
         active: K.
-        chances: `[L, E]`; those of the layers ahead are revised.
+        probabilities: `[L, E]`, updated for the layers ahead.
     """
     for distance in range(min(len(weights), len(ahead))):
         target = layer + 1 + distance
-        if target >= len(chances) or not ahead[distance].any():
+        if target >= len(probabilities) or not ahead[distance].any():
             continue
-        experts = named.experts[distance, target]
-        experts[:] = likeliest(ahead[distance : distance + 1], active) > 0
-        named.before[distance, target] = chances[target]
-        fuse(weights[distance], experts, chances[target])
+        selected = predictions.selected[distance, target]
+        selected[:] = top_k_union(ahead[distance : distance + 1], active) > 0
+        predictions.prior[distance, target] = probabilities[target]
+        fuse(weights[distance], selected, probabilities[target])
 
 
 @kernel
 def look_ahead(
-    weights: Scores, named: GatePredictions, layer: int, executed: Flags, ahead: Floats, active: int, chances: Scores
+    weights: Scores,
+    predictions: GatePredictions,
+    layer: int,
+    executed: Flags,
+    ahead: Floats,
+    active: int,
+    probabilities: Scores,
 ) -> None:
-    """A layer is known, and what the gates of the next ones say of its hidden states: `settle`, then `anticipate`."""
-    settle(weights, named, layer, executed)
-    anticipate(weights, named, layer, ahead, active, chances)
+    """A layer is routed and the next layers' gates are known: `learn_from_layer`, then `apply_gates`."""
+    learn_from_layer(weights, predictions, layer, executed)
+    apply_gates(weights, predictions, layer, ahead, active, probabilities)

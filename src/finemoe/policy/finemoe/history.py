@@ -1,4 +1,8 @@
-"""Finished iterations, each linked to the one before it and the one after it: what followed is a lookup."""
+"""Store of finished iterations: a ring buffer whose rows are linked to the previous and next row of their request.
+
+A row holds, for every layer, which experts one iteration executed and with what weight. Links make what followed an
+iteration a lookup, and let the iterations of several requests be interleaved in one ring.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +18,22 @@ Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.unsignedinteger]
 Ints = npt.NDArray[np.int64]
 
-NO_ROW = -1  # instead of a row
-LEVELS = 255  # an expert's weight in a row is a share of so much
+NO_ROW = -1  # in place of a row
+LEVELS = 255  # weights are stored in 255ths
 
 
 class History(NamedTuple):
-    """The rows of a ring of `S`. An expert's weight is the root of its share of the gate, in `LEVELS`."""
+    """The ring of `S` rows. Iteration i, counting all that were ever added, is in row `i % S`."""
 
-    ids: Ids  # [S, L, K], what each row used; `E` where it used fewer
-    columns: npt.NDArray[np.uint8]  # [L, E, S], each expert's weight in every row
-    tokens: npt.NDArray[np.int32]  # [S], the input token
-    before: npt.NDArray[np.int32]  # [S], the row of the same request's iteration before, or `NO_ROW`
-    after: npt.NDArray[np.int32]  # [S], of the one after
+    ids: Ids  # [S, L, K], executed experts; padded with `E`
+    columns: npt.NDArray[np.uint8]  # [L, E, S], weight of each expert in every row, see `encode_layer`
+    tokens: npt.NDArray[np.int32]  # [S], input token id
+    prev: npt.NDArray[np.int32]  # [S], row of the same request's previous iteration, or `NO_ROW`
+    next: npt.NDArray[np.int32]  # [S], row of its next iteration, or `NO_ROW`
 
 
 def make_history(layers: int, experts: int, active: int, capacity: int) -> History:
-    """Without a row."""
+    """An empty history of `S = capacity` rows, for up to `K = active` experts per layer."""
     dtype = np.uint8 if experts <= np.iinfo(np.uint8).max else np.uint16
     return History(
         np.full((capacity, layers, active), experts, dtype),
@@ -41,77 +45,79 @@ def make_history(layers: int, experts: int, active: int, capacity: int) -> Histo
 
 
 class HistoryRows(NamedTuple):
-    """The rows of a trail, `n` of them, oldest first: what is kept of it."""
+    """The `n` rows of a history, oldest first, in the form that is saved to disk."""
 
     ids: Ids  # [n, L, K], as in `History`
-    weights: npt.NDArray[np.uint8]  # [n, L, K], of each in `LEVELS`
+    weights: npt.NDArray[np.uint8]  # [n, L, K], weight of each of `ids`
     tokens: npt.NDArray[np.int32]  # [n]
-    before: npt.NDArray[np.int32]  # [n], the place among these of the iteration before, always lower, or `NO_ROW`
+    prev: npt.NDArray[np.int32]  # [n], index of the previous iteration among these rows, always lower, or `NO_ROW`
 
 
-def rows_of(history: History, number: int) -> HistoryRows:
-    """What a trail holds after `number` iterations were ever taken in."""
+def rows_from_history(history: History, num_added: int) -> HistoryRows:
+    """The rows of a history to which `num_added` iterations were ever added."""
     capacity, layers, active = history.ids.shape
     experts = history.columns.shape[1]
-    size = min(number, capacity)
-    order = np.arange(number - size, number) % capacity
-    place = np.full(capacity + 1, NO_ROW, np.int32)  # the last entry is nobody's
-    place[order] = np.arange(size)
+    size = min(num_added, capacity)
+    order = np.arange(num_added - size, num_added) % capacity
+    index = np.full(capacity + 1, NO_ROW, np.int32)  # by row; the last entry is for `NO_ROW`
+    index[order] = np.arange(size)
     ids, weights = history.ids[order], np.zeros((size, layers, active), np.uint8)
     for layer in range(layers):
         for k in range(active):
-            there = np.flatnonzero(ids[:, layer, k] < experts)
-            weights[there, layer, k] = history.columns[layer, ids[there, layer, k], order[there]]
-    return HistoryRows(ids, weights, history.tokens[order], place[history.before[order]])
+            used = np.flatnonzero(ids[:, layer, k] < experts)
+            weights[used, layer, k] = history.columns[layer, ids[used, layer, k], order[used]]
+    return HistoryRows(ids, weights, history.tokens[order], index[history.prev[order]])
 
 
-def history_of(rows: HistoryRows, experts: int, capacity: int, number: int) -> History:
-    """A trail of the newest `capacity` rows, the last of which is the iteration `number - 1` that was taken in."""
-    left_out = max(0, len(rows.tokens) - capacity)
-    ids, weights, tokens, before = (array[left_out:] for array in rows)
-    (size, layers, active), place = ids.shape, np.where(before >= left_out, before - left_out, NO_ROW)
+def history_from_rows(rows: HistoryRows, experts: int, capacity: int, num_added: int) -> History:
+    """A history of the newest `capacity` rows, the last of which becomes iteration `num_added - 1`."""
+    dropped = max(0, len(rows.tokens) - capacity)
+    ids, weights, tokens, prev = (array[dropped:] for array in rows)
+    (size, layers, active), prev_index = ids.shape, np.where(prev >= dropped, prev - dropped, NO_ROW)
     history = make_history(layers, experts, active, capacity)
-    at = np.arange(number - size, number) % capacity
-    history.ids[at], history.tokens[at] = ids, tokens
-    follows = np.flatnonzero(place != NO_ROW)
-    history.before[at[follows]] = at[place[follows]]
-    history.after[at[place[follows]]] = at[follows]
+    row = np.arange(num_added - size, num_added) % capacity
+    history.ids[row], history.tokens[row] = ids, tokens
+    linked = np.flatnonzero(prev_index != NO_ROW)
+    history.prev[row[linked]] = row[prev_index[linked]]
+    history.next[row[prev_index[linked]]] = row[linked]
     for layer in range(layers):
         for k in range(active):
-            there = np.flatnonzero(ids[:, layer, k] < experts)
-            history.columns[layer, ids[there, layer, k], at[there]] = weights[there, layer, k]
+            used = np.flatnonzero(ids[:, layer, k] < experts)
+            history.columns[layer, ids[used, layer, k], row[used]] = weights[used, layer, k]
     return history
 
 
 @kernel
-def append(history: History, number: int, tokens: npt.NDArray[np.int32], ids: Ids, weights: Ids, previous: int) -> None:
-    """Takes in `n` successive iterations of a request; the oldest rows make room.
+def append(
+    history: History, num_added: int, tokens: npt.NDArray[np.int32], ids: Ids, weights: Ids, previous: int
+) -> None:
+    """Adds `n` successive iterations of one request, overwriting the oldest rows.
 
-    A row whose neighbour was overwritten has none any more.
+    Links to an overwritten row are cut.
 
     Args:
-        trail: is changed.
-        number: how many iterations were ever taken in: iteration i lies in row `i % S`.
+        history: is updated.
+        num_added: how many iterations were ever added before.
         tokens: `[n]`.
         ids: `[n, L, K]`, as in `History`.
-        weights: `[n, L, K]`, as in `History`.
-        previous: the number of the iteration before them, or `NO_ROW`.
+        weights: `[n, L, K]`, weight of each of `ids`.
+        previous: number of the request's iteration before these, or `NO_ROW`.
     """
     capacity, layers, active = history.ids.shape
     experts = history.columns.shape[1]
     for i in range(len(tokens)):
-        row = (number + i) % capacity
-        if history.before[row] != NO_ROW:
-            history.after[history.before[row]] = NO_ROW
-        if history.after[row] != NO_ROW:
-            history.before[history.after[row]] = NO_ROW
+        row = (num_added + i) % capacity
+        if history.prev[row] != NO_ROW:
+            history.next[history.prev[row]] = NO_ROW
+        if history.next[row] != NO_ROW:
+            history.prev[history.next[row]] = NO_ROW
         history.tokens[row] = tokens[i]
-        history.after[row] = NO_ROW
-        history.before[row] = NO_ROW
-        if previous != NO_ROW and previous > number + i - capacity:
-            history.before[row] = previous % capacity
-            history.after[previous % capacity] = row
-        previous = number + i
+        history.next[row] = NO_ROW
+        history.prev[row] = NO_ROW
+        if previous != NO_ROW and previous > num_added + i - capacity:
+            history.prev[row] = previous % capacity
+            history.next[previous % capacity] = row
+        previous = num_added + i
         for layer in range(layers):
             for k in range(active):
                 old = history.ids[row, layer, k]
@@ -126,13 +132,16 @@ def append(history: History, number: int, tokens: npt.NDArray[np.int32], ids: Id
 
 @kernel
 def encode_layer(gates: Floats, executed: Flags, ids: Ids, weights: Ids) -> None:
-    """One layer of a row: the likeliest of the executed experts, as many as there is room for.
+    """Encodes one layer of an iteration as the up to K executed experts of highest gate.
+
+    `w_e = sqrt(gate_e / sum of the K gates)`, in `LEVELS`. So `sum(w_e^2) = 1`, and the overlap of two rows in a layer,
+    `sum(w_e * w'_e)`, is at most 1.
 
     Args:
-        gates: `[E]`; if those executed have none, they count alike.
+        gates: `[E]`; if they are 0 for all executed experts, these get equal weights.
         executed: `[E]`.
-        ids: `[K]`, filled in, as in `History`.
-        weights: `[K]`, filled in, as in `History`.
+        ids: `[K]`, filled in, highest gate first; padded with `E`.
+        weights: `[K]`, filled in.
     """
     experts = len(gates)
     rest, total, count = executed.copy(), 0.0, 0
@@ -155,7 +164,7 @@ def encode_layer(gates: Floats, executed: Flags, ids: Ids, weights: Ids) -> None
 
 @kernel
 def encode_layers(gates: Floats, executed: Flags, ids: Ids, weights: Ids) -> None:
-    """`encode_layer` of `n` iterations: `[n, L, E]` to `[n, L, K]`."""
+    """`encode_layer` for `n` iterations: `[n, L, E]` to `[n, L, K]`."""
     for i in range(len(ids)):
         for layer in range(ids.shape[1]):
             encode_layer(gates[i, layer], executed[i, layer], ids[i, layer], weights[i, layer])

@@ -1,4 +1,4 @@
-"""How requests began, and what they went on to use: what to expect of a request before any gate has run."""
+"""Prior over experts from the prompt's embedding: what similar earlier requests used, known before any gate runs."""
 
 from __future__ import annotations
 
@@ -12,71 +12,83 @@ from finemoe.policy.base import StateDict
 from finemoe.policy.cache_state import Scores
 from finemoe.policy.finemoe.history import Floats
 
-REQUESTS = 512  # remembered; the oldest make room
-_ALIKE = 8  # requests that count
-_SHARPNESS = 0.1  # temperature of their weights, in cosines
+REQUESTS = 512  # default capacity
+_NEIGHBOURS = 8
+_TEMPERATURE = 0.1  # of the neighbours' weights, in cosines
 
 
 class PromptPrior:
-    """Finished requests: the embedding of each one's prompt, and how often it used each expert.
+    """The last `R` finished requests: each one's prompt embedding, and how often it used each expert.
 
-    Prompts are compared by the cosine of their mean embeddings, with the mean of all stored ones taken off: what all
-    prompts share says nothing.
+    Prompts are compared by the cosine of their embeddings minus the mean of all stored ones, because what all prompts
+    have in common carries no information.
 
     Args:
         layers: `L`.
         experts: `E`.
-        capacity: how many requests are remembered.
+        capacity: `R`.
+
+    Attributes:
+        num_added: how many requests were ever added; request i is in row `i % R`.
+        usage: `[R, L, E]`, share of the request's tokens that each expert got.
+        embeddings: `[R, D]`; allocated with the first request.
     """
 
     def __init__(self, layers: int, experts: int, capacity: int = REQUESTS) -> None:
-        self.number = 0  # requests that were ever taken in; request i lies in row `i % capacity`
+        self.num_added = 0
         self.usage: Floats = np.zeros((capacity, layers, experts), np.float32)
-        self.keys: Floats | None = None  # [capacity, D], made with the first
+        self.embeddings: Floats | None = None
 
     @property
     def size(self) -> int:
-        """How many are remembered."""
-        return min(self.number, len(self.usage))
+        """How many requests are stored."""
+        return min(self.num_added, len(self.usage))
 
     def add(self, embedding: Floats, usage: Scores | Floats) -> None:
-        """Takes in a finished request: its prompt's embedding `[D]`, its share of tokens for each expert `[L, E]`."""
-        if self.keys is None:
-            self.keys = np.zeros((len(self.usage), len(embedding)), np.float32)
-        row = self.number % len(self.usage)
-        self.keys[row], self.usage[row] = embedding, usage
-        self.number += 1
+        """Adds a finished request: its prompt's embedding `[D]`, and its share of tokens for each expert `[L, E]`."""
+        if self.embeddings is None:
+            self.embeddings = np.zeros((len(self.usage), len(embedding)), np.float32)
+        row = self.num_added % len(self.usage)
+        self.embeddings[row], self.usage[row] = embedding, usage
+        self.num_added += 1
 
     def state_dict(self) -> StateDict:
-        """`openings` `[R, D]`, the embeddings, and `opened` `[R, L, E]`, the usage, oldest first; empty without any."""
-        if self.keys is None:
+        """`openings` `[n, D]`, the embeddings, and `opened` `[n, L, E]`, the usage, oldest first; `{}` if empty."""
+        if self.embeddings is None:
             return {}
-        rows = np.arange(self.number - self.size, self.number) % len(self.usage)
-        return {"openings": self.keys[rows], "opened": self.usage[rows]}
+        rows = np.arange(self.num_added - self.size, self.num_added) % len(self.usage)
+        return {"openings": self.embeddings[rows], "opened": self.usage[rows]}
 
     def load_state_dict(self, state_dict: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Takes in what another one knew, if that is anything, in place of its own."""
-        self.number, self.keys = 0, None
+        """Replaces all requests by those of `state_dict`, which may have none."""
+        self.num_added, self.embeddings = 0, None
         for embedding, usage in zip(state_dict.get("openings", ()), state_dict.get("opened", ()), strict=True):
             self.add(embedding, usage)
 
-    def expect(self, embedding: Floats | None) -> tuple[Scores, float] | None:
-        """The share of tokens `[L, E]` that requests with prompts like this `[D]` sent to each expert.
+    def predict(self, embedding: Floats | None) -> tuple[Scores, float] | None:
+        """What requests with prompts like this one used.
 
-        That of the most alike, weighted by a softmax of their likeness; and what it is worth: m / (m + 1), with so many
-        of them in effect, m. The rest is what is usual. `None` if nothing is known.
+        With cosines `x_i` of the nearest `_NEIGHBOURS` stored prompts, `u_i = exp(x_i / _TEMPERATURE)`, and the
+        effective number of them `m = (sum u)^2 / sum u^2`:
+
+        Args:
+            embedding: `[D]`, if known.
+
+        Returns:
+            `sum(u_i * usage_i) / sum(u_i)` `[L, E]`, and how far to trust it, `m / (m + 1)`; the rest of the weight is
+            the global frequencies'. `None` without an embedding, or without stored ones of the same length.
         """
-        if embedding is None or self.keys is None or self.keys.shape[1] != len(embedding):
+        if embedding is None or self.embeddings is None or self.embeddings.shape[1] != len(embedding):
             return None
-        keys = self.keys[: self.size]
-        center = keys.mean(axis=0)
-        # without BLAS: its threads stop a model's, and lanes that it does not use can raise warnings
-        likeness = np.einsum("rd,d->r", _unit(keys - center), _unit(embedding - center))
-        alike = np.argsort(-likeness, kind="stable")[:_ALIKE]
-        u = np.exp((likeness[alike] - likeness[alike[0]]) / _SHARPNESS, dtype=np.float64)
-        told = np.tensordot(u / u.sum(), self.usage[alike].astype(np.float64), axes=1)
+        stored = self.embeddings[: self.size]
+        center = stored.mean(axis=0)
+        # not BLAS: its threads would delay the model's, and its unused vector lanes can raise floating-point warnings
+        cosines = np.einsum("rd,d->r", _unit(stored - center), _unit(embedding - center))
+        nearest = np.argsort(-cosines, kind="stable")[:_NEIGHBOURS]
+        u = np.exp((cosines[nearest] - cosines[nearest[0]]) / _TEMPERATURE, dtype=np.float64)
+        share = np.tensordot(u / u.sum(), self.usage[nearest].astype(np.float64), axes=1)
         effective = u.sum() ** 2 / np.square(u).sum()
-        return told, float(effective / (effective + 1.0))
+        return share, float(effective / (effective + 1.0))
 
 
 def _unit(vectors: npt.NDArray[np.float32]) -> Floats:

@@ -1,4 +1,4 @@
-"""A running request, as our own policy sees it."""
+"""State of a running request: expert frequencies, search state, gate predictions."""
 
 from __future__ import annotations
 
@@ -8,97 +8,112 @@ import numpy as np
 
 from finemoe.jit import kernel
 from finemoe.policy.cache_state import Scores
-from finemoe.policy.finemoe.gate_lookahead import GatePredictions, make_named
+from finemoe.policy.finemoe.gate_lookahead import GatePredictions, make_gate_predictions
 from finemoe.policy.finemoe.history import NO_ROW, Flags, Floats
 from finemoe.policy.finemoe.prompt_prior import PromptPrior
 from finemoe.policy.finemoe.search import Constants, Iteration, SearchState
 
 
 class RequestFrequencies(NamedTuple):
-    """How often a request uses each expert."""
+    """How often a request uses each expert; see `update_frequencies`."""
 
-    used: Scores  # [L, E], tokens that each expert got
-    faded: Scores  # [L, E], the same, the older the less
-    seen: Scores  # [L], tokens, the older the less
-    told: Scores  # [L, E], how often requests like it used each expert
-    trust: float  # what that is worth, beside the usual
-    frequency: Scores  # [L, E], what follows from all that
+    uses: Scores  # [L, E], tokens sent to each expert
+    decayed_uses: Scores  # [L, E], the same, decayed per token
+    decayed_tokens: Scores  # [L], tokens, decayed per token
+    prompt_share: Scores  # [L, E], share of tokens that requests with similar prompts sent to each expert
+    prompt_trust: float  # weight of `prompt_share` in the prior, from 0 to 1; the rest are the global frequencies
+    frequency: Scores  # [L, E], estimated probability that a token of the request uses each expert
 
 
 class GlobalFrequencies(NamedTuple):
-    """How often any iteration uses each expert."""
+    """How often iterations of all requests use each expert."""
 
-    share: Scores  # [L, E], of the iterations
-    iterations: Scores  # [L], of which that is the mean; of none, a guess
+    share: Scores  # [L, E], of the iterations; before the first, `1 / E`
+    iterations: Scores  # [L], number of iterations that `share` is the mean of
 
 
 class RequestArrays(NamedTuple):
-    """What changes with every layer of a running request; see `RequestState`."""
+    """The arrays of a `RequestState`, for kernels."""
 
     frequencies: RequestFrequencies
     search: SearchState
     iteration: Iteration
-    named: GatePredictions
+    gate_predictions: GatePredictions
 
 
 @kernel
-def use(
+def update_frequencies(
     frequencies: RequestFrequencies,
     global_frequencies: GlobalFrequencies,
     layer: int,
     share: Scores,
     tokens: int,
-    fade: float,
-    alone: int,
+    decay: float,
+    exact: int,
 ) -> None:
-    """Tokens of a request ran in a layer. What was expected of it when it began counts for one token more.
+    """A layer has run for some tokens of a request.
+
+    With n and N the decayed uses of an expert and the decayed tokens, each multiplied by `decay` per token:
+
+        frequency = (n + prior) / (N + 1)
+        prior = prompt_trust * prompt_share + (1 - prompt_trust) * global share
+
+    so the prior counts as one token.
 
     Args:
-        share: `[E]`, of the tokens that went to each expert.
-        fade: what a token counts one token later.
-        alone: 1 if this is an iteration of one token, known for certain, which enters the usual; otherwise 0.
+        frequencies: of the request, updated.
+        global_frequencies: updated if `exact`.
+        layer: that has run.
+        share: `[E]`, share of the tokens sent to each expert.
+        tokens: number of tokens.
+        decay: per token.
+        exact: 1 for an iteration of one token whose experts are known exactly, which counts for the global frequencies;
+            otherwise 0.
     """
-    kept = fade**tokens
-    weight = (1.0 - kept) / (1.0 - fade)
-    global_frequencies.iterations[layer] += alone
-    frequencies.seen[layer] = kept * frequencies.seen[layer] + weight
+    kept = decay**tokens
+    weight = (1.0 - kept) / (1.0 - decay)
+    global_frequencies.iterations[layer] += exact
+    frequencies.decayed_tokens[layer] = kept * frequencies.decayed_tokens[layer] + weight
     for expert in range(len(share)):
-        if alone:
+        if exact:
             global_frequencies.share[layer, expert] += (
                 share[expert] - global_frequencies.share[layer, expert]
             ) / global_frequencies.iterations[layer]
-        frequencies.used[layer, expert] += tokens * share[expert]
-        frequencies.faded[layer, expert] = kept * frequencies.faded[layer, expert] + weight * share[expert]
-        expected = (
-            frequencies.trust * frequencies.told[layer, expert]
-            + (1.0 - frequencies.trust) * global_frequencies.share[layer, expert]
+        frequencies.uses[layer, expert] += tokens * share[expert]
+        frequencies.decayed_uses[layer, expert] = (
+            kept * frequencies.decayed_uses[layer, expert] + weight * share[expert]
         )
-        frequencies.frequency[layer, expert] = (frequencies.faded[layer, expert] + expected) / (
-            frequencies.seen[layer] + 1.0
+        prior = (
+            frequencies.prompt_trust * frequencies.prompt_share[layer, expert]
+            + (1.0 - frequencies.prompt_trust) * global_frequencies.share[layer, expert]
+        )
+        frequencies.frequency[layer, expert] = (frequencies.decayed_uses[layer, expert] + prior) / (
+            frequencies.decayed_tokens[layer] + 1.0
         )
 
 
 class RequestState:
-    """A running request.
+    """State of a running request.
 
     Args:
-        capacity: rows of the store.
-        constants: what the formulas leave open.
-        usual: what is known of iterations.
-        opening: `[D]`, the embedding of its prompt, where known.
-        openings: of requests that ended.
-        ahead: n, for how many layers ahead gates are asked.
+        capacity: `S`, rows of the history.
+        constants: of the formulas.
+        global_frequencies: of all iterations so far.
+        prompt_embedding: `[D]`, mean of its prompt's token embeddings, if known.
+        prompt_prior: prior from earlier prompts.
+        distances: for how many layers ahead gates are evaluated.
 
     Attributes:
-        habits: how often it uses each expert.
-        search: its place among the rows of the store, and the chances of each expert.
-        iteration: the one under way.
-        known: layers of it of which we know what the request used, none left out.
-        last: the number of its last iteration in the store.
-        kept_back: iterations that enter the store when it ends: token, gates, executed.
-        named: what gates said of the layers ahead.
-        state: habits, search, iteration and named.
-        tokens: that ran.
+        prompt_embedding: as given.
+        frequencies: how often it uses each expert.
+        search: its search state.
+        iteration: the current iteration.
+        num_routed: layers of the iteration whose executed experts are known, none left out.
+        last_iteration: number of its last iteration in the history, or `NO_ROW`.
+        deferred: iterations that enter the history when the request ends: token, gates, executed.
+        gate_predictions: experts that gates selected for layers ahead.
+        arrays: frequencies, search, iteration and gate predictions, for kernels.
+        tokens: number of tokens that ran.
     """
 
     def __init__(
@@ -106,31 +121,34 @@ class RequestState:
         capacity: int,
         constants: Constants,
         global_frequencies: GlobalFrequencies,
-        opening: Floats | None,
+        prompt_embedding: Floats | None,
         prompt_prior: PromptPrior,
-        ahead: int,
+        distances: int,
     ) -> None:
         count, (layers, experts) = constants.neighbours, global_frequencies.share.shape
-        self.opening = opening
-        told, trust = prompt_prior.expect(opening) or (np.zeros((layers, experts)), 0.0)
+        self.prompt_embedding = prompt_embedding
+        share, trust = prompt_prior.predict(prompt_embedding) or (np.zeros((layers, experts)), 0.0)
         self.frequencies = RequestFrequencies(
-            np.zeros((layers, experts)), np.zeros((layers, experts)), np.zeros(layers), told, trust,
-            trust * told + (1.0 - trust) * global_frequencies.share,
+            np.zeros((layers, experts)), np.zeros((layers, experts)), np.zeros(layers), share, trust,
+            trust * share + (1.0 - trust) * global_frequencies.share,
         )  # fmt: skip
         self.search = SearchState(
             np.zeros(capacity, np.float32), np.zeros(count, np.int64), np.zeros(count, np.float32),
             self.frequencies.frequency, np.zeros((constants.horizon + 1, layers, experts)),
         )  # fmt: skip
         self.iteration = Iteration(np.zeros((layers, experts), np.float32), np.zeros((layers, experts), np.bool_))
-        self.known = 0
-        self.last = NO_ROW
-        self.kept_back: list[tuple[int, Floats, Flags]] = []
-        self.named = make_named(ahead, layers, experts)
-        self.state = RequestArrays(self.frequencies, self.search, self.iteration, self.named)
+        self.num_routed = 0
+        self.last_iteration = NO_ROW
+        self.deferred: list[tuple[int, Floats, Flags]] = []
+        self.gate_predictions = make_gate_predictions(distances, layers, experts)
+        self.arrays = RequestArrays(self.frequencies, self.search, self.iteration, self.gate_predictions)
         self.tokens = 0
 
-    def expect_by_frequency(self, now: int, tokens: int) -> None:
-        """Nothing else is known: this iteration's layers after `now` run `tokens` tokens, later iterations one."""
-        chances, frequency = self.search.chances, self.search.frequency
-        chances[0, now + 1 :] = 1.0 - (1.0 - frequency[now + 1 :]) ** tokens
-        chances[1:] = frequency
+    def predict_by_frequency(self, now: int, tokens: int) -> None:
+        """Predicts without neighbours: this iteration's layers after `now` run `tokens` tokens, later iterations one.
+
+        With f the frequency: `p_0 = 1 - (1 - f)^tokens`, `p_j = f`.
+        """
+        probabilities, frequency = self.search.probabilities, self.search.frequency
+        probabilities[0, now + 1 :] = 1.0 - (1.0 - frequency[now + 1 :]) ** tokens
+        probabilities[1:] = frequency

@@ -1,4 +1,21 @@
-"""Which finished iterations the one under way resembles, and what these say of it and of those to come. Kernels."""
+"""Nearest-neighbour search over past iterations, and the expert probabilities that it predicts. Kernels.
+
+For the current iteration t of a request, with layers 0 to n - 1 routed, the score of row s of the `History` is
+
+    S_t(s) = H_t(s) + sum over l < n, e executed in both of w_t(l, e) * w_s(l, e)
+    H_t(s) = context * S_{t-1}(prev(s)) + same_token * [s has the same input token]
+
+with the weights w of `history.encode_layer`. The `neighbours` rows of highest score predict, for the layers to come of
+this iteration (j = 0) and for the j-th iteration after it,
+
+    u_s = exp(S_t(s) / temperature)                          over those neighbours whose j-th successor s + j is known
+    m   = (sum u_s)^2 / sum u_s^2                            effective number of neighbours
+    q_j(l, e) = sum(u_s * [e executed in layer l of s + j]) / sum(u_s)
+    p_j = (m * q_j + c * frequency) / (m + c)                c = 1 for j = 0, 1 and 2 beyond
+
+so that few or distant neighbours leave the prediction near the request's own frequencies. The idea of a search by token
+and by layer trajectory is from the fMoE paper (arXiv 2502.05370); the formulas are our own.
+"""
 
 from __future__ import annotations
 
@@ -10,63 +27,62 @@ from finemoe.jit import compiled_as, kernel
 from finemoe.policy.cache_state import Scores
 from finemoe.policy.finemoe.history import LEVELS, NO_ROW, Flags, Floats, History, Ids, Ints, encode_layer
 
-_BLOCK = 128  # rows that are passed over together if none of them is near
-_TILE = 4096  # rows whose scores stay in the first-level cache while a layer's columns are added
+_BLOCK = 128  # rows that are skipped together if none of them can be a neighbour
+_TILE = 4096  # rows whose scores stay in the L1 cache while a layer's columns are added
 
 
 class Constants(NamedTuple):
-    """What the formulas leave open: the same for every budget, link and model.
+    """Constants of the formulas, the same for every budget, link and model.
 
-    Chosen on recorded routing of a model of 24 layers of 32 experts. The time per layer is flat around all of them:
-    half or double costs 2% at most.
+    Chosen on recorded routing of a model with 24 layers of 32 experts. The time per layer is flat around all of them:
+    half or double the value costs 2% at most.
     """
 
-    neighbours: int = 32  # rows that count
-    context: float = 0.2  # what a row inherits of the likeness of the one before it
-    same_token: float = 1.0  # what the same input token is worth, in layers of full overlap
-    sharpness: float = 0.5  # temperature of the neighbours' weights, for the iteration under way
-    later: float = 1.0  # and for the iterations after it
-    horizon: int = 5  # how many of those are told one by one; after them, by frequency
-    fade: float = 0.95  # what an iteration counts for a request's frequencies one iteration later
-    discount: float = 0.4  # what a use is worth one iteration later
+    neighbours: int = 32
+    context: float = 0.2  # share of the previous iteration's score that a row inherits
+    same_token: float = 1.0  # bonus for the same input token, in layers of full overlap
+    temperature: float = 0.5  # of the neighbours' weights, for the current iteration
+    later_temperature: float = 1.0  # for the iterations after it
+    horizon: int = 5  # how many iterations after it are predicted by neighbours; beyond that, by frequency
+    decay: float = 0.95  # weight of a token in a request's frequencies, one token later
+    discount: float = 0.4  # value of a use one iteration later (`decode_step.update_scores`)
 
 
 CONSTANTS = Constants()
 
 
 class SearchState(NamedTuple):
-    """A running request among the rows, and what follows for it."""
+    """Search state of a running request."""
 
-    scores: Floats  # [S], how much each row resembles the iteration under way
-    rows: Ints  # [neighbours], the nearest, best first
+    scores: Floats  # [S], score of each row
+    rows: Ints  # [neighbours], rows of highest score, best first
     top: Floats  # [neighbours], their scores
-    frequency: Scores  # [L, E], how often the request used each expert lately
-    chances: Scores  # [horizon + 1, L, E], of each expert in this iteration and those after it
+    frequency: Scores  # [L, E], that of `RequestFrequencies`
+    probabilities: Scores  # [horizon + 1, L, E], of each expert in this iteration and in those after it
 
 
 class Iteration(NamedTuple):
-    """The one under way of a request, as far as it is known."""
+    """The current iteration of a request; layers not routed yet hold the previous iteration's values."""
 
     gates: Floats  # [L, E]
     executed: Flags  # [L, E]
 
 
 @kernel
-def carry(history: History, size: int, token: int, constants: Constants, previous: Floats, scores: Floats) -> None:
-    """An iteration begins: `scores` `[S]` without any layer, out of the `previous` `[S]` of the request.
-
-    `H_t(s) = context * S_{t-1}(before(s)) + same_token * [the same input token]`.
-    """
+def start_scores(
+    history: History, size: int, token: int, constants: Constants, previous: Floats, scores: Floats
+) -> None:
+    """Fills in `H_t` `[S]`, the scores before any layer is routed; `previous` `[S]`: those of the last iteration."""
     context, same = np.float32(constants.context), np.float32(constants.same_token)
     for row in range(size):
-        before = history.before[row]
-        score = context * previous[before] if before != NO_ROW else np.float32(0.0)
+        prev = history.prev[row]
+        score = context * previous[prev] if prev != NO_ROW else np.float32(0.0)
         if history.tokens[row] == token:
             score += same
         scores[row] = score
 
 
-def _overlap_loop(history: History, size: int, layer: int, ids: Ids, weights: Ids, scores: Floats) -> None:
+def _add_overlap_loop(history: History, size: int, layer: int, ids: Ids, weights: Ids, scores: Floats) -> None:
     experts = history.columns.shape[1]
     for start in range(0, size, _TILE):
         tile = scores[start : min(size, start + _TILE)]
@@ -79,13 +95,17 @@ def _overlap_loop(history: History, size: int, layer: int, ids: Ids, weights: Id
                 tile[i] += weight * np.float32(column[i])
 
 
-@compiled_as(_overlap_loop)
-def overlap(history: History, size: int, layer: int, ids: Ids, weights: Ids, scores: Floats) -> None:
-    """Adds to `scores` `[S]` what `layer` has in common with each row; a full overlap is 1.
+@compiled_as(_add_overlap_loop)
+def add_overlap(history: History, size: int, layer: int, ids: Ids, weights: Ids, scores: Floats) -> None:
+    """Adds to `scores` `[S]` the overlap of one layer with each row, at most 1.
 
     Args:
-        ids: `[K]`, as in `History`.
-        weights: `[K]`, as in `History`.
+        history: the rows.
+        size: number of rows in use.
+        layer: of the overlap.
+        ids: `[K]`, executed experts, see `encode_layer`.
+        weights: `[K]`, their weights.
+        scores: is updated.
     """
     for expert, weight in zip(ids, weights, strict=True):
         if expert < history.columns.shape[1]:
@@ -98,7 +118,7 @@ def _nearest_loop(size: int, search: SearchState) -> int:
     for start in range(0, size, _BLOCK):
         block = scores[start : min(size, start + _BLOCK)]
         near = np.int32(0)
-        for i in range(len(block)):  # without a branch, so that it becomes a few wide instructions
+        for i in range(len(block)):  # without a branch, so that it is vectorised
             near += np.int32(block[i] > floor)
         if near == 0:
             continue
@@ -122,7 +142,7 @@ def _nearest_loop(size: int, search: SearchState) -> int:
 
 @compiled_as(_nearest_loop)
 def nearest(size: int, search: SearchState) -> int:
-    """Fills in the rows of the highest scores (ties: the lowest row). Returns how many there are."""
+    """Fills in `rows` and `top`: the rows of highest score (ties: the lowest row). Returns how many there are."""
     order = np.argsort(-search.scores[:size], kind="stable")[: len(search.rows)]
     search.rows[: len(order)] = order
     search.top[: len(order)] = search.scores[order]
@@ -130,79 +150,104 @@ def nearest(size: int, search: SearchState) -> int:
 
 
 @kernel
-def add_row(history: History, row: int, weight: float, first: int, told: Scores) -> None:
-    """Adds `weight` to what the row used, in `told` `[L, E]`, from layer `first` on."""
-    layers, experts = told.shape
+def add_row(history: History, row: int, weight: float, first: int, total: Scores) -> None:
+    """Adds `weight` to `total` `[L, E]` for every expert that the row executed in layers `first` and up."""
+    layers, experts = total.shape
     for layer in range(first, layers):
         for k in range(history.ids.shape[2]):
             expert = history.ids[row, layer, k]
             if expert < experts:
-                told[layer, expert] += weight
+                total[layer, expert] += weight
 
 
 @kernel
-def expect(history: History, constants: Constants, count: int, now: int, search: SearchState) -> None:
-    """What `count` neighbours say of this iteration and the next ones, shrunk towards the request's own frequencies.
-
-    With `u_s = exp(S(s) / temperature)` over the rows s whose j-th successor is known, scaled to a sum of 1, and
-    `m = 1 / sum(u^2)` of them in effect:
-    `p_j = (m * sum(u_s * [e in the successor]) + c * frequency) / (m + c)`, c = 1, and 2 from j = 2 on.
+def predict_probabilities(history: History, constants: Constants, count: int, now: int, search: SearchState) -> None:
+    """Fills in `p_j` of the module's docstring, from the `count` nearest rows.
 
     Args:
-        now: the last layer that is known, or -1. Of this iteration only the chances of the layers after it are told.
+        history: the rows.
+        constants: of the formulas.
+        count: number of neighbours.
+        now: the last routed layer, or -1; of this iteration, only the layers after it are predicted.
+        search: `probabilities` is updated.
     """
-    frequency, chances = search.frequency, search.chances
-    at = search.rows[:count].copy()
-    for j in range(len(chances)):
+    frequency, probabilities = search.frequency, search.probabilities
+    successors = search.rows[:count].copy()
+    for j in range(len(probabilities)):
         first = now + 1 if j == 0 else 0
-        temperature = constants.sharpness if j == 0 else constants.later
-        prior = 1.0 if j <= 1 else 2.0
-        told = chances[j]
-        told[first:] = 0.0
+        temperature = constants.temperature if j == 0 else constants.later_temperature
+        prior_weight = 1.0 if j <= 1 else 2.0
+        p = probabilities[j]
+        p[first:] = 0.0
         best, total, squares = 0.0, 0.0, 0.0
         for i in range(count):
-            if j > 0 and at[i] != NO_ROW:
-                at[i] = history.after[at[i]]
-            if at[i] == NO_ROW:
+            if j > 0 and successors[i] != NO_ROW:
+                successors[i] = history.next[successors[i]]
+            if successors[i] == NO_ROW:
                 continue
             if total == 0.0:
-                best = search.top[i]  # so that the best of those that know weighs 1, and not next to nothing
+                best = search.top[
+                    i
+                ]  # relative to the best neighbour that has a successor, so that u does not underflow
             u = np.exp((search.top[i] - best) / temperature)
             total += u
             squares += u * u
-            add_row(history, at[i], u, first, told)
+            add_row(history, successors[i], u, first, p)
         effective = total * total / squares if total > 0.0 else 0.0
-        share = effective / total if total > 0.0 else 0.0
-        told[first:] = (share * told[first:] + prior * frequency[first:]) / (effective + prior)
+        scale = effective / total if total > 0.0 else 0.0
+        p[first:] = (scale * p[first:] + prior_weight * frequency[first:]) / (effective + prior_weight)
 
 
 @kernel
-def conclude(history: History, size: int, layer: int, constants: Constants, search: SearchState) -> None:
-    """What the nearest rows say, once `layer` is known (-1: none yet)."""
-    expect(history, constants, nearest(size, search), layer, search)
+def update_probabilities(history: History, size: int, layer: int, constants: Constants, search: SearchState) -> None:
+    """Finds the nearest rows and predicts from them, once `layer` is routed (-1: none yet)."""
+    predict_probabilities(history, constants, nearest(size, search), layer, search)
 
 
 @kernel
-def begin_search(history: History, size: int, token: int, constants: Constants, search: SearchState, late: int) -> None:
-    """An iteration begins with this input token: what each row's score starts from. `late`: as in `extend_search`."""
+def begin_search(
+    history: History, size: int, token: int, constants: Constants, search: SearchState, lagging: int
+) -> None:
+    """An iteration begins.
+
+    Args:
+        history: the rows.
+        size: number of rows in use.
+        token: input token id.
+        constants: of the formulas.
+        search: is updated.
+        lagging: 1 to update the scores only, because newer events are queued and nobody would read the predictions.
+    """
     previous = search.scores[:size].copy()
-    carry(history, size, token, constants, previous, search.scores)
-    if not late:
-        conclude(history, size, -1, constants, search)
+    start_scores(history, size, token, constants, previous, search.scores)
+    if not lagging:
+        update_probabilities(history, size, -1, constants, search)
 
 
 @kernel
 def extend_search(
-    history: History, size: int, layer: int, iteration: Iteration, constants: Constants, search: SearchState, late: int
+    history: History,
+    size: int,
+    layer: int,
+    iteration: Iteration,
+    constants: Constants,
+    search: SearchState,
+    lagging: int,
 ) -> None:
-    """One more layer is known: adds what each row has in common with it.
+    """One more layer of the iteration is routed: adds its overlap to the scores.
 
     Args:
-        late: 1 if nobody will look at what follows, which then is left out; otherwise 0.
+        history: the rows.
+        size: number of rows in use.
+        layer: that was routed.
+        iteration: with that layer filled in.
+        constants: of the formulas.
+        search: is updated.
+        lagging: as in `begin_search`.
     """
     active = history.ids.shape[2]
     ids, weights = np.empty(active, history.ids.dtype), np.empty(active, np.uint8)
     encode_layer(iteration.gates[layer], iteration.executed[layer], ids, weights)
-    overlap(history, size, layer, ids, weights, search.scores)
-    if not late:
-        conclude(history, size, layer, constants, search)
+    add_overlap(history, size, layer, ids, weights, search.scores)
+    if not lagging:
+        update_probabilities(history, size, layer, constants, search)

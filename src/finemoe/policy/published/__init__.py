@@ -1,1 +1,1 @@
-"""Policies of published systems, rebuilt from their papers."""
+"""Published policies, reproduced from their papers; each class lists what it takes over and where it deviates."""

@@ -13,7 +13,7 @@ from ray import serve
 
 from finemoe.config import LoadConfig
 from finemoe.errors import ConfigError
-from finemoe.learned import NOWHERE
+from finemoe.learned import NO_MAP_STORE
 from finemoe.policy import policy_class
 from finemoe.serving.app import refuse_to_share_nothing
 from finemoe.serving.config import ServeConfig
@@ -91,7 +91,7 @@ def build(given: Mapping[str, Any]) -> Any:
 def _sharing(arguments: Arguments) -> tuple[Arguments, bool]:
     """The arguments that a replica gets, and whether the application has a store of its own."""
     choice, policy = arguments.serve.shared_maps, arguments.load.policy
-    if choice == NOWHERE:
+    if choice == NO_MAP_STORE:
         return replace(arguments, serve=replace(arguments.serve, shared_maps=None)), False
     if choice is not None:
         refuse_to_share_nothing(policy)

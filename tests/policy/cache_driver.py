@@ -1,4 +1,4 @@
-"""Drives a controller through whole layers, checking its promises after every event: no engine, no pool, no clock."""
+"""Runs a cache manager layer by layer and checks its invariants after every event: no engine, no pool, no clock."""
 
 from __future__ import annotations
 
@@ -9,77 +9,77 @@ import numpy as np
 from finemoe.policy import CacheManager
 from finemoe.types import ExpertId, Fetch, Plan, Routed
 
-Choice = Callable[[int], int]  # of so many things, which comes first
+Choice = Callable[[int], int]  # picks one of n possible next actions
 
 
 def first(_: int) -> int:
     return 0
 
 
-class Drive:
-    """A controller, and all that a bystander can know about it.
+class CacheDriver:
+    """Runs a cache manager and mirrors its state from plans and events alone.
 
     Args:
-        controller: under test.
-        choose: what happens next, wherever more than one thing can.
-        prefetch: whether the link may fall idle: then a prefetch is asked for, and useless ones are withdrawn.
+        cache_manager: under test.
+        choose: which action happens next, if several can.
+        prefetch: whether the link may become idle: then prefetches are requested, and useless ones are cancelled.
     """
 
     def __init__(self, cache_manager: CacheManager, choose: Choice = first, *, prefetch: bool = False) -> None:
         self.cache_manager = cache_manager
         self.choose = choose
-        self.prefetches = prefetch
+        self.prefetch = prefetch
         self.resident: set[ExpertId] = set()
         self.in_flight: list[ExpertId] = []
-        self.needed: list[ExpertId] = []  # of the layer under way, not used yet
+        self.needed: list[ExpertId] = []  # by the current layer, not used yet
         self.log: list[Fetch] = []
 
     def layer(self, layer: int, experts: Sequence[int]) -> list[Fetch]:
-        """Runs one layer to its end, with nothing known but its needs. Returns its fetches."""
+        """Runs one layer, of which only the needed experts are known. Returns its fetches."""
         return self.event(Routed(layer, tuple(experts)))
 
     def event(self, event: Routed) -> list[Fetch]:
-        """Runs one layer to its end: lands and uses experts in any order. Returns its fetches."""
-        begin = len(self.log)
+        """Runs one layer: experts land and are used in any order. Returns its fetches."""
+        start = len(self.log)
         self.needed = [ExpertId(event.layer, expert) for expert in event.experts]
-        self.follow(self.cache_manager.routed(event))
+        self.execute(self.cache_manager.routed(event))
         while self.needed:
             usable = [expert for expert in self.needed if expert in self.resident]
-            assert usable or self.in_flight, f"{self.needed} will never come"
-            turn = self.choose(len(usable) + len(self.in_flight) + 2 * self.prefetches)
-            if turn < len(usable):
-                self.use(usable[turn])
-            elif turn < len(usable) + len(self.in_flight):
-                self.land(self.in_flight[turn - len(usable)])
-            elif turn == len(usable) + len(self.in_flight):
+            assert usable or self.in_flight, f"{self.needed} will never be loaded"
+            action = self.choose(len(usable) + len(self.in_flight) + 2 * self.prefetch)
+            if action < len(usable):
+                self.use(usable[action])
+            elif action < len(usable) + len(self.in_flight):
+                self.land(self.in_flight[action - len(usable)])
+            elif action == len(usable) + len(self.in_flight):
                 self.idle()
             else:
                 self.cancel()
-        while self.prefetches and (turn := self.choose(4)):
-            if turn == 1 and self.in_flight:
+        while self.prefetch and (action := self.choose(4)):
+            if action == 1 and self.in_flight:
                 self.land(self.in_flight[0])
             else:
                 self.idle()
-        return self.log[begin:]
+        return self.log[start:]
 
     def use(self, expert: ExpertId) -> None:
         self.needed.remove(expert)
-        self.follow(self.cache_manager.used(expert))
+        self.execute(self.cache_manager.used(expert))
 
     def land(self, expert: ExpertId) -> None:
         self.in_flight.remove(expert)
         self.resident.add(expert)
-        self.follow(self.cache_manager.landed(expert))
+        self.execute(self.cache_manager.landed(expert))
 
     def fail(self, expert: ExpertId) -> None:
-        """A fetch came to nothing. Whoever needs the expert asks again."""
+        """A fetch fails; it is retried if the expert is needed."""
         self.in_flight.remove(expert)
         self.cache_manager.failed(expert)
         self.check()
-        self.follow(self.cache_manager.retry())
+        self.execute(self.cache_manager.retry())
 
     def idle(self) -> Fetch | None:
-        """The link is idle."""
+        """The link is idle: requests a prefetch."""
         before = self.cache_manager.policy.retention_priority.copy(), self.cache_manager.policy.prefetch_priority.copy()
         fetch = self.cache_manager.prefetch()
         assert np.array_equal(
@@ -93,23 +93,23 @@ class Drive:
             self.cache_manager.policy.prefetch_priority,
             self.cache_manager.policy.retention_priority,
         )
-        assert prefetch_priority[fetch.expert] > 0, f"{fetch.expert} is prefetched and not wanted"
+        assert prefetch_priority[fetch.expert] > 0, f"{fetch.expert} is prefetched with priority 0"
         if fetch.victim is not None:
             idle = [expert for expert in self.resident if expert not in self.needed]
             assert retention_priority[fetch.victim] == min(retention_priority[expert] for expert in idle), (
-                "not the least worthy"
+                "not the lowest retention priority"
             )
-        self.follow(Plan((fetch,)))
+        self.execute(Plan((fetch,)))
         return fetch
 
     def cancel(self) -> None:
-        """Prefetches under way that are not wanted any more, or whose slot is needed, give it up."""
+        """Cancels prefetches in flight that should not continue, or whose slot is needed."""
         for expert in [e for e in self.in_flight if e not in self.needed]:
-            if self.cache_manager.short_of_slots or not self.cache_manager.still_wanted(expert):
+            if self.cache_manager.short_of_slots or not self.cache_manager.should_continue_prefetch(expert):
                 self.fail(expert)
 
-    def follow(self, plan: Plan) -> None:
-        """Books a plan, refusing whatever a pool would have to refuse."""
+    def execute(self, plan: Plan) -> None:
+        """Executes a plan; fails on whatever a pool would refuse."""
         for expert, victim, _ in plan.fetches:
             assert expert not in self.resident, f"{expert} is resident and fetched"
             assert expert not in self.in_flight, f"{expert} is fetched twice"
