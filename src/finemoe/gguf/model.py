@@ -15,8 +15,8 @@ from typing import Any, Self
 from finemoe.errors import CheckpointError, ConfigError, FinemoeError
 from finemoe.gguf.chat_template import render
 from finemoe.gguf.load import Loaded
-from finemoe.gguf.sampler import Sampler, SamplingOptions
-from finemoe.gguf.vocabulary import Vocabulary
+from finemoe.gguf.sampler import SamplingOptions, TokenSampler
+from finemoe.gguf.vocabulary import GgufVocabulary
 
 _ROOM_TOKENS = 256  # contexts grow by
 
@@ -32,7 +32,7 @@ class GgufModel:
         self._loaded = loaded
         api = loaded.library.api
         self.file = loaded.file
-        self.vocabulary = Vocabulary(loaded.library, loaded.model, loaded.file.name)
+        self.vocabulary = GgufVocabulary(loaded.library, loaded.model, loaded.file.name)
         trained = int(api.llama_model_n_ctx_train(loaded.model))
         self.context_tokens = trained if trained > 0 else None
         template = api.llama_model_chat_template(loaded.model, None)
@@ -103,7 +103,7 @@ class GgufModel:
         with self._lock:
             runner.make_room(self._room(len(tokens) + max_new_tokens))
             self._prefill(request, list(tokens), on_prefill or (lambda _: None))
-            sampler = Sampler(self._loaded.library, sampling or SamplingOptions(), self.vocabulary.size, tokens)
+            sampler = TokenSampler(self._loaded.library, sampling or SamplingOptions(), self.vocabulary.size, tokens)
             try:
                 for number in range(1, max_new_tokens + 1):
                     runner.logits()  # refuses what is not finite

@@ -31,7 +31,7 @@ class SamplingOptions:
         return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
 
 
-class Sampler:
+class TokenSampler:
     """Chooses tokens of one answer.
 
     Args:

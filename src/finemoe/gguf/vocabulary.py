@@ -13,7 +13,7 @@ _NO_TOKENIZER = 0  # of llama_vocab_type
 _PIECE_BYTES = 64
 
 
-class Vocabulary:
+class GgufVocabulary:
     """A model's tokens.
 
     Args:
@@ -84,7 +84,7 @@ class Vocabulary:
 class TextStream:
     """Tokens in, text out as soon as its characters are complete."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: GgufVocabulary) -> None:
         self._vocabulary = vocabulary
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 

@@ -16,7 +16,7 @@ from finemoe import __version__
 from finemoe.config import LoadConfig
 from finemoe.errors import ConfigError
 from finemoe.gguf.locate import refuse_gguf
-from finemoe.learned import FolderMaps, SharedMaps
+from finemoe.learned import NO_MAP_STORE, FolderMaps, SharedMaps
 from finemoe.model import load_config as load
 from finemoe.model.generation import load_tokenizer
 from finemoe.policy import policy_class
