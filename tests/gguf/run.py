@@ -18,7 +18,7 @@ from finemoe.gguf.binding import load_library
 from finemoe.gguf.context import Context, ContextOptions
 from finemoe.gguf.expert_memory import ExpertMemory
 from finemoe.gguf.file import open_gguf
-from finemoe.gguf.load import GgufOptions, load_parts
+from finemoe.gguf.load import GgufOptions, load_parts, observe
 from finemoe.gguf.model import GgufModel
 from finemoe.jit import interpreted
 from finemoe.policy import policy_class
@@ -36,7 +36,11 @@ def load(path: Path, expert_memory: str = "25%", policy: str = "lru", **options:
         options = {"jit": interpreted} if policy_class(policy).compiles else {}
         return make_engine(config, options, None, memory, transfer, expert_index)
 
-    return GgufModel(load_parts(open_gguf(path), GgufOptions(expert_memory, threads=1, **options), make))
+    parts = load_parts(open_gguf(path), GgufOptions(expert_memory, threads=1, **options), make)
+    seen = parts.engine.cache_manager.policy.needs | parts.engine.cache_manager.policy.uses
+    if seen:
+        observe(parts, 1)
+    return GgufModel(parts)
 
 
 def answer(model: GgufModel, prompt: Sequence[int], count: int) -> tuple[list[int], list[Floats]]:

@@ -84,9 +84,10 @@ def test_keys_and_values_in_8_bits_are_exact_too(random_gguf: MakeFile, loaded: 
     check(random_gguf(), loaded, "25%", cache_type="q8_0")
 
 
-@pytest.mark.parametrize("policy", ["lfu", "mixtral-offloading"])
-def test_output_does_not_depend_on_the_policy(random_gguf: MakeFile, loaded: Load, policy: str) -> None:
-    check(random_gguf(), loaded, "25%", policy=policy)
+@pytest.mark.parametrize("budget", ["minimum", "25%"])
+@pytest.mark.parametrize("policy", ["lfu", "mixtral-offloading", "finemoe"])
+def test_output_does_not_depend_on_the_policy(random_gguf: MakeFile, loaded: Load, policy: str, budget: str) -> None:
+    check(random_gguf(), loaded, budget, policy=policy)
 
 
 def test_output_is_exact_where_the_librarys_calls_cannot_be_redirected(

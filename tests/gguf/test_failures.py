@@ -154,6 +154,22 @@ def test_ctrl_c_within_a_load_ends_it(
     loaded(path, "50%")
 
 
+def test_a_file_that_is_replaced_while_it_is_loaded_is_refused(
+    random_gguf: MakeFile, loaded: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copy(random_gguf(), tmp_path)
+    library = binding.load_library
+
+    def replace() -> Any:
+        (tmp_path / "other").write_bytes(path.read_bytes())
+        (tmp_path / "other").rename(path)
+        return library()
+
+    monkeypatch.setattr("finemoe.gguf.load.load_library", replace)
+    with pytest.raises(CheckpointError, match="has changed while it was loaded"):
+        loaded(path, "50%")
+
+
 def test_an_unknown_architecture_is_named(random_gguf: MakeFile, loaded: Load, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(random_gguf().read_bytes().replace(b"qwen3moe", b"nosuchmo"))

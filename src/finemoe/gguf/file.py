@@ -79,11 +79,19 @@ class GgufFile:
         files: the parts, in order; usually one.
         metadata: of the first part; strings and numbers, short arrays as lists.
         tensors: of all parts, by name.
+        stamps: tells each file from a later one of its name; none of remote files.
     """
 
     files: tuple[Path, ...]
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    stamps: tuple[tuple[int, ...], ...] = ()
+
+    def refuse_changed(self) -> None:
+        """Raises `CheckpointError` if a file is another one, or has changed, since its header was read."""
+        for path, stamp in zip(self.files, self.stamps, strict=True):
+            if _stamp(path) != stamp:
+                raise CheckpointError(f"{path}: has changed while it was loaded; load it again")
 
     @property
     def name(self) -> str:
@@ -172,7 +180,16 @@ def open_gguf(path: str | Path, open_part: OpenPart = open_local) -> GgufFile:
         raise CheckpointError(f"{first}: its parts have {len(tensors)} tensors of {total}; fetch all parts again")
     if not metadata.get("general.architecture"):
         raise CheckpointError(f"{first}: names no architecture (general.architecture); fetch it again")
-    return GgufFile(tuple(files), metadata, tensors)
+    stamps = tuple(map(_stamp, files)) if open_part is open_local else ()
+    return GgufFile(tuple(files), metadata, tensors, stamps)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _part_count(first: Path, metadata: Mapping[str, Any]) -> int:

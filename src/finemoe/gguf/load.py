@@ -110,6 +110,7 @@ def _load(
     finally:
         dense.close()
     resources.callback(library.api.llama_model_free, model)
+    file.refuse_changed()  # header, dense part and experts are of the same file
     threads = options.threads or idle_cores()
 
     def run_pass(evaluate: Eval) -> int:

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
 
+from finemoe.errors import ConfigError, FinemoeError
 from finemoe.gguf.address_space import map_anonymous, map_as_asked, ranges, unmap_as_asked
 from finemoe.gguf.relocation import RelocationError, replaced
 
@@ -68,6 +69,11 @@ class FileMappings:
                 yield
             finally:
                 error, self._error = self._error, None
+                if isinstance(error, OSError) and not isinstance(error, FinemoeError):
+                    raise ConfigError(
+                        f"{self._files[0]}: the kernel refuses its address space ({error.strerror}); "
+                        "is vm.overcommit_memory 2, or ulimit -v set?"
+                    ) from error
                 if error is not None:
                     raise error
         self._replace_later()

@@ -11,6 +11,7 @@ from typing import Any
 from finemoe.checkpoint import Checkpoint, ExpertIndex
 from finemoe.config import LoadConfig
 from finemoe.engine.assembly import make_engine
+from finemoe.engine.async_policy import AsyncPolicy
 from finemoe.engine.engine import Engine
 from finemoe.errors import ConfigError
 from finemoe.gguf.expert_memory import ExpertMemory
@@ -45,11 +46,13 @@ def load_gguf(config: LoadConfig) -> GgufModel:
     if policy_class(config.policy).is_persistent:
         keeper = open_map_persistence(config.map_store, config.policy, identity, config.model)
 
+    engines: list[Engine] = []
+
     def assemble(memory: ExpertMemory, transfer: ReaderThreads, expert_index: ExpertIndex) -> Engine:
         verify = SecondReader(file.files, expert_index, memory).check if config.verify else None
-        return make_engine(
-            config, policy_options(config, identity), keeper, memory, transfer, expert_index, verify=verify
-        )
+        chosen = policy_options(config, identity)
+        engines.append(make_engine(config, chosen, keeper, memory, transfer, expert_index, verify=verify))
+        return engines[-1]
 
     options = GgufOptions(
         config.expert_memory,
@@ -59,7 +62,13 @@ def load_gguf(config: LoadConfig) -> GgufModel:
         "f16" if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
         config.link_bandwidth_bytes_s,
     )
-    model = GgufModel(load_parts(file, options, assemble))
+    try:
+        model = GgufModel(load_parts(file, options, assemble))
+    except BaseException:
+        for engine in engines:
+            if isinstance(engine.cache_manager.policy, AsyncPolicy):
+                engine.cache_manager.policy.close()
+        raise
     parts = model.parts
     policy = parts.engine.cache_manager.policy
     if seen := policy.needs | policy.uses:
