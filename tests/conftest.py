@@ -1,4 +1,4 @@
-"""What all tests share: no network, few threads, and the same random examples in every run."""
+"""Settings and fixtures of all tests: no network, one thread, the same random examples in every run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a model
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may download a model
 
-os.environ["FINEMOE_MAPS"] = "none"  # what policies learn in a test is kept where the test says, or nowhere
+os.environ["FINEMOE_MAPS"] = "none"  # policies save what they learn only where a test says so
 
 if not os.environ.get("FINEMOE_TEST_GPU"):
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: `auto` is the CPU, but for the tests of GPUs
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: `auto` is the CPU, except in GPU tests
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from hypothesis import settings
 
 from tests.tiny import Make, write
 
-torch.set_num_threads(1)  # the models are tiny: a second thread would only wait
+torch.set_num_threads(1)  # the models are too tiny for a second thread
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
@@ -30,7 +30,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Folder of a tiny checkpoint by family, dtype and `save_pretrained` options; read-only, as tests share it."""
+    """Makes the folder of a tiny checkpoint of a family and dtype; shared between tests, so read-only."""
     made: dict[tuple[object, ...], Path] = {}
 
     def make(family: str = "mixtral", dtype: str = "float32", **options: Any) -> Path:
@@ -44,7 +44,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 @pytest.fixture
 def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A command of the command line may take this process for its own, and it is left as it was."""
+    """A command may change the process (signals, loggers, environment); this restores it."""
     handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr("finemoe.cli.return_freed_memory", lambda: None)
     for name in ("TRANSFORMERS_VERBOSITY", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "HF_HUB_VERBOSITY"):
@@ -60,7 +60,7 @@ def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def reference_model() -> Path:
-    """Folder of the built-in model, built if need be; tests that use it are skipped where it can't be had."""
+    """Folder of the reference model, built if necessary; tests that use it are skipped where it can't be built."""
     from finemoe.errors import ReferenceModelError
     from finemoe.model.reference import ensure
 

@@ -1,4 +1,4 @@
-"""Stand-ins at the edges: experts that live in memory, and a transfer whose landings the test decides."""
+"""Fakes: an expert source in memory, and a transfer whose completions the test decides."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from itertools import pairwise
 
 from finemoe.types import ByteRange, Cancelled, ExpertId, ExpertSource, Landed
 
-Choose = Callable[[int], int]  # of so many things in flight, which lands next
+Choose = Callable[[int], int]  # number of transfers in flight -> index of the one that completes next
 
 
 def cut(data: bytes, pieces: int, file: int = 0, file_offset_bytes: int = 0) -> tuple[ByteRange, ...]:
-    """`data` as runs that lie backwards in their file."""
+    """`data` as byte ranges that are in reverse order in their file."""
     bounds = [len(data) * i // pieces for i in range(pieces + 1)]
     spans = [(a, b) for a, b in pairwise(bounds) if b > a]
     return tuple(ByteRange(file, file_offset_bytes + len(data) - b, b - a, a) for a, b in spans)
 
 
 class MemorySource:
-    """An `ExpertSource` over bytes. `before` is called ahead of each read, and may block or raise."""
+    """An `ExpertSource` over bytes. `before` is called before each read, and may block or raise."""
 
     def __init__(
         self,
@@ -31,26 +31,30 @@ class MemorySource:
         self.before = before
         self.reads: list[ExpertId] = []
         self._lock = threading.Lock()
-        # each expert is a file of its own, so that a run tells whose it is
+        # each expert is a file of its own, so that a byte range identifies its expert
         self._ids = sorted(experts)
-        self._runs = {e: cut(data, pieces, file) for file, (e, data) in enumerate(sorted(experts.items()))}
+        self._byte_ranges = {e: cut(data, pieces, file) for file, (e, data) in enumerate(sorted(experts.items()))}
 
     def byte_ranges(self, expert: ExpertId) -> Sequence[ByteRange]:
-        return self._runs[expert]
+        return self._byte_ranges[expert]
 
-    def read(self, run: ByteRange, start_bytes: int, into: memoryview) -> None:
-        expert = self._ids[run.file]
+    def read(self, byte_range: ByteRange, start_bytes: int, into: memoryview) -> None:
+        expert = self._ids[byte_range.file]
         with self._lock:
             self.reads.append(expert)
-        self.before(expert, run, start_bytes)
-        begin = run.slot_offset_bytes + start_bytes
+        self.before(expert, byte_range, start_bytes)
+        begin = byte_range.slot_offset_bytes + start_bytes
         into[:] = self.experts[expert][begin : begin + len(into)]
 
 
 class ManualTransfer:
-    """A `Transfer` in which nothing happens by itself.
+    """A `Transfer` without threads.
 
-    `wait` lands one expert, chosen by `choose`; `poll` lands those that `ripe` says have come by themselves meanwhile.
+    Args:
+        source: where experts are read from.
+        choose: which transfer completes next.
+        ripe: how many of the transfers in flight a `poll` completes.
+        fail: an expert's error: an `Exception` is reported, any other is raised.
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class ManualTransfer:
         self.fail = fail
         self.in_flight: list[tuple[ExpertId, memoryview, bool]] = []
         self.submitted: list[ExpertId] = []
-        self.withdrawn: list[ExpertId] = []
+        self.cancelled: list[ExpertId] = []
         self.when_idle: Callable[[], None] | None = None
         self.waits = 0
         self.cancels = 0
@@ -80,7 +84,7 @@ class ManualTransfer:
         return self._moved_bytes
 
     def submit(self, expert: ExpertId, slot: memoryview, *, urgent: bool = True) -> None:
-        slot[:] = b"\xff" * len(slot)  # garbage until it lands; NaN in every floating-point type
+        slot[:] = b"\xff" * len(slot)  # garbage until it is complete; NaN in every floating-point type
         self.submitted.append(expert)
         self.in_flight.append((expert, slot, urgent))
 
@@ -93,7 +97,7 @@ class ManualTransfer:
 
     def cancel(self, expert: ExpertId) -> None:
         self.in_flight = [entry for entry in self.in_flight if entry[0] != expert]
-        self.withdrawn.append(expert)
+        self.cancelled.append(expert)
         self._outcomes.append(Landed(expert, Cancelled()))
 
     def wake(self) -> None:
@@ -130,10 +134,10 @@ class ManualTransfer:
             return Landed(expert, error)
         if error is not None:
             raise error
-        for run in self.source.byte_ranges(expert):
-            for start in range(0, run.length_bytes, 1 << 20):
-                end = min(run.length_bytes, start + (1 << 20))
-                begin = run.slot_offset_bytes
-                self.source.read(run, start, slot[begin + start : begin + end])
-            self._moved_bytes += run.length_bytes
+        for byte_range in self.source.byte_ranges(expert):
+            begin = byte_range.slot_offset_bytes
+            for start in range(0, byte_range.length_bytes, 1 << 20):
+                end = min(byte_range.length_bytes, start + (1 << 20))
+                self.source.read(byte_range, start, slot[begin + start : begin + end])
+            self._moved_bytes += byte_range.length_bytes
         return Landed(expert)

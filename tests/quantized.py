@@ -1,4 +1,4 @@
-"""Tiny checkpoints whose experts are stored quantized, and the whole models that transformers restores from them."""
+"""Tiny quantized checkpoints, and the dequantized models that transformers loads from them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KEPT = ("embed", "lm_head", "norm", "gate.weight", "conv")  # in the releases t
 
 
 def restored(folder: Path, dtype: str = "auto") -> Any:
-    """The whole model, as transformers restores it on load."""
+    """The complete model, dequantized by transformers on load."""
     config = transformers.AutoConfig.from_pretrained(folder)
     config.quantization_config = config.quantization_config | {"dequantize": True}
     kind = getattr(transformers, config.architectures[0])
@@ -31,7 +31,7 @@ def restored(folder: Path, dtype: str = "auto") -> Any:
 
 
 def fp8(folder: Path, family: str, *, keep: Callable[[str], bool] = lambda _: False) -> Path:
-    """A tiny model of `family` in blocks of float8, dense layers too, but for those that `keep` names."""
+    """A tiny model of `family` in blocks of float8, dense layers included, except those that `keep` selects."""
     plain = write(folder / "plain", family, "bfloat16")
     settings = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
 
@@ -47,7 +47,7 @@ def fp8(folder: Path, family: str, *, keep: Callable[[str], bool] = lambda _: Fa
 
 
 def mxfp4(folder: Path, *, experts: int = 8) -> Path:
-    """A tiny gpt-oss whose experts are blocks of 32 four-bit floats with one exponent each."""
+    """A tiny gpt-oss whose experts are stored as blocks of 32 four-bit floats with a shared exponent."""
     config = GptOssConfig(
         vocab_size=128,
         hidden_size=64,

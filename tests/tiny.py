@@ -1,4 +1,4 @@
-"""Tiny checkpoints on disk, each made once a session, and their eager twins."""
+"""Tiny checkpoints on disk, and the reference answers of transformers' eager implementation."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def write(folder: Path, family: str, dtype: str = "float32", **options: Any) -> 
 
 
 def eager(folder: Path, dtype: str = "auto") -> Any:
-    """The whole model in memory, with transformers' plainest experts: what every answer is compared with."""
+    """The complete model in memory, with transformers' eager experts: the reference of every comparison."""
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = getattr(transformers, config.architectures[0])
     return aligned(kind.from_pretrained(folder, experts_implementation="eager", dtype=dtype))
 
 
 def aligned(model: Any) -> Any:
-    """Its weights where torch puts tensors, not where they lie in a file that is mapped into memory.
+    """Copies weights that lie unaligned in a memory-mapped file to aligned memory.
 
-    On some CPUs (AMD's) MKL adds a float32 matrix up in another order if it starts elsewhere.
+    On some CPUs (AMD's) MKL's order of summation depends on the alignment of a float32 matrix.
     """
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.data_ptr() % 64:
@@ -60,20 +60,21 @@ def prompt(batch: int = 1, tokens: int = 12) -> dict[str, torch.Tensor]:
 
 
 def answer(model: Any, *, batch: int = 1, new_tokens: int = 6, **options: Any) -> torch.Tensor:
-    """What `generate` returns, greedy unless told otherwise, never ended early."""
+    """Output of `generate`: greedy unless `options` say otherwise, without early stopping."""
     chosen = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new_tokens} | options
     output: torch.Tensor = model.generate(**prompt(batch), **chosen)
     return output
 
 
 def logits(model: Any, *, batch: int = 1) -> torch.Tensor:
+    """Logits of one forward pass over `prompt`."""
     with torch.no_grad():
         output: torch.Tensor = model(**prompt(batch)).logits
     return output
 
 
 def edited(folder: Path, into: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    """A copy of a one-file checkpoint whose tensors `edit` has changed in place."""
+    """A copy of a one-file checkpoint whose tensors `edit` changes in place."""
     shutil.copytree(folder, into, dirs_exist_ok=True)
     tensors = load_file(into / WEIGHTS)
     edit(tensors)

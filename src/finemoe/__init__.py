@@ -1,6 +1,6 @@
-"""finemoe: Mixture-of-Experts models from a device too small for them.
+"""finemoe: runs Mixture-of-Experts models that do not fit into memory.
 
-`finemoe.load()` returns a transformers model whose experts live in a bounded pool; see its docstring.
+`finemoe.load()` returns a transformers model whose experts are kept in a bounded pool and loaded on demand.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`load` is imported on first use: torch and transformers take seconds."""
+    """Import `load` on first use: torch and transformers take seconds to import."""
     if name == "load":
         from finemoe.model.load import load
 

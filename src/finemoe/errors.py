@@ -1,14 +1,14 @@
-"""Every error that finemoe raises on purpose. Each message is one line: the culprit, then the way out."""
+"""Every error that finemoe raises on purpose. Each message is one line: what is wrong, and what to do about it."""
 
 from __future__ import annotations
 
 
 class FinemoeError(Exception):
-    """Base of all errors below; the CLI prints the message as one line and exits with 2."""
+    """Base of all errors below; the command line prints the message and exits with 2."""
 
 
 class ConfigError(FinemoeError, ValueError):
-    """A flag or argument has a value that can't be used; the message names the flag."""
+    """A flag or argument has an unusable value; the message names the flag."""
 
 
 class CheckpointError(FinemoeError):
@@ -24,28 +24,28 @@ class BudgetError(ConfigError):
 
 
 class ExpertReadError(FinemoeError, OSError):
-    """Reading an expert's weights failed in mid-generation; the request fails, the process goes on."""
+    """An expert's weights can't be read during generation; the request fails, the process continues."""
 
 
 class InvariantError(FinemoeError, RuntimeError):
-    """An internal rule of the expert pool was broken. Raised instead of ever computing with a wrong weight."""
+    """The expert pool's bookkeeping is inconsistent. Raised rather than computing with a wrong weight."""
 
 
 class TraceError(FinemoeError):
-    """A recorded trace is missing, damaged, of another version, or does not hold what was asked of it."""
+    """A trace is missing, damaged, of another version, or lacks data that a command needs."""
 
 
 class MapsError(FinemoeError):
-    """A file of expert maps is missing, of another version, policy or model, or none at all; the message names it."""
+    """A file of learned maps is missing, is none, or is of another version, policy or model; the message names it."""
 
 
 class DamagedMapsError(MapsError):
-    """A file of expert maps was changed by someone else than finemoe, or by a failing disk."""
+    """A file of learned maps fails its checks: changed by another program, or damaged on disk."""
 
 
 class FinemoeWarning(UserWarning):
-    """Something could not be done, and the work goes on without it; the message says what."""
+    """Something failed that the work can continue without; the message says what."""
 
 
 class ReferenceModelError(FinemoeError, RuntimeError):
-    """The reference model cannot be had; the message is one line naming the culprit and the way out."""
+    """The reference model can't be built or found; the message says why, and what to do."""

@@ -1,7 +1,7 @@
-"""Compiles the policy's kernels with numba, which is imported only here, and only when asked for.
+"""JIT compilation of kernels with numba, and the on-disk cache of compiled code.
 
-Compiled code is kept in the user's cache folder, under a hash of all their sources: numba itself only looks at the
-file of the function that is called, not at those that it calls.
+numba is imported only here, and only on first use. Compiled code is cached in the user's cache folder under a hash of
+all kernel sources: numba's own cache checks the file of the function that is called, not those of its callees.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from finemoe.system import user_cache
 F = TypeVar("F", bound=Callable[..., Any])
 Jit = Callable[[F], F]
 
-KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {}  # what is called -> what is compiled in its place
+KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {}  # kernel -> the function that is compiled in its place
+_KERNEL_PACKAGES = ("policy", "sim")
 
 
 def kernel(function: F) -> F:
-    """Marks a function that compiled code may call. It stays what it is."""
+    """Mark a function as callable from compiled code; returns it unchanged."""
     KERNELS[function] = function
     return function
 
 
 def compiled_as(loop: F) -> Callable[[F], F]:
-    """Like `kernel`, for one that numpy does best while interpreted, and a loop once compiled.
+    """Like `kernel`, for a vectorised numpy function that is faster compiled from an explicit loop.
 
     Args:
-        loop: does the same; it is compiled wherever the marked function is called from compiled code.
+        loop: computes the same; compiled code calls it instead of the marked function.
     """
 
     def mark(function: F) -> F:
@@ -49,13 +50,13 @@ def interpreted(function: F) -> F:
 
 @cache
 def compiler() -> Jit[Any]:
-    """A `Jit` that compiles.
+    """The `Jit` that compiles with numba.
 
-    The first use on a machine takes seconds a kernel; later ones load what was compiled.
+    Compiling takes seconds per kernel on first use; later processes load the cached code.
     """
     import numba
 
-    folder = _folder()
+    folder = _cache_folder()
     if folder is not None:
         numba.config.CACHE_DIR = str(folder)  # type: ignore[attr-defined] # set by its own reloading
     compiled: dict[Callable[..., Any], Any] = {}
@@ -70,14 +71,17 @@ def compiler() -> Jit[Any]:
     return jit
 
 
-def ready() -> bool:
-    """Whether anything was compiled on this machine yet."""
-    folder = _folder()
+def kernels_cached() -> bool:
+    """Whether the cache has compiled code of these sources."""
+    folder = _cache_folder()
     return folder is not None and any(folder.rglob("*.nbi"))
 
 
+_registered: set[Callable[..., Any]] = set()
+
+
 def _register() -> None:
-    """Lets compiled code call the kernels of every module that was imported by now."""
+    """Make the kernels of all modules imported so far callable from compiled code."""
     from numba.extending import overload, register_jitable
 
     for function, source in KERNELS.items():
@@ -90,15 +94,17 @@ def _register() -> None:
             overload(function, strict=False)(lambda *_, source=source, **__: source)
 
 
-_registered: set[Callable[..., Any]] = set()
+def _kernel_sources() -> list[Path]:
+    """Every file that compiled code depends on."""
+    own = Path(__file__)
+    return [own, *(path for name in _KERNEL_PACKAGES for path in sorted(own.with_name(name).rglob("*.py")))]
 
 
-def _folder() -> Path | None:
-    """Where compiled code is kept; `None` if nothing can be written anywhere."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    for package in ("policy", "sim"):
-        for path in sorted(Path(__file__).with_name(package).rglob("*.py")):
-            digest.update(path.read_bytes())
+def _cache_folder() -> Path | None:
+    """The folder for compiled code of these sources; `None` if neither candidate can be written."""
+    digest = hashlib.sha256()
+    for path in _kernel_sources():
+        digest.update(path.read_bytes())
     for root in (user_cache(), Path(tempfile.gettempdir()) / "finemoe"):
         folder = root / "kernels" / digest.hexdigest()[:16]
         try:

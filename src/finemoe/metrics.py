@@ -1,4 +1,4 @@
-"""What happened, counted. One dataclass, passed in by its owner; never a global."""
+"""Counters of the engine, the `stats()` snapshots made of them, duration statistics, and the --explain table."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-_LEAST_S = 1e-9  # what a clock may call 0 has a logarithm
+_LEAST_S = 1e-9  # a duration that the clock measures as 0 has a logarithm
 
 
 @dataclass(frozen=True, slots=True)
 class Durations:
-    """Of the same thing: how often it happened, how long that took in all, and how much it varied. Never changes.
+    """Sums over the durations of one kind of event: count, mean and spread. Immutable; sums add and subtract.
 
     Attributes:
-        logs: sum of the durations' logarithms.
-        squares: sum of the squares of these.
+        logs: sum of the durations' natural logarithms.
+        squares: sum of the squares of these logarithms.
     """
 
     count: int = 0
@@ -29,7 +29,7 @@ class Durations:
 
     @classmethod
     def one(cls, seconds: float) -> Durations:
-        """Of what happened once."""
+        """The sums of a single duration."""
         log = math.log(max(seconds, _LEAST_S))
         return cls(1, seconds, log, log * log)
 
@@ -39,18 +39,19 @@ class Durations:
         )
 
     def __sub__(self, other: Durations) -> Durations:
-        """Without the others, which are among these."""
+        """Remove `other`, whose durations are a part of these."""
         return Durations(
             self.count - other.count, self.total_s - other.total_s, self.logs - other.logs, self.squares - other.squares
         )
 
     @property
     def mean_s(self) -> float | None:
+        """Mean duration; `None` without one."""
         return self.total_s / self.count if self.count else None
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation of the logarithm."""
+        """Standard deviation of the logarithm; `None` without a duration."""
         if not self.count:
             return None
         return math.sqrt(max(0.0, self.squares / self.count - (self.logs / self.count) ** 2))
@@ -60,7 +61,7 @@ NEVER = Durations()
 
 
 class Timings:
-    """Durations that grow in place: cheaper than a new object for each, where a model's layers are timed."""
+    """Mutable `Durations`: adds in place, cheaper than a new object for each layer."""
 
     __slots__ = ("_count", "_logs", "_squares", "_total_s")
 
@@ -69,26 +70,27 @@ class Timings:
 
     @property
     def so_far(self) -> Durations:
+        """The sums so far."""
         return Durations(self._count, self._total_s, self._logs, self._squares)
 
     def add(self, seconds: float) -> None:
-        """It happened once more."""
+        """Add one duration."""
         self._change(1, seconds)
 
     def take_back(self, seconds: float) -> None:
-        """One that was added did not count."""
+        """Remove one duration that was added."""
         self._change(-1, seconds)
 
     def reset(self) -> None:
-        """It has not happened yet."""
+        """Remove all durations."""
         self._count, self._total_s, self._logs, self._squares = 0, 0.0, 0.0, 0.0
 
-    def _change(self, times: int, seconds: float) -> None:
+    def _change(self, sign: int, seconds: float) -> None:
         log = math.log(max(seconds, _LEAST_S))
-        self._count += times
-        self._total_s += times * seconds
-        self._logs += times * log
-        self._squares += times * log * log
+        self._count += sign
+        self._total_s += sign * seconds
+        self._logs += sign * log
+        self._squares += sign * log * log
 
 
 Source = Literal["demand", "kept", "prefetch", "prefetch-next"]
@@ -97,36 +99,43 @@ COUNTS = ("predicted", "hits", "late", "misses", "wasted")
 
 @dataclass(frozen=True)
 class ExplainRow:
-    """Counts of one layer and one source; the sums over all of them are the engine's own counters.
+    """Accesses of one layer, by what loaded their expert. Summed over all rows: the engine's own counters.
 
-    `demand`: a miss had brought the expert in, or brings it in now. `kept`: a prefetch had, and it was used before.
-    `prefetch`: a prefetch that this was the first use of, `distance` layers ahead of the layer whose gate had spoken
-    last (before the first gate, layer 0 is 1 ahead). `prefetch-next`: the same, for the iteration after.
+    Attributes:
+        source: `demand`: a miss loaded the expert, or loads it now; `prefetch`: a prefetch did, for this iteration,
+            and this is its first use; `prefetch-next`: the same, for the iteration after; `kept`: a prefetch did, and
+            the expert was used before.
+        distance: of `prefetch`, how many layers it was ahead of the last layer whose routing was known (before the
+            first, layer 0 is 1 ahead); `None` for other sources.
+        predicted: prefetches begun.
+        hits, late, misses: as in `Counters`.
+        wasted: prefetches that were evicted or cancelled without having been needed.
     """
 
     layer: int
     source: Source
     distance: int | None
-    predicted: int  # prefetches begun
+    predicted: int
     hits: int
     late: int
     misses: int
-    wasted: int  # prefetched, and evicted or withdrawn without having been needed
+    wasted: int
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ExplainRow:
+        """The row of a JSON object, as `asdict` makes it."""
         return cls(**raw)
 
     @property
     def name(self) -> str:
-        """Of the source, for people."""
+        """The source's name in the table."""
         if self.source == "prefetch":
             return f"prefetched {self.distance} ahead"
         return {"demand": "demand", "kept": "kept after prefetch"}.get(self.source, "prefetched, next token")
 
 
 def explain_table(rows: Sequence[ExplainRow]) -> str:
-    """Two tables: by source over all layers, and by layer over all sources."""
+    """Two text tables: by source over all layers, and by layer over all sources."""
     order = {"demand": 0, "kept": 1, "prefetch": 2, "prefetch-next": 3}
     ranked = sorted(rows, key=lambda row: (order[row.source], row.distance or 0))
     by_source = _summed(ranked, lambda row: row.name)
@@ -151,44 +160,45 @@ def _lines(title: str, sums: dict[str, list[int]]) -> list[str]:
 
 @dataclass
 class Counters:
-    """Running totals of one engine. An access is one distinct expert needed by one layer of one iteration."""
+    """Running totals of one engine. An access: one layer of one iteration needs one distinct expert."""
 
     layer_calls: int = 0
     hits: int = 0  # resident when the routing was known
-    late: int = 0  # in flight then; waited for the remainder
+    late: int = 0  # in flight at that time
     misses: int = 0  # neither
-    computed_on_host: int = 0  # of these, computed by the host where they are
+    computed_on_host: int = 0  # misses that the CPU computed instead of loading the expert onto the GPU
     evictions: int = 0
-    stall_s: float = 0.0  # time that a layer waited for experts
-    stalled_bytes: int = 0  # moved while a layer waited
+    stall_s: float = 0.0  # time in which a layer waited for experts
+    stalled_bytes: int = 0  # bytes moved in that time
 
     @property
     def accesses(self) -> int:
         return self.hits + self.late + self.misses
 
     def reset(self) -> None:
+        """Set all counters to 0."""
         for field in fields(self):
             setattr(self, field.name, field.default)
 
 
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+def _ratio(part: float, total: float) -> float:
+    return part / total if total else 0.0
 
 
 @dataclass(frozen=True)
 class Stats:
-    """A snapshot of an offloaded model: its sizes, and what its expert pool did since it was loaded or reset."""
+    """A snapshot of an offloaded model: its sizes, and the expert pool's counters since loading or `reset_stats`."""
 
     model: str
     policy: str
     io: str
-    link_bandwidth_bytes_s: float | None  # what the link is held to, for experiments; None where it is not
+    link_bandwidth_bytes_s: float | None  # --link-bandwidth throttle, for experiments; None without one
     layers: int
     experts: int
-    expert_bytes: int  # all routed experts together, as they are stored
-    expert_dtype: str  # what they are stored as
-    lossy: bool  # whether that is our copy, in fewer bits than the checkpoint's: answers differ from its own
-    expert_memory_bytes: int  # the pool, a hard limit
+    expert_bytes: int  # all routed experts together, as stored
+    expert_dtype: str  # stored dtype or quantization
+    lossy: bool  # whether that is finemoe's quantized copy, with other answers than the checkpoint's
+    expert_memory_bytes: int  # size of the pool, a hard limit
     slots: int
     resident: int
     layer_calls: int
@@ -196,24 +206,24 @@ class Stats:
     late: int
     misses: int
     evictions: int
-    prefetched: int  # fetches begun before they were needed
-    prefetched_used: int  # of these, needed later, complete or not
-    wasted: int  # of these, evicted or withdrawn without having been needed
-    regretted: int  # misses of experts that had made room for a prefetch
-    paused: int  # iterations without prefetches, as these did not pay
-    searches: int  # events that a policy's scores were asked of, where it runs beside the model
-    searches_late: int  # of these, dropped: newer events had come
+    prefetched: int  # prefetches begun
+    prefetched_used: int  # prefetches whose expert was needed later, complete or not
+    wasted: int  # prefetches evicted or cancelled without having been needed
+    regretted: int  # misses of experts that a prefetch had evicted
+    paused: int  # iterations in which prefetching was throttled, as it did not pay off
+    searches: int  # events queued for an asynchronous policy
+    searches_late: int  # events dropped, as newer ones had arrived
     bytes_read: int
     stall_s: float
     stalled_bytes: int
     peak_rss_bytes: int
-    explained: tuple[ExplainRow, ...] | None = None  # None where it was not asked for
-    replayed_routing: str | None = None  # the trace that was forced onto the model, for experiments
-    device: str = "cpu"  # where the pool is; several are separated by commas
-    expert_kernel: str = "eager"  # whose arithmetic most layers run with; "forward" is the modules' own
-    host_memory_bytes: int = 0  # pinned memory between disk and devices; 0 on the CPU
-    disk_bytes: int = 0  # read from the disk; bytes_read is what moved into the pool
-    host_computed: int = 0  # misses that the CPU computed instead of copying them
+    explained: tuple[ExplainRow, ...] | None = None  # None without --explain
+    replayed_routing: str | None = None  # trace whose routing the model is forced to use, for experiments
+    device: str = "cpu"  # the pool's devices, separated by commas
+    expert_kernel: str = "eager"  # of most layers: "eager", "grouped_mm" or "forward" (the model's own)
+    host_memory_bytes: int = 0  # size of the pinned host tier; 0 on the CPU
+    disk_bytes: int = 0  # read from disk; `bytes_read` were moved into the pool
+    host_computed: int = 0  # misses that the CPU computed instead of copying the expert
 
     @property
     def accesses(self) -> int:
@@ -221,15 +231,15 @@ class Stats:
 
     @property
     def hit_rate(self) -> float:
-        return _share(self.hits, self.accesses)
+        return _ratio(self.hits, self.accesses)
 
     @property
     def late_rate(self) -> float:
-        return _share(self.late, self.accesses)
+        return _ratio(self.late, self.accesses)
 
     @property
     def miss_rate(self) -> float:
-        return _share(self.misses, self.accesses)
+        return _ratio(self.misses, self.accesses)
 
     @property
     def precision(self) -> float | None:
@@ -237,7 +247,7 @@ class Stats:
         return self.prefetched_used / self.prefetched if self.prefetched else None
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields and rates, ready for JSON."""
+        """All fields and rates, as JSON types."""
         rates: dict[str, float | None] = {
             "hit_rate": self.hit_rate,
             "late_rate": self.late_rate,
@@ -247,19 +257,19 @@ class Stats:
         return asdict(self) | {"accesses": self.accesses} | rates
 
 
-ABSENT, IN_FLIGHT, RESIDENT, IN_USE = range(4)  # of PerExpert.state
+ABSENT, IN_FLIGHT, RESIDENT, IN_USE = range(4)  # values of PerExpert.state
 
 
 @dataclass(frozen=True, eq=False)
 class PerExpert:
-    """A snapshot of every expert: where it is now, and its counts since `watch` or `reset_stats`. Arrays `[L, E]`.
+    """A snapshot of every expert: its state, and its counts since `watch` or `reset_stats`.
 
-    `E` is the largest of any layer; `experts` says how many each has, and what lies beyond is absent and 0.
+    Arrays are `[L, E]`, where `E` is the largest layer's; entries beyond a layer's own experts are `ABSENT` and 0.
     """
 
-    experts: tuple[int, ...]  # of each layer
-    state: npt.NDArray[np.uint8]  # see above; in use: resident, and pinned by the layer under way
-    pinned: npt.NDArray[np.bool_]  # needed by the layer under way, and not used yet; may be in flight
+    experts: tuple[int, ...]  # [L], experts of each layer
+    state: npt.NDArray[np.uint8]  # ABSENT, IN_FLIGHT, RESIDENT, or IN_USE: resident and pinned by the current layer
+    pinned: npt.NDArray[np.bool_]  # needed by the current layer and not used yet; may be in flight
     hits: npt.NDArray[np.int64]
     late: npt.NDArray[np.int64]
     misses: npt.NDArray[np.int64]

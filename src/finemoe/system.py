@@ -1,4 +1,4 @@
-"""The process: its cores, and settings for one that is ours alone (the command line, a benchmark's child)."""
+"""The process and its machine: cores, OpenMP threads, memory limits, cache folders, atomic file replacement."""
 
 from __future__ import annotations
 
@@ -15,13 +15,25 @@ import psutil
 
 from finemoe.errors import ConfigError
 
-# glibc's mallopt parameters, and Linux's advice
-_M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3
-_MADV_DONTNEED = 4
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3  # parameters of glibc's mallopt
 _LARGE_BYTES = 1 << 20
+_MADV_DONTNEED = 4  # Linux
 _OMP_PAUSE_HARD = 2
-_SPINS = 5000  # of those tried, the fewest that cost a model nothing that is alone (docs/results)
+_SPIN_COUNT = 5000  # the lowest count that costs a model alone on the machine nothing (docs/results)
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+)")
+_CGROUPS = (  # (limit, usage, statistics), version 2 then version 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
+)
 
 
 def available_cores() -> int:
@@ -37,51 +49,82 @@ def idle_cores(interval_s: float = 0.1) -> int:
     return max(1, min(len(own), round(idle)))
 
 
-def return_freed_memory() -> None:
-    """Let glibc give large blocks back when they are freed. Without effect on other platforms."""
-    with suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_ARENA_MAX, 1)
-        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+def limit_openmp_spin() -> None:
+    """Have idle threads of GNU's OpenMP spin for a fraction of a millisecond, then sleep. Call before importing torch.
 
-
-def share_cores() -> None:
-    """Have idle threads of GNU's OpenMP wait awake for a fraction of a millisecond, and then sleep.
-
-    By default they spin for 300,000 turns, milliseconds on end. That keeps a core from whoever else needs it, readers
-    and neighbours alike; and while a neighbour has the core of one thread, the other spins for it in vain, in every one
-    of a token's hundreds of parallel regions. A region follows the last one within that fraction, so nothing is lost.
-    Call it before torch is imported. What the user has set stays.
+    By default they spin 300,000 times, for milliseconds, and keep a core from reader threads and other processes. Where
+    another process has the core of one thread, the other threads spin in vain in each of a token's hundreds of parallel
+    regions. The next region follows within that fraction, so nothing is lost. Variables that the user has set stay.
     """
-    os.environ.update(brief_spins())
+    os.environ.update(openmp_spin_environment())
 
 
-def brief_spins() -> dict[str, str]:
-    """The environment that `share_cores` makes, for a process to be started; empty where the user has said how."""
+def openmp_spin_environment() -> dict[str, str]:
+    """The variables that `limit_openmp_spin` sets, for a new process; empty if the user has set any of them."""
     given = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
-    return {} if given else {"GOMP_SPINCOUNT": str(_SPINS)}
+    return {} if given else {"GOMP_SPINCOUNT": str(_SPIN_COUNT)}
 
 
-def release_threads() -> None:
-    """End the threads that GNU's OpenMP keeps for parallel regions of the calling thread; its next one starts new ones.
+def end_openmp_threads() -> None:
+    """End the calling thread's OpenMP worker threads (GNU's runtime); its next parallel region starts new ones.
 
-    Once the process has more of them than cores, none waits awake for its next region (`GOMP_SPINCOUNT`), and a decoded
-    token has hundreds of regions: a model that is run by another thread than loaded it is half as fast.
-    Without effect on other runtimes, or inside a parallel region.
+    Once a process has more of these threads than cores, none spins for its next region (`GOMP_SPINCOUNT`): a model that
+    runs on another thread than the one that loaded it would be half as fast. Without effect on other runtimes, or
+    inside a parallel region.
     """
     with suppress(OSError, AttributeError, TypeError):
         for path in {path for path in _mapped_files() if Path(path).name.startswith("libgomp")}:
             ctypes.CDLL(path).omp_pause_resource_all(_OMP_PAUSE_HARD)
 
 
-def unmap_idle_code() -> int:
-    """Let go of library pages that importing touched; those still in use come back from the page cache.
+def available_bytes() -> int:
+    """Memory that can be allocated without swapping: the machine's, or its control group's if that is less."""
+    available = int(psutil.virtual_memory().available)
+    for limit, usage, statistics in _CGROUPS:
+        try:
+            room = int(Path(limit).read_text()) - int(Path(usage).read_text()) + _cached_bytes(Path(statistics))
+        except (OSError, ValueError):  # no such group, or no limit ("max")
+            continue
+        available = min(available, max(0, room))
+    return available
 
-    Importing torch and transformers leaves some 100 MiB of libraries mapped, of which computing uses a third.
-    Call it once everything is imported and loaded. Without effect where the kernel can't be asked.
+
+def _cached_bytes(statistics: Path) -> int:
+    """A control group's page cache: counted as used, but reclaimed when memory is needed."""
+    entries = dict(line.split() for line in statistics.read_text().splitlines())
+    return int(entries.get("inactive_file", 0)) + int(entries.get("active_file", 0))
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process, file mappings included."""
+    with suppress(OSError):  # Linux; its getrusage would report a larger parent's peak
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
+
+
+def return_freed_memory() -> None:
+    """Have glibc return large blocks to the kernel when they are freed. Without effect on other platforms."""
+    with suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+
+
+def unmap_idle_code() -> int:
+    """Unmap library pages that importing touched; pages still in use come back from the page cache.
+
+    Importing torch and transformers leaves some 100 MiB of libraries mapped, of which computing uses a third. Call it
+    once everything is imported and loaded. Without effect where the platform has no madvise or /proc.
 
     Returns:
-        Bytes that were mapped until now.
+        How many resident bytes were unmapped.
     """
     unmapped = 0
     with suppress(OSError, AttributeError, TypeError):
@@ -93,7 +136,7 @@ def unmap_idle_code() -> int:
 
 
 def _clean_mappings() -> list[tuple[int, int, int]]:
-    """Start, end and resident bytes of what is mapped from files and identical to them: not writable, nothing private.
+    """Start, end and resident bytes of file mappings that are identical to their files: read-only, nothing private.
 
     A page that was changed since it was mapped (a relocation) is anonymous, and would be lost: such mappings stay.
     """
@@ -111,6 +154,7 @@ def _mapped_files() -> Iterator[str]:
 
 
 def _mappings() -> Iterator[tuple[int, int, str, int, dict[str, int]]]:
+    """Start, end, access, inode and sizes in bytes by name, of every mapping of this process."""
     for block in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
         head, *lines = block.splitlines()
         if (found := _MAPPING.match(head)) is None:
@@ -120,10 +164,16 @@ def _mappings() -> Iterator[tuple[int, int, str, int, dict[str, int]]]:
         yield int(found[1], 16), int(found[2], 16), found[3], int(found[4]), sizes
 
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+def evict_from_page_cache(path: str | os.PathLike[str]) -> bool:
+    """Ask the kernel to drop a file's pages from its cache. Returns whether this platform can be asked."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def user_cache() -> Path:
@@ -135,7 +185,7 @@ def user_cache() -> Path:
 
 
 def user_maps() -> Path | None:
-    """Where policies that learn keep their maps: `FINEMOE_MAPS`, else `maps` in `user_cache`; `None` for `none`."""
+    """Folder of learned maps: `FINEMOE_MAPS`, else `maps` in `user_cache`; `None` if it is set to `none`."""
     own = os.environ.get("FINEMOE_MAPS")
     if own == "none":
         return None
@@ -143,22 +193,23 @@ def user_maps() -> Path | None:
 
 
 def user_experts() -> Path:
-    """Where quantized copies of experts are kept."""
+    """Folder of quantized copies of experts."""
     return user_cache() / "experts"
 
 
 def refuse_unwritable(flag: str, path: Path) -> None:
-    """Ahead of the work whose result is to be written to a file that a user named.
+    """Check an output file that a user named, before the work whose result it is to hold.
 
     Raises:
-        ConfigError: its folder is missing (a mistyped one is not made), it is a folder, or can't be written.
+        ConfigError: its folder is missing (it may be mistyped, so it is not created), it is a folder, or it can't be
+            written.
     """
     if wrong := unwritable(path):
         raise ConfigError(f"{flag}: {wrong}")
 
 
 def unwritable(path: Path) -> str | None:
-    """Why a file can't be written there; `None` if it seems that it can."""
+    """Why a file can't be written at `path`; `None` if nothing speaks against it."""
     folder = path.absolute().parent
     if not folder.is_dir():
         return f"there is no folder {folder}; make it, or give another"
@@ -168,13 +219,13 @@ def unwritable(path: Path) -> str | None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees the older one or this one, never a part; makes its folder.
+    """Write a file atomically: a reader sees the old content or the new one. Creates the folder.
 
     Raises:
-        OSError: it can't be written; an older file is left as it was.
+        OSError: it can't be written; the old file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # not mkstemp's: others may read what they could
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # mkstemp's mode would keep other users out
     try:
         with partial.open("xb") as file:
             file.write(content)
@@ -188,12 +239,12 @@ def replace_file(path: Path, content: bytes) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Processes that enter this for the same folder wait for each other; makes the folder.
+    """Hold an exclusive lock on a folder, between processes; creates the folder.
 
-    Where a folder can't be locked, they do not: network file systems without locks, Windows.
+    Does not lock where folders can't be locked: on Windows, and on network file systems without locks.
 
     Raises:
-        OSError: it can't be made.
+        OSError: the folder can't be created.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = None
@@ -206,45 +257,3 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
-
-
-_CGROUPS = (  # (limit, usage, statistics), version 2 then version 1
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "/sys/fs/cgroup/memory/memory.stat",
-    ),
-)
-
-
-def available_bytes() -> int:
-    """Memory that can be taken without swapping: the machine's, or the control group's where that is less."""
-    available = int(psutil.virtual_memory().available)
-    for limit, usage, statistics in _CGROUPS:
-        try:
-            room = int(Path(limit).read_text()) - int(Path(usage).read_text()) + _cached_bytes(Path(statistics))
-        except (OSError, ValueError):  # no such group, or no limit ("max")
-            continue
-        available = min(available, max(0, room))
-    return available
-
-
-def _cached_bytes(statistics: Path) -> int:
-    """A control group's page cache: counted as used, but given up when memory is asked for."""
-    entries = dict(line.split() for line in statistics.read_text().splitlines())
-    return int(entries.get("inactive_file", 0)) + int(entries.get("active_file", 0))
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process has held at once, file mappings included."""
-    with suppress(OSError):  # Linux; its getrusage would report a larger parent's peak
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) if sys.platform == "darwin" else int(peak) * 1024

@@ -1,8 +1,8 @@
-"""The vocabulary that every other module shares.
+"""Types that every other package shares: events, fetch plans, and the interfaces of sources and transfers.
 
-Letters, used the same way in every file: `T` tokens, `L` MoE layers, `E` routed experts per layer, `K` experts active
-per token, `D` hidden size, `S` maps in the store, `C` slots in the pool, `d` prefetch distance.
-Units live in names: `_bytes`, `_s`, `_ms`, `_tok_s`.
+Shapes are given with the same letters in every file: `T` tokens, `L` MoE layers, `E` routed experts per layer, `K`
+active experts per token, `B` running requests, `D` hidden size, `S` stored maps, `C` slots of the pool, `d` prefetch
+distance. Names end in their unit: `_bytes`, `_s`, `_ms`, `_tok_s`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ class ExpertId(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Event: what one running request brings to the iteration that begins.
+    """Event: the input of one running request to the iteration that begins.
 
-    `request` tells running requests apart and is never reused. `token_ids` are `[T]`: a prompt's (or a piece's), or the
-    one token that decoding feeds. `embedding` `[D]` is the mean of their embedding-layer outputs, where recorded.
+    Attributes:
+        request: identifies a running request; never reused.
+        phase: `PREFILL` or `DECODE`.
+        token_ids: `[T]`, a prompt's tokens or a chunk of them; when decoding, the one token.
+        embedding: `[D]`, mean of the tokens' embedding-layer outputs, where recorded.
     """
 
     request: int
@@ -38,13 +41,15 @@ class Step(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """Event: the routing of `layer` is known, and these experts are needed now.
+    """Event: the routing of a layer is known, and its experts are needed now.
 
-    `experts` is ascending and distinct, the union over the running requests. Set from the executed indices, which are
-    the truth. `gates` `[B, E]` has the gate's distribution for each running request, the mean over its tokens; a trace
-    that recorded only the selected experts has zeros elsewhere. `lookahead` `[B, n, E]` has what the gates of the next
-    n layers say of this layer's hidden states. Both are `None` where nobody listens or nothing is known. `active` is K,
-    how many experts each token uses at most; 0 where that is not known.
+    Attributes:
+        layer: counts MoE layers.
+        experts: the selected experts of all running requests, ascending and distinct, from the executed indices.
+        gates: `[B, E]`, the gate's distribution for each running request, the mean over its tokens; zero for experts
+            that a trace did not record. `None` where no policy needs it or it is not known.
+        lookahead: `[B, n, E]`, the gates of the next n layers applied to this layer's hidden states; `None` as above.
+        active: `K`, how many experts each token uses at most; 0 where that is not known.
     """
 
     layer: int
@@ -55,10 +60,14 @@ class Routed(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """A finished request, `I` iterations: what a policy may learn from.
+    """A finished request of `I` iterations, for a policy to learn from.
 
-    `phases` `[I]`, `token_ids` `[I]` (of a prompt: its last), `gates` `[I, L, E]` as in `Routed`, `executed` bool
-    `[I, L, E]`, `embeddings` `[I, D]` where recorded.
+    Attributes:
+        phases: `[I]`.
+        token_ids: `[I]`; of a prompt, its last token.
+        gates: `[I, L, E]`, as in `Routed`.
+        executed: `[I, L, E]`, the selected experts.
+        embeddings: `[I, D]`, where recorded.
     """
 
     phases: npt.NDArray[np.uint8]
@@ -69,9 +78,12 @@ class Recorded(NamedTuple):
 
 
 class Fetch(NamedTuple):
-    """One expert to bring in. `victim` is the resident expert whose slot it takes, `None` for a free slot.
+    """One expert to load.
 
-    `urgent` fetches are waited for by a layer; the others are prefetches.
+    Attributes:
+        expert: to load.
+        victim: the resident expert to evict from its slot; `None` for a free slot.
+        urgent: a demand load, which a layer waits for; if not, a prefetch.
     """
 
     expert: ExpertId
@@ -80,13 +92,13 @@ class Fetch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a policy wants done, in order. Executing it is someone else's work."""
+    """The fetches that a policy decides on, in order. The engine executes them."""
 
     fetches: tuple[Fetch, ...] = ()
 
 
 class Landed(NamedTuple):
-    """A fetch has ended: the expert's bytes are in its slot, or `error` says why not."""
+    """A transfer has ended: the expert's bytes are in its slot, or `error` says why not."""
 
     expert: ExpertId
     error: Exception | None = None
@@ -94,7 +106,7 @@ class Landed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """A contiguous stretch of a file that lands as a contiguous stretch of a slot."""
+    """A contiguous byte range of a file, and where in a slot it goes, contiguously too."""
 
     file: int
     file_offset_bytes: int
@@ -103,46 +115,46 @@ class ByteRange:
 
 
 class ExpertSource(Protocol):
-    """A tier that can be read from: the disk now, host memory for a GPU's pool."""
+    """A tier that experts are read from."""
 
     def byte_ranges(self, expert: ExpertId) -> Sequence[ByteRange]:
-        """The stretches that make up `expert`. Does no I/O."""
+        """The byte ranges that make up `expert`. Does no I/O."""
 
-    def read(self, run: ByteRange, start_bytes: int, into: memoryview) -> None:
-        """Fill `into` with the bytes of `run` from `start_bytes` on.
+    def read(self, byte_range: ByteRange, start_bytes: int, into: memoryview) -> None:
+        """Fill `into` with the bytes of `byte_range` from `start_bytes` on.
 
         Raises:
             OSError: the read failed or came up short; the message names the file.
         """
 
 
-class Cancelled(Exception):  # noqa: N818 - an outcome, not a fault
-    """Reported for a prefetch that was withdrawn before it was complete."""
+class Cancelled(Exception):  # noqa: N818 - an outcome, not an error
+    """The outcome of a prefetch that was cancelled before it was complete."""
 
 
 class Transfer(Protocol):
-    """Moves experts into slots. Chooses nothing: urgent ones first, each kind in the order that it was given.
+    """Moves experts into slots: demand loads before prefetches, each kind in the order of submission.
 
-    When it has nothing to do it calls `when_idle`, from a thread of its own choice, which may `submit` a prefetch; it
-    asks again once that is under way, and after `wake`. With several devices it names the one whose link is idle.
+    When idle it calls `when_idle` from a thread of its own; the callback may `submit` a prefetch. It is called again
+    once that prefetch is being moved, and after `wake`. With several devices its argument is the idle link's number.
     """
 
     when_idle: Callable[..., None] | None
 
     def submit(self, expert: ExpertId, slot: Any, *, urgent: bool = True) -> None:
-        """Start moving `expert` into `slot`, as its pool gives it. Returns at once; `wait` and `poll` tell of it."""
+        """Start moving `expert` into `slot` (what the pool's `writable` returns). Returns at once."""
 
     def promote(self, expert: ExpertId) -> None:
-        """A prefetch under way has become urgent: what is left of it goes before other prefetches."""
+        """Turn a prefetch in flight into a demand load: the rest of it goes before other prefetches."""
 
     def cancel(self, expert: ExpertId) -> None:
-        """A prefetch under way is not wanted any more. It is reported as `Cancelled`, unless it was complete."""
+        """Cancel a prefetch in flight. It is reported as `Cancelled`, unless it was complete."""
 
     def wake(self) -> None:
-        """What is worth prefetching may have changed: ask `when_idle` again."""
+        """Have an idle link call `when_idle` again: prefetch priorities may have changed."""
 
     def poll(self, which: Container[ExpertId] | None = None) -> list[Landed]:
-        """What has landed and was not reported yet, of `which` alone if given. Never blocks."""
+        """Finished transfers that were not reported yet, only those of `which` if given. Never blocks."""
 
     def wait(self) -> list[Landed]:
         """Like `poll`, but blocks until there is at least one. Must not be called with nothing in flight."""
@@ -152,11 +164,11 @@ class Transfer(Protocol):
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes moved since the transfer was made; grows while a fetch is under way."""
+        """Bytes moved since the transfer was made; grows during a transfer."""
 
     @property
     def waited_bytes(self) -> float:
-        """Bytes moved while `wait` blocked. A piece that was under way before counts by the share of its time."""
+        """Bytes moved while `wait` blocked; a read that began before counts by the share of its time."""
 
     def close(self) -> None:
-        """Finish what is in flight and free threads, streams and buffers."""
+        """Finish what is being moved, and free threads, streams and buffers."""

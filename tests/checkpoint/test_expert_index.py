@@ -1,4 +1,4 @@
-"""The catalog: bytes gathered by it are the tensors that transformers loads, whatever the checkpoint's layout."""
+"""The expert index: gathered bytes are the tensors that transformers loads, for every checkpoint layout."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ Tensors = dict[str, torch.Tensor]
 
 
 def gathered_equals_loaded(folder: Path, loaded: Path | None = None) -> None:
-    whole = experts_modules(eager(loaded or folder))
+    reference = experts_modules(eager(loaded or folder))
     with finemoe.load(folder, expert_memory="all") as model:
         offloaded = experts_modules(model)
-        assert len(offloaded) == len(whole) > 0
-        for module, twin in zip(offloaded, whole, strict=True):
+        assert len(offloaded) == len(reference) > 0
+        for module, expected in zip(offloaded, reference, strict=True):
             handle = module.finemoe_layer
             assert {field.name for field in handle.layout.fields} == {
-                n for n, p in twin.named_parameters(recurse=False)
+                n for n, p in expected.named_parameters(recurse=False)
             }
             for expert, slot in handle.serve(range(handle.layout.experts)):
                 for name, parameter in handle.parameters(expert, slot).items():
-                    assert torch.equal(parameter, getattr(twin, name)[expert]), (name, expert)
+                    assert torch.equal(parameter, getattr(expected, name)[expert]), (name, expert)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -51,7 +51,7 @@ def test_gathered_bytes_are_the_loaded_tensors(tiny: Make, layout: str, dtype: s
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_parameters_may_keep_their_place_in_a_page_of_the_file(
+def test_large_parameters_keep_their_files_offset_within_a_page(
     tiny: Make, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("finemoe.checkpoint.expert_index.PLACED_BYTES", 1)
@@ -60,19 +60,19 @@ def test_parameters_may_keep_their_place_in_a_page_of_the_file(
     gathered_equals_loaded(folder)
     with finemoe.load(folder) as model:
         expert_index = model.finemoe.expert_index
-        runs = [
-            run for at in range(expert_index.layouts[0].experts) for run in expert_index.byte_ranges(ExpertId(0, at))
+        byte_ranges = [
+            each for at in range(expert_index.layouts[0].experts) for each in expert_index.byte_ranges(ExpertId(0, at))
         ]
-        placed = [run for run in runs if (run.file_offset_bytes - run.slot_offset_bytes) % 4096 == 0]
-        assert len(placed) >= len(runs) / 2
+        placed = [each for each in byte_ranges if (each.file_offset_bytes - each.slot_offset_bytes) % 4096 == 0]
+        assert len(placed) >= len(byte_ranges) / 2
 
 
 @pytest.mark.parametrize("placed_bytes", [1, 1 << 30], ids=["large", "small"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_where_sums_depend_on_it_parameters_start_where_stacked_ones_would(
+def test_float32_parameters_have_the_alignment_of_the_stacked_tensor(
     tiny: Make, layout: str, placed_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On CPUs where MKL takes the start of a float32 matrix for a reason to add in another order."""
+    """On some CPUs MKL's order of summation depends on the alignment of a float32 matrix."""
     monkeypatch.setattr("finemoe.checkpoint.expert_index.PLACED_BYTES", placed_bytes)
     family, options = LAYOUTS[layout]
     with finemoe.load(tiny(family, "float32", **options)) as model:
@@ -89,7 +89,7 @@ def transpose_experts(tensors: Tensors) -> None:
             tensors[name] = tensor.transpose(1, 2)
 
 
-def test_a_checkpoint_that_stores_matrices_the_other_way_round_is_understood(tiny: Make, tmp_path: Path) -> None:
+def test_a_checkpoint_with_transposed_matrices_is_supported(tiny: Make, tmp_path: Path) -> None:
     original = tiny("qwen3_vl_moe")
     folder = edited(original, tmp_path, transpose_experts)
     gathered_equals_loaded(folder, original)
@@ -99,7 +99,7 @@ def test_a_checkpoint_that_stores_matrices_the_other_way_round_is_understood(tin
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "inkling2_text"])
-def test_an_experts_runs_fill_its_slot_and_never_overlap(tiny: Make, family: str) -> None:
+def test_an_experts_byte_ranges_fill_its_slot_and_never_overlap(tiny: Make, family: str) -> None:
     folder = tiny(family)
     files = locate(str(folder)).files
     with finemoe.load(folder) as model:
@@ -107,22 +107,22 @@ def test_an_experts_runs_fill_its_slot_and_never_overlap(tiny: Make, family: str
         taken: dict[int, list[tuple[int, int]]] = {}
         for layer, layout in enumerate(expert_index.layouts):
             for expert in range(layout.experts):
-                runs = expert_index.byte_ranges(ExpertId(layer, expert))
-                spans = sorted((r.slot_offset_bytes, r.slot_offset_bytes + r.length_bytes) for r in runs)
+                byte_ranges = expert_index.byte_ranges(ExpertId(layer, expert))
+                spans = sorted((r.slot_offset_bytes, r.slot_offset_bytes + r.length_bytes) for r in byte_ranges)
                 assert all(end <= start for (_, end), (start, _) in pairwise(spans))
-                assert sum(r.length_bytes for r in runs) == layout.weight_bytes
+                assert sum(r.length_bytes for r in byte_ranges) == layout.weight_bytes
                 assert spans[-1][1] <= layout.length_bytes <= expert_index.slot_bytes
-                for run in runs:
-                    end = run.file_offset_bytes + run.length_bytes
-                    assert end <= files[run.file].stat().st_size
-                    taken.setdefault(run.file, []).append((run.file_offset_bytes, end))
+                for each in byte_ranges:
+                    end = each.file_offset_bytes + each.length_bytes
+                    assert end <= files[each.file].stat().st_size
+                    taken.setdefault(each.file, []).append((each.file_offset_bytes, end))
         for spans in taken.values():  # no byte of the checkpoint belongs to two experts
             spans.sort()
             assert all(end <= start for (_, end), (start, _) in pairwise(spans))
         assert sum(end - start for spans in taken.values() for start, end in spans) == expert_index.weight_bytes
 
 
-def test_small_parameters_start_where_torch_would_put_them(tiny: Make) -> None:
+def test_small_parameters_are_aligned_to_64_bytes(tiny: Make) -> None:
     with finemoe.load(tiny("gpt_oss")) as model:
         expert_index = model.finemoe.expert_index
         assert expert_index.slot_bytes % 64 == 0
@@ -202,7 +202,7 @@ def test_experts_of_different_dtypes_are_refused(tiny: Make, tmp_path: Path) -> 
         finemoe.load(folder)
 
 
-def test_experts_in_a_dtype_that_cannot_be_offloaded_are_refused(tiny: Make, tmp_path: Path) -> None:
+def test_experts_of_an_unsupported_dtype_are_refused(tiny: Make, tmp_path: Path) -> None:
     def edit(tensors: Tensors) -> None:
         for name in [name for name in tensors if ".experts." in name]:
             tensors[name] = tensors[name].to(torch.float8_e4m3fn)
@@ -215,7 +215,7 @@ def test_experts_in_a_dtype_that_cannot_be_offloaded_are_refused(tiny: Make, tmp
 @pytest.mark.parametrize(
     "pattern", ["model.norm.weight", "layers.1.self_attn.q_proj", "layers.1.block_sparse_moe.gate"]
 )
-def test_a_missing_dense_tensor_is_refused_and_not_made_up(tiny: Make, tmp_path: Path, pattern: str) -> None:
+def test_a_missing_dense_tensor_is_refused_and_not_initialised(tiny: Make, tmp_path: Path, pattern: str) -> None:
     folder = edited(tiny("mixtral"), tmp_path, drop(pattern))
     with pytest.raises(CheckpointError, match=pattern.rpartition(".")[2]):
         finemoe.load(folder)

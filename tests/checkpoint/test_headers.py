@@ -1,4 +1,4 @@
-"""Headers are checked before anything is loaded: a damaged file is named, never half-read."""
+"""Safetensors headers are validated before anything is loaded; a damaged file is named."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(path: Path, table: object, data: bytes = b"\0" * 24) -> Path:
     return path
 
 
-def test_headers_tell_where_every_tensor_lies(tmp_path: Path) -> None:
+def test_headers_give_the_place_of_every_tensor(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     tensors = {"x": torch.arange(6.0).reshape(2, 3), "y": torch.ones(5, dtype=torch.bfloat16), "z": torch.zeros(0, 4)}
     save_file(tensors, path, {"format": "pt"})
@@ -49,7 +49,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
         read_headers(files)
 
 
-def test_a_file_cut_off_in_its_data_is_named_with_both_sizes(tmp_path: Path) -> None:
+def test_a_truncated_file_is_named_with_both_sizes(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", {"x": GOOD}, b"\0" * 23)
     size_bytes = path.stat().st_size
     with pytest.raises(CheckpointError, match=rf"a\.safetensors: truncated: .*{size_bytes + 1} bytes.*{size_bytes};"):
@@ -61,7 +61,7 @@ def test_a_file_cut_off_in_its_data_is_named_with_both_sizes(tmp_path: Path) -> 
     [b"", b"\1\2", (0).to_bytes(8, "little"), (100).to_bytes(8, "little") + b"{}", b"\xff" * 8 + b"{}", b"version htt"],
     ids=["empty", "short prefix", "no header", "cut off", "absurd length", "git-lfs pointer"],
 )
-def test_what_is_no_safetensors_file_is_named(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_safetensors_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"a\.safetensors: not a safetensors file"):
@@ -127,7 +127,7 @@ entries = st.fixed_dictionaries(
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(anything | st.dictionaries(st.text(max_size=5), entries, max_size=3))
 @example({"": {"data_offsets": [0, 0], "dtype": "BF16", "shape": [0, True]}})
-def test_any_header_gives_sound_entries_or_is_refused(tmp_path: Path, table: object) -> None:
+def test_any_header_gives_valid_entries_or_is_refused(tmp_path: Path, table: object) -> None:
     path = write(tmp_path / "a.safetensors", table, b"\0" * 99)
     try:
         headers = read_headers([path])

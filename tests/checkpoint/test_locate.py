@@ -1,4 +1,4 @@
-"""From what the user typed to files: what is missing is named, with the flag that it was given by."""
+"""Locating a model's files: errors name the missing file, and the flag."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def refused(model: Path | str, revision: str | None = None) -> str:
     return message
 
 
-def test_one_file_or_the_shards_of_the_index_are_found(folder: Path) -> None:
+def test_a_single_file_or_the_shards_of_the_index_are_found(folder: Path) -> None:
     shards = [folder / f"{name}.safetensors" for name in "ab"]
     for shard in shards:
         shard.touch()
@@ -37,10 +37,10 @@ def test_one_file_or_the_shards_of_the_index_are_found(folder: Path) -> None:
     )
     assert locate(str(folder)).files == tuple(shards)
     (folder / "model.safetensors").touch()
-    assert locate(str(folder)).files == (folder / "model.safetensors",)  # which transformers prefers, too
+    assert locate(str(folder)).files == (folder / "model.safetensors",)  # as in transformers
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     assert refused(tmp_path / "nowhere") == f"--model: there is no folder {tmp_path / 'nowhere'}"
     assert "there is no folder ./nowhere" in refused("./nowhere")
     assert "there is no folder ~/no/where" in refused("~/no/where")
@@ -56,7 +56,7 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     assert "has no config.json" in refused(tmp_path)
 
 
-def test_a_folder_without_safetensors_is_refused_and_what_it_has_is_named(folder: Path) -> None:
+def test_a_folder_without_safetensors_is_refused_and_its_weights_are_named(folder: Path) -> None:
     assert f"has neither model.safetensors nor {INDEX}" in refused(folder)
     (folder / "pytorch_model.bin").touch()
     assert "it has pytorch_model.bin; only safetensors are read" in refused(folder)
@@ -81,7 +81,7 @@ def test_an_empty_index_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     "model", ["no-such-model-here", "nobody/no-such-model-here", "not a hub id!", "a--b/..", "a/b/c"]
 )
-def test_what_is_neither_folder_nor_hub_id_is_refused_in_one_line(model: str) -> None:
+def test_neither_a_folder_nor_a_hub_id_is_refused_in_one_line(model: str) -> None:
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert refused(model).startswith("--model: ")
 

@@ -1,4 +1,4 @@
-"""Reader threads over a source in memory, and what becomes of what they are given."""
+"""Reader threads over a source in memory, and helpers to submit to and collect from them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def collect(transfer: ReaderThreads, count: int) -> dict[ExpertId, Landed]:
 
 
 class Gate:
-    """Holds readers back until it is opened."""
+    """Blocks readers until it is opened."""
 
     def __init__(self) -> None:
         self.entered = threading.Event()

@@ -1,4 +1,4 @@
-"""The disk tier: the right bytes by either way, no second copy in the page cache, and errors that name the file."""
+"""Disk reads: the right bytes with direct and buffered I/O, no copy in the page cache, errors that name the file."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def read(store: DiskStore, offset: int, length: int, start: int = 0) -> bytes:
 @example(PAGE_BYTES - 1, 2, 0)
 @example(PAGE_BYTES - 1, CHUNK_BYTES, 0)
 @example(SIZE_BYTES - CHUNK_BYTES, CHUNK_BYTES, 0)
-def test_any_stretch_is_read_as_it_is(store: DiskStore, file: Path, offset: int, length: int, start: int) -> None:
+def test_any_byte_range_is_read(store: DiskStore, file: Path, offset: int, length: int, start: int) -> None:
     length = min(length, SIZE_BYTES - offset)
     start = min(start, offset)
     expected = file.read_bytes()[offset : offset + length]
@@ -78,7 +78,7 @@ def test_any_stretch_is_read_as_it_is(store: DiskStore, file: Path, offset: int,
 @example(PAGE_BYTES - 1, PAGE_BYTES + 2)
 @example(PAGE_BYTES - 1, CHUNK_BYTES)
 @example(SIZE_BYTES - 3 * PAGE_BYTES, 3 * PAGE_BYTES)
-def test_a_stretch_at_its_files_place_in_a_page_is_read_there_and_nothing_beside_it(
+def test_a_range_at_its_files_offset_within_a_page_is_read_and_nothing_around_it(
     store: DiskStore, file: Path, offset: int, length: int
 ) -> None:
     length = min(length, SIZE_BYTES - offset)
@@ -92,17 +92,17 @@ def test_a_stretch_at_its_files_place_in_a_page_is_read_there_and_nothing_beside
     assert not memory[begin + length :].strip(b"?")
 
 
-def test_whole_pages_at_their_files_place_are_not_copied(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_pages_at_their_files_offset_are_not_copied(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(file, "direct")
-    around: list[int] = []
-    monkeypatch.setattr(store, "_read_around", lambda *_: around.append(1))
+    copied: list[int] = []
+    monkeypatch.setattr(store, "_read_and_copy", lambda *_: copied.append(1))
     memory = mmap.mmap(-1, 20 * PAGE_BYTES)
     with memoryview(memory) as view:
         store.read(ByteRange(0, 77, 10 * PAGE_BYTES, 0), 0, view[77 : 77 + 10 * PAGE_BYTES])
         assert bytes(view[77 : 77 + 10 * PAGE_BYTES]) == file.read_bytes()[77 : 77 + 10 * PAGE_BYTES]
-        assert not around
+        assert not copied
         store.read(ByteRange(0, 77, 10 * PAGE_BYTES, 0), 0, view[78 : 78 + 10 * PAGE_BYTES])
-        assert around
+        assert copied
     store.close()
 
 
@@ -140,10 +140,10 @@ def test_an_error_of_the_disk_names_the_file(file: Path, monkeypatch: pytest.Mon
 
 
 def test_reads_that_the_kernel_cuts_short_are_continued(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = os.preadv
+    real = os.preadv
 
     def short(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        return whole(descriptor, [buffers[0][:PAGE_BYTES]], offset)
+        return real(descriptor, [buffers[0][:PAGE_BYTES]], offset)
 
     for io in ("direct", "buffered"):
         store = open_store(file, io)
@@ -157,12 +157,12 @@ def test_reads_that_the_kernel_cuts_short_are_continued(file: Path, monkeypatch:
         store.close()
 
 
-def test_threads_do_not_disturb_each_other(store: DiskStore, file: Path) -> None:
+def test_threads_can_read_at_the_same_time(store: DiskStore, file: Path) -> None:
     data = file.read_bytes()
     draw = random.Random(1)
-    stretches = [(draw.randrange(SIZE_BYTES - 50_000), draw.randint(1, 50_000)) for _ in range(200)]
+    ranges = [(draw.randrange(SIZE_BYTES - 50_000), draw.randint(1, 50_000)) for _ in range(200)]
     with ThreadPoolExecutor(8) as pool:
-        for (offset, length), got in zip(stretches, pool.map(lambda s: read(store, *s), stretches), strict=True):
+        for (offset, length), got in zip(ranges, pool.map(lambda s: read(store, *s), ranges), strict=True):
             assert got == data[offset : offset + length]
 
 
@@ -201,19 +201,19 @@ def test_reading_experts_leaves_no_copy_in_the_page_cache(tmp_path: Path, io: Io
 
 
 def refuse_direct(monkeypatch: pytest.MonkeyPatch, at: Literal["open", "read"]) -> None:
-    whole_open, whole_read, direct = os.open, os.preadv, set[int]()
+    real_open, real_read, direct = os.open, os.preadv, set[int]()
 
     def refusing_open(path: str, flags: int) -> int:
         if flags & os.O_DIRECT and at == "open":
             raise OSError(errno.EINVAL, "Invalid argument", str(path))
-        descriptor = whole_open(path, flags & ~os.O_DIRECT)
+        descriptor = real_open(path, flags & ~os.O_DIRECT)
         (direct.add if flags & os.O_DIRECT else direct.discard)(descriptor)
         return descriptor
 
     def refusing_read(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         if descriptor in direct:
             raise OSError(errno.EINVAL, "Invalid argument")
-        return whole_read(descriptor, buffers, offset)
+        return real_read(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "open", refusing_open)
     monkeypatch.setattr(os, "preadv", refusing_read)
@@ -242,7 +242,7 @@ def test_a_platform_without_direct_or_positioned_reads_works(file: Path, monkeyp
     store.close()
 
 
-def test_a_platform_that_cannot_drop_pages_says_so(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_platform_that_cannot_drop_pages_warns(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "posix_fadvise")
     with pytest.warns(UserWarning, match="can't be asked to drop read pages"):
         store = DiskStore([file], EMPTY, "buffered")
@@ -277,7 +277,7 @@ def test_close_closes_the_files(file: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8])
 @pytest.mark.parametrize("shape", [(), (0, 3), (5,), (3, 4, 5), (600, 1000)])
-def test_dense_tensors_are_read_whole(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_dense_tensors_are_read(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL", torch.uint8: "U8"}
     expected = torch.randint(0, 2, shape).to(dtype)
     raw = expected.reshape(-1).view(torch.uint8).numpy().tobytes() if expected.numel() else b""

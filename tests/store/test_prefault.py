@@ -1,4 +1,4 @@
-"""Memory is brought in ahead, with nothing changed in it, and never in the way of who needs it."""
+"""Prefaulting: memory is faulted in on background threads, and its content does not change."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 import finemoe
-from finemoe.store import RamSlotPool
-from finemoe.store import slot_pool as prefault
+from finemoe.store import RamSlotPool, slot_pool
 from finemoe.store.slot_pool import Prefault
 from tests.tiny import Make
 
@@ -27,27 +26,27 @@ def mapped(size_bytes: int) -> NDArray[np.uint8]:
 
 
 def populates() -> bool:
-    """Whether the kernel can be asked."""
+    """Whether the kernel supports it."""
     if sys.platform == "linux":
         with suppress(OSError):
-            mmap.mmap(-1, mmap.PAGESIZE).madvise(prefault._MADV_POPULATE_WRITE)
+            mmap.mmap(-1, mmap.PAGESIZE).madvise(slot_pool._MADV_POPULATE_WRITE)
             return True
     return False
 
 
 @pytest.mark.skipif(not populates(), reason="the kernel has no MADV_POPULATE_WRITE")
-def test_a_pools_memory_is_there_before_it_is_used() -> None:
+def test_a_pools_memory_is_resident_before_its_first_use() -> None:
     before = psutil.Process().memory_info().rss
     under_test = RamSlotPool(64, MIB)
-    under_test.await_memory()
+    under_test.wait_prefaulted()
     assert psutil.Process().memory_info().rss - before > 60 * MIB
     under_test.close()
     assert psutil.Process().memory_info().rss - before < 30 * MIB
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="Windows")
-def test_what_is_written_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefault, "_CHUNK_BYTES", MIB)
+def test_memory_written_meanwhile_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot_pool, "_CHUNK_BYTES", MIB)
     memory = mapped(33 * MIB + mmap.PAGESIZE)
     expected = np.arange(len(memory), dtype=np.uint8)
     under_test = Prefault(memory)
@@ -57,7 +56,7 @@ def test_what_is_written_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="Windows")
-def test_every_chunk_is_asked_for_once_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_chunk_is_faulted_in_once_until_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
     begun, go_on = threading.Event(), threading.Event()
 
@@ -67,8 +66,8 @@ def test_every_chunk_is_asked_for_once_until_it_is_stopped(monkeypatch: pytest.M
         go_on.wait(10)
         return 0
 
-    monkeypatch.setattr(prefault, "_CHUNK_BYTES", MIB)
-    monkeypatch.setattr(prefault, "_madvise", lambda: advise)
+    monkeypatch.setattr(slot_pool, "_CHUNK_BYTES", MIB)
+    monkeypatch.setattr(slot_pool, "_madvise", lambda: advise)
     memory = mapped(8 * MIB + 5)
     start = memory.ctypes.data
     go_on.set()
@@ -85,22 +84,22 @@ def test_every_chunk_is_asked_for_once_until_it_is_stopped(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("found", [None, lambda *_: -1], ids=["no such call", "an older kernel"])
-def test_it_does_without(monkeypatch: pytest.MonkeyPatch, found: object) -> None:
-    monkeypatch.setattr(prefault, "_madvise", lambda: found)
+def test_pools_work_without_kernel_support(monkeypatch: pytest.MonkeyPatch, found: object) -> None:
+    monkeypatch.setattr(slot_pool, "_madvise", lambda: found)
     under_test = RamSlotPool(4, MIB)
-    under_test.await_memory()
+    under_test.wait_prefaulted()
     under_test.bytes_of(3)[:] = 7
     under_test.close()
 
 
-def test_a_model_is_loaded_once_its_memory_is_there(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_a_model_waits_for_its_memory(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[float] = []
 
-    def late(*_: object) -> int:
+    def slow(*_: object) -> int:
         time.sleep(1.0)
         done.append(time.monotonic())
         return 0
 
-    monkeypatch.setattr(prefault, "_madvise", lambda: late)
+    monkeypatch.setattr(slot_pool, "_madvise", lambda: slow)
     with finemoe.load(tiny(), policy="lru", map_store="none"):
         assert done

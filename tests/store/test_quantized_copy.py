@@ -1,4 +1,4 @@
-"""`--expert-dtype`: the copy is made once, is what was asked for, and is never mistaken for the checkpoint."""
+"""`--expert-dtype`: the copy is written once, has the quantized weights, and is reported as lossy."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rounded(folder: Path, scheme: Scheme) -> Any:
-    """The whole model in memory, its experts' matrices quantized and restored one by one."""
+    """The complete model in memory, its experts' matrices quantized and dequantized one by one."""
     model = eager(folder)
     for module in experts_modules(model):
         for _, parameter in module.named_parameters(recurse=False):
@@ -49,7 +49,7 @@ def rounded(folder: Path, scheme: Scheme) -> Any:
 
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family in KNOWN])
-def test_answers_are_those_of_the_rounded_weights(tiny: Make, family: str, name: Any) -> None:
+def test_answers_are_those_of_the_dequantized_weights(tiny: Make, family: str, name: Any) -> None:
     folder = tiny(family, "bfloat16")
     expected, exact = answers(rounded(folder, SCHEMES[name])), answers(eager(folder))
     for budget in ("50%", "all"):
@@ -63,7 +63,7 @@ def test_answers_are_those_of_the_rounded_weights(tiny: Make, family: str, name:
     assert not torch.equal(exact["prefill"], expected["prefill"])
 
 
-def test_the_copy_is_made_once_and_is_smaller(tiny: Make, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_copy_is_written_once_and_is_smaller(tiny: Make, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny("mixtral", "bfloat16")
     before = describe(str(folder)).expert_index.weight_bytes
     finemoe.load(folder, expert_dtype="int4").close()
@@ -82,7 +82,7 @@ def test_the_copy_is_made_once_and_is_smaller(tiny: Make, cache: Path, monkeypat
         assert opened.get_tensor("experts").shape[0] == 8
 
 
-def test_a_conversion_that_was_broken_off_goes_on(tiny: Make, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_conversion_resumes(tiny: Make, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny("mixtral", "bfloat16")
     quantize, calls = Scheme.quantize, []
 
@@ -120,7 +120,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     assert not list(cache.rglob("layer-*"))
 
 
-def test_a_cache_that_can_not_be_written_to_is_named(tiny: Make, cache: Path) -> None:
+def test_an_unwritable_cache_folder_is_named(tiny: Make, cache: Path) -> None:
     cache.write_text("a file")
     with pytest.raises(
         ConfigError, match=r"^--expert-dtype: .*can't be written to \(.*\); point FINEMOE_CACHE elsewhere"
@@ -128,7 +128,7 @@ def test_a_cache_that_can_not_be_written_to_is_named(tiny: Make, cache: Path) ->
         finemoe.load(tiny("mixtral", "bfloat16"), expert_dtype="int8")
 
 
-def test_what_is_quantized_already_is_refused(tmp_path: Path) -> None:
+def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
     folder = fp8(tmp_path, "mixtral")
     with pytest.raises(ConfigError, match=r"^--expert-dtype: this checkpoint's experts are stored as fp8 already"):
         finemoe.load(folder, expert_dtype="int8")
@@ -139,7 +139,7 @@ def test_an_unknown_dtype_is_refused(tiny: Make) -> None:
         finemoe.load(tiny("mixtral"), expert_dtype="int3")
 
 
-def test_inspect_says_what_is_lossy(tiny: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_reports_a_lossy_copy(tiny: Make, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(tiny("mixtral", "bfloat16"))
     assert main(["inspect", "--model", folder, "--json"]) == 0
     plain = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""Reader threads: every byte in its place, urgent first, failures reported, and nobody left behind."""
+"""Reader threads: bytes land in place, demand loads go first, errors are reported, nothing blocks for ever."""
 
 from __future__ import annotations
 
@@ -33,36 +33,65 @@ def test_every_byte_lands_in_its_place(
     assert slots == source.experts
 
 
-def test_traffic_is_what_was_asked_for_and_had_not_come() -> None:
+def test_nothing_is_accounted_unless_attached() -> None:
+    source = MemorySource(experts(2))
+    with reading(source) as transfer:
+        submit(transfer, slots_for(source))
+        collect(transfer, 2)
+        assert transfer.link_totals() == LinkTotals()
+
+
+def test_accounting_can_be_attached_while_experts_are_in_flight() -> None:
+    gate = Gate()
+    source = MemorySource(experts(3), before=gate)
+    with reading(source, threads=1, chunk_bytes=1000) as transfer:
+        submit(transfer, slots_for(source), urgent=False)
+        assert gate.entered.wait(30)
+        transfer.attach_accounting()
+        transfer.cancel(ExpertId(0, 2))
+        gate.open.set()
+        collect(transfer, 3)
+        slots = slots_for(source)
+        submit(transfer, slots)
+        collect(transfer, 3)
+        totals = transfer.link_totals()
+    assert totals.urgent_bytes == pytest.approx(300)
+    assert totals.prefetch_s == 0
+    assert slots == source.experts
+
+
+def test_link_time_counts_while_experts_are_in_flight() -> None:
     gate = Gate()
     source = MemorySource(experts(2), before=gate)
     with reading(source) as transfer:
-        assert transfer.link_accounting() == LinkTotals()
+        transfer.attach_accounting()
+        assert transfer.link_totals() == LinkTotals()
         submit(transfer, slots_for(source))
         assert gate.entered.wait(30)
-        before_s = transfer.link_accounting().urgent_s
+        before_s = transfer.link_totals().urgent_s
         time.sleep(0.01)
-        assert transfer.link_accounting().urgent_s >= before_s + 0.01
+        assert transfer.link_totals().urgent_s >= before_s + 0.01
         gate.open.set()
         collect(transfer, 2)
-        totals = transfer.link_accounting()
+        totals = transfer.link_totals()
         time.sleep(0.01)
-        assert transfer.link_accounting() == totals
+        assert transfer.link_totals() == totals
     assert totals.urgent_bytes == pytest.approx(200)
     assert totals.prefetch_s == totals.prefetch_bytes == 0
 
 
-def test_prefetched_hastened_and_withdrawn_bytes_are_told_apart() -> None:
+def test_bytes_of_prefetched_promoted_and_cancelled_experts_are_accounted_apart() -> None:
     gate = Gate()
     source = MemorySource(experts(3), before=gate)
     with reading(source, threads=1, chunk_bytes=1000) as transfer:
+        transfer.attach_accounting()
         submit(transfer, slots_for(source), urgent=False)
         assert gate.entered.wait(30)
         transfer.promote(ExpertId(0, 1))
         transfer.cancel(ExpertId(0, 2))
         gate.open.set()
         collect(transfer, 3)
-        totals = transfer.link_accounting()
+        totals = transfer.link_totals()
     assert totals.urgent_bytes + totals.prefetch_bytes == pytest.approx(200)
     assert totals.urgent_s > 0
     assert totals.prefetch_s > 0
@@ -78,7 +107,7 @@ def test_many_threads_over_many_rounds_lose_nothing() -> None:
             assert slots == source.experts
 
 
-def test_an_urgent_expert_overtakes_prefetches_after_the_chunk_under_way() -> None:
+def test_a_demand_load_overtakes_prefetches_after_the_chunk_being_read() -> None:
     gate = Gate()
     source = MemorySource(experts(3), before=gate)
     slots = slots_for(source)
@@ -93,7 +122,7 @@ def test_an_urgent_expert_overtakes_prefetches_after_the_chunk_under_way() -> No
     assert source.reads == [prefetched, *[urgent] * 10, *[prefetched] * 9, *[also_prefetched] * 10]
 
 
-def test_an_error_is_reported_for_its_expert_alone() -> None:
+def test_an_error_is_reported_for_its_expert_only() -> None:
     broken = ExpertId(0, 3)
 
     def fail(expert: ExpertId, *_: object) -> None:
@@ -113,7 +142,7 @@ def test_an_error_is_reported_for_its_expert_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", [ValueError, MemoryError, RuntimeError])
-def test_an_error_of_any_kind_is_reported_and_the_reader_lives_on(kind: type[Exception]) -> None:
+def test_an_error_of_any_type_is_reported_and_the_reader_continues(kind: type[Exception]) -> None:
     broken = [True]
 
     def fail(*_: object) -> None:
@@ -142,7 +171,7 @@ def test_the_rest_of_a_failed_expert_is_not_read() -> None:
     assert len(source.reads) == 1
 
 
-def test_cancel_returns_only_when_nobody_writes_any_more() -> None:
+def test_cancel_all_returns_only_once_no_slot_is_written_to() -> None:
     gate = Gate()
     source = MemorySource(experts(4), before=gate)
     slots = slots_for(source)
@@ -164,7 +193,7 @@ def test_cancel_returns_only_when_nobody_writes_any_more() -> None:
             transfer.wait()
 
 
-def test_cancel_forgets_what_landed_and_the_next_fetch_works() -> None:
+def test_cancel_all_drops_unreported_transfers_and_the_next_fetch_works() -> None:
     source = MemorySource(experts(3))
     with reading(source) as transfer:
         for _ in range(20):
@@ -176,7 +205,7 @@ def test_cancel_forgets_what_landed_and_the_next_fetch_works() -> None:
             assert slots == source.experts
 
 
-def test_poll_reports_what_has_landed_and_never_blocks() -> None:
+def test_poll_reports_finished_transfers_and_never_blocks() -> None:
     gate = Gate()
     source = MemorySource(experts(1), before=gate)
     with reading(source) as transfer:
@@ -185,13 +214,13 @@ def test_poll_reports_what_has_landed_and_never_blocks() -> None:
         assert transfer.poll() == []
         gate.open.set()
         landed: list[Landed] = []
-        give_up_s = time.monotonic() + 30
-        while not landed and time.monotonic() < give_up_s:
+        deadline_s = time.monotonic() + 30
+        while not landed and time.monotonic() < deadline_s:
             landed = transfer.poll()
         assert landed == [Landed(ExpertId(0, 0))]
 
 
-def test_waiting_for_nothing_is_an_error() -> None:
+def test_wait_with_nothing_in_flight_is_an_error() -> None:
     with reading(MemorySource({})) as transfer, pytest.raises(RuntimeError, match="nothing is in flight"):
         transfer.wait()
 
@@ -208,7 +237,7 @@ def test_close_ends_the_threads_and_refuses_more() -> None:
     transfer.close()
 
 
-def test_close_releases_whoever_waits() -> None:
+def test_close_releases_a_waiting_consumer() -> None:
     gate = Gate()
     source = MemorySource(experts(2), before=gate)
     transfer = ReaderThreads(source, 1, 10)
@@ -230,13 +259,13 @@ def test_close_releases_whoever_waits() -> None:
     gate.open.set()
     closing.join(30)
     waiting.join(10)
-    assert not waiting.is_alive(), "whoever waits for a closed transfer waits for ever"
+    assert not waiting.is_alive(), "the consumer still waits for a closed transfer"
     assert isinstance(outcome[0], RuntimeError)
 
 
 def test_a_read_that_comes_up_short_is_an_error() -> None:
-    def short(_: ExpertId, run: ByteRange, start_bytes: int) -> None:
-        if start_bytes + 30 > run.length_bytes:
+    def short(_: ExpertId, byte_range: ByteRange, start_bytes: int) -> None:
+        if start_bytes + 30 > byte_range.length_bytes:
             raise OSError(5, "file ends", "short.safetensors")
 
     source = MemorySource(experts(1), before=short)
@@ -245,18 +274,20 @@ def test_a_read_that_comes_up_short_is_an_error() -> None:
         assert "short.safetensors" in str(transfer.wait()[0].error)
 
 
-def test_chunks_meet_where_pages_of_the_file_do() -> None:
+def test_chunks_are_cut_at_page_boundaries_of_the_file() -> None:
     expert, reads = ExpertId(0, 0), []
 
-    class Noting(MemorySource):
+    class RecordingSource(MemorySource):
         def byte_ranges(self, expert: ExpertId) -> Sequence[ByteRange]:
-            return [replace(run, file_offset_bytes=run.file_offset_bytes + 100) for run in super().byte_ranges(expert)]
+            return [
+                replace(each, file_offset_bytes=each.file_offset_bytes + 100) for each in super().byte_ranges(expert)
+            ]
 
-        def read(self, run: ByteRange, start_bytes: int, into: memoryview) -> None:
-            reads.append((run.file_offset_bytes + start_bytes, len(into)))
-            super().read(run, start_bytes, into)
+        def read(self, byte_range: ByteRange, start_bytes: int, into: memoryview) -> None:
+            reads.append((byte_range.file_offset_bytes + start_bytes, len(into)))
+            super().read(byte_range, start_bytes, into)
 
-    source = Noting({expert: b"x" * 30_000})
+    source = RecordingSource({expert: b"x" * 30_000})
     slots = slots_for(source)
     with reading(source, threads=1, chunk_bytes=8192) as transfer:
         submit(transfer, slots)

@@ -1,4 +1,4 @@
-"""The pool never gives away a slot that is in use: the one way to a wrong weight."""
+"""The slot pool never reuses a slot that is loading or pinned, which would give wrong weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from finemoe.config import format_bytes
 from finemoe.errors import BudgetError, InvariantError
 from finemoe.policy import POLICIES, make_cache_manager
-from finemoe.store import RamSlotPool
-from finemoe.store import slot_pool as pool
+from finemoe.store import RamSlotPool, slot_pool
 from finemoe.types import ExpertId, Plan, Routed
 
 A, B, C = ExpertId(0, 0), ExpertId(0, 1), ExpertId(1, 0)
@@ -46,7 +45,7 @@ def test_a_pinned_slot_cannot_be_taken_until_its_last_pin_is_gone() -> None:
     under_test.reserve(B, A)
 
 
-def test_what_is_not_there_cannot_be_used_or_evicted() -> None:
+def test_an_expert_that_is_not_ready_cannot_be_pinned_or_evicted() -> None:
     under_test = RamSlotPool(2, SLOT_BYTES)
     under_test.reserve(A, None)
     with pytest.raises(InvariantError, match="used without being ready"):
@@ -71,7 +70,7 @@ def test_a_full_pool_has_no_free_slot() -> None:
         under_test.reserve(B, None)
 
 
-def test_what_was_not_asked_for_does_not_land_or_fail() -> None:
+def test_an_unexpected_landing_or_failure_is_an_error() -> None:
     under_test = RamSlotPool(1, SLOT_BYTES)
     with pytest.raises(InvariantError, match="landed without being expected"):
         under_test.landed(A)
@@ -82,7 +81,7 @@ def test_what_was_not_asked_for_does_not_land_or_fail() -> None:
         under_test.unpin(A)
 
 
-def test_what_is_on_its_way_is_at_no_moment_counted_as_resident() -> None:
+def test_an_expert_in_flight_is_never_counted_as_resident() -> None:
     under_test = RamSlotPool(2, SLOT_BYTES)
     ready(under_test, A)
     seen = set()
@@ -111,7 +110,7 @@ def test_slots_do_not_overlap_and_are_written_in_place() -> None:
         assert under_test.bytes_of(slot).tolist() == [slot + 1] * SLOT_BYTES
 
 
-def test_integrity_check_finds_lost_and_shared_slots() -> None:
+def test_the_integrity_check_finds_lost_and_shared_slots() -> None:
     lost, shared, pinned = RamSlotPool(2, SLOT_BYTES), RamSlotPool(2, SLOT_BYTES), RamSlotPool(2, SLOT_BYTES)
     lost._free.pop()
     shared._slot[A] = 0
@@ -122,13 +121,13 @@ def test_integrity_check_finds_lost_and_shared_slots() -> None:
 
 
 def test_a_pool_beyond_the_machine_is_refused_with_the_flag_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "available_bytes", lambda: 5 << 20)
+    monkeypatch.setattr(slot_pool, "available_bytes", lambda: 5 << 20)
     with pytest.raises(BudgetError, match=r"--expert-memory: 6.0 MiB for 6 experts, but only 5.0 MiB"):
         RamSlotPool(6, 1 << 20)
     RamSlotPool(5, 1 << 20).close()
 
 
-def test_memory_that_the_kernel_refuses_is_a_budget_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_allocation_is_a_budget_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> NoReturn:
         raise OSError(12, "Cannot allocate memory")
 
@@ -137,7 +136,7 @@ def test_memory_that_the_kernel_refuses_is_a_budget_error(monkeypatch: pytest.Mo
         RamSlotPool(2, SLOT_BYTES)
 
 
-def test_an_absurd_pool_is_refused_before_it_is_taken() -> None:
+def test_an_absurdly_large_pool_is_refused_before_memory_is_allocated() -> None:
     with pytest.raises(BudgetError, match="--expert-memory"):
         RamSlotPool(1 << 40, 1 << 30)
 
@@ -146,7 +145,7 @@ def test_a_closed_pool_frees_its_memory_once_nothing_views_it() -> None:
     under_test = RamSlotPool(2, SLOT_BYTES)
     view = under_test.bytes_of(0)
     under_test.close()
-    assert view.tolist() == [0] * SLOT_BYTES  # still there: a view never dangles
+    assert view.tolist() == [0] * SLOT_BYTES  # a view keeps the memory
     again = RamSlotPool(2, SLOT_BYTES)
     again.close()
     assert again._memory.closed
@@ -154,8 +153,8 @@ def test_a_closed_pool_frees_its_memory_once_nothing_views_it() -> None:
     assert format_bytes(again.size_bytes) == "128 B"
 
 
-class PoolAndController(RuleBasedStateMachine):
-    """Both halves of the cache through any legal series of events; every slot is marked with what it holds."""
+class PoolAndCacheManager(RuleBasedStateMachine):
+    """Pool and cache manager agree after any legal series of events; a slot's bytes name its expert."""
 
     LAYERS, EXPERTS = 2, 4
 
@@ -181,7 +180,7 @@ class PoolAndController(RuleBasedStateMachine):
             self.needed.add(needed)
             if self.cache_manager.is_resident(needed):
                 self.pinned[needed] = self.pool.pin(needed)
-        self._follow(self.cache_manager.routed(Routed(layer, tuple(sorted(experts)))))
+        self._execute(self.cache_manager.routed(Routed(layer, tuple(sorted(experts)))))
 
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data())
@@ -192,7 +191,7 @@ class PoolAndController(RuleBasedStateMachine):
         self.pool.landed(expert)
         if expert in self.needed:
             self.pinned[expert] = self.pool.pin(expert)
-        self._follow(self.cache_manager.landed(expert))
+        self._execute(self.cache_manager.landed(expert))
 
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data())
@@ -213,7 +212,7 @@ class PoolAndController(RuleBasedStateMachine):
         self.needed.remove(expert)
         assert self.pool.bytes_of(slot).unique().tolist() == [self._mark(expert)], "a slot was taken while in use"
         self.pool.unpin(expert)
-        self._follow(self.cache_manager.used(expert))
+        self._execute(self.cache_manager.used(expert))
 
     @precondition(lambda self: self.pool is not None)
     @rule()
@@ -226,7 +225,7 @@ class PoolAndController(RuleBasedStateMachine):
         self.pinned.clear()
 
     @invariant()
-    def both_agree(self) -> None:
+    def pool_and_cache_manager_agree(self) -> None:
         if self.pool is None:
             return
         self.pool.check_integrity()
@@ -235,7 +234,7 @@ class PoolAndController(RuleBasedStateMachine):
         assert self.pool.resident == sum(map(self.cache_manager.is_resident, ids))
         assert set(self.in_flight) == {expert for expert in ids if self.cache_manager.is_in_flight(expert)}
 
-    def _follow(self, plan: Plan) -> None:
+    def _execute(self, plan: Plan) -> None:
         assert self.pool is not None
         for expert, victim, _ in plan.fetches:
             slot = self.pool.reserve(expert, victim)
@@ -246,5 +245,5 @@ class PoolAndController(RuleBasedStateMachine):
         return 1 + expert.layer * self.EXPERTS + expert.expert
 
 
-TestPoolAndController = PoolAndController.TestCase
-TestPoolAndController.settings = settings(max_examples=60, stateful_step_count=40)
+TestPoolAndCacheManager = PoolAndCacheManager.TestCase
+TestPoolAndCacheManager.settings = settings(max_examples=60, stateful_step_count=40)

@@ -13,11 +13,11 @@ from finemoe.config import STORED
 from finemoe.engine.async_policy import POLICY_TIMINGS
 from finemoe.engine.layer_timing import TOTALS
 from finemoe.metrics import NEVER, Durations, ExplainRow
-from finemoe.store.bandwidth import MOVED
+from finemoe.store.bandwidth import LINK_TOTALS
 
 Kind = Literal["finemoe", "resident", "disk-offload"]
 _COUNTED = ("accesses", "hits", "late", "bytes_read", "stall_s", "stalled_bytes")
-COUNTED = (*_COUNTED, *TOTALS, *POLICY_TIMINGS, *MOVED)  # of the engine's, for each phase
+COUNTED = (*_COUNTED, *TOTALS, *POLICY_TIMINGS, *LINK_TOTALS)  # of the engine's, for each phase
 _TIMED = (*TOTALS, *POLICY_TIMINGS, "passages")  # of these, Durations
 
 
@@ -150,7 +150,7 @@ def counted(offload: Any) -> dict[str, Any]:
     """What `model.finemoe` has counted, by the names of `COUNTED`."""
     kept = (
         (offload.stats(), _COUNTED), (offload.layer_timing, TOTALS), (offload.policy_timings, POLICY_TIMINGS),
-        (offload.link_accounting, MOVED),
+        (offload.link_totals, LINK_TOTALS),
     )  # fmt: skip
     return {name: getattr(each, name) for each, names in kept for name in names}
 

@@ -24,7 +24,6 @@ from finemoe.bench.inputs import Requests, read_requests, read_text
 from finemoe.bench.measurements import Answered, Measured, Order, Subject, subjects
 from finemoe.bench.report import ANSWER_NAMES, NAMES, BenchReport, BenchRun, summarise
 from finemoe.checkpoint import Checkpoint, ExpertIndex, locate, read_headers
-from finemoe.checkpoint.headers import evict_from_page_cache
 from finemoe.errors import CheckpointError
 from finemoe.gguf.locate import refuse_gguf
 from finemoe.model import chosen_model, read_config
@@ -33,7 +32,7 @@ from finemoe.model.introspect import pool_slots
 from finemoe.store import DiskStore
 from finemoe.store.quantization import SCHEMES
 from finemoe.store.quantized_copy import ExpertCopy, copy_folder
-from finemoe.system import available_cores
+from finemoe.system import available_cores, evict_from_page_cache
 from finemoe.trace.forced_routing import check_fit, open_routing
 
 Log = Callable[[str], None]

@@ -112,6 +112,7 @@ def _loaded(order: Order) -> tuple[Any, float]:
     if order.replay_routing is not None:
         replay_routing(model, order.replay_routing)
     if order.subject.kind == "finemoe":
+        model.finemoe.attach_link_accounting()
         unmap_idle_code()
     return model, time.perf_counter() - start_s
 

@@ -1,10 +1,9 @@
-"""Safetensors headers, checked: a truncated or corrupt shard is named here, before anything is loaded."""
+"""Safetensors headers, validated before anything is loaded, and fingerprints of checkpoints."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any, NamedTuple
 from finemoe.errors import CheckpointError
 
 _HEADER_LIMIT_BYTES = 100_000_000  # the format's own limit
+_FINGERPRINT_DIGITS = 16
+_VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype"}  # left out of fingerprints
 _ITEM_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16,
     "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F4": 4,
@@ -20,7 +21,7 @@ _ITEM_BITS = {
 
 
 class TensorHeader(NamedTuple):
-    """One tensor of a checkpoint: where its bytes are. `dtype` is the format's name for it (`BF16`)."""
+    """Where one tensor's bytes are. `dtype` is the format's name for it (`BF16`)."""
 
     file: int  # index into the checkpoint's files
     offset_bytes: int  # from the start of the file
@@ -30,10 +31,10 @@ class TensorHeader(NamedTuple):
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, TensorHeader]:
-    """Headers of all tensors in `files`.
+    """Headers of all tensors in `files`, by name.
 
     Raises:
-        CheckpointError: a file is missing, truncated, no safetensors, or two files hold the same tensor.
+        CheckpointError: a file is missing, truncated or not a safetensors file, or two files hold the same tensor.
     """
     tensors: dict[str, TensorHeader] = {}
     for index, path in enumerate(files):
@@ -71,7 +72,7 @@ def _read_file(index: int, path: Path) -> dict[str, TensorHeader]:
 
 
 def parse_entry(file: int, data_offset_bytes: int, entry: dict[str, Any]) -> TensorHeader:
-    """One entry of a header's JSON.
+    """Parse one entry of a header's JSON.
 
     Raises:
         ValueError, KeyError, TypeError: the entry is malformed.
@@ -82,30 +83,16 @@ def parse_entry(file: int, data_offset_bytes: int, entry: dict[str, Any]) -> Ten
     if dtype not in _ITEM_BITS:
         raise ValueError(f"unknown dtype {dtype!r}")
     if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
-        raise ValueError(f"offsets {begin}, {end} and shape {list(shape)} are not all whole numbers from 0 on")
+        raise ValueError(f"offsets {begin}, {end} and shape {list(shape)} are not all non-negative integers")
     if end - begin != prod(shape) * _ITEM_BITS[dtype] // 8:
         raise ValueError(f"{end - begin} bytes for shape {list(shape)} of {dtype}")
     return TensorHeader(file, data_offset_bytes + begin, end - begin, dtype, shape)
 
 
-def evict_from_page_cache(path: str | os.PathLike[str]) -> bool:
-    """Ask the kernel to drop a file's cached pages. True if this platform can be asked at all."""
-    if not hasattr(os, "posix_fadvise"):
-        return False
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
-    return True
-
-
-_DIGITS = 16
-_VOLATILE = {"_name_or_path", "transformers_version", "torch_dtype", "dtype"}
-
-
 def fingerprint(folder: Path, headers: Mapping[str, TensorHeader]) -> str:
-    """16 hexadecimal digits. The same for every way of splitting the same tensors into files.
+    """A model's fingerprint, 16 hexadecimal digits: a hash of its config and of its tensors' names, dtypes and shapes.
+
+    Does not depend on how the tensors are split into files, nor on the weights.
 
     Raises:
         CheckpointError: config.json can't be read.
@@ -114,15 +101,15 @@ def fingerprint(folder: Path, headers: Mapping[str, TensorHeader]) -> str:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: can't be read ({error})") from error
-    lasting = {key: value for key, value in config.items() if key not in _VOLATILE}
+    stable = {key: value for key, value in config.items() if key not in _VOLATILE}
     tensors = sorted((name, header.dtype, header.shape) for name, header in headers.items())
-    return hashlib.sha256(json.dumps([lasting, tensors], sort_keys=True).encode()).hexdigest()[:_DIGITS]
+    return hashlib.sha256(json.dumps([stable, tensors], sort_keys=True).encode()).hexdigest()[:_FINGERPRINT_DIGITS]
 
 
 def files_fingerprint(files: Iterable[Path]) -> str:
-    """16 hexadecimal digits for what is in these very files, by their place, size and time: none is read.
+    """A fingerprint of these very files, 16 hexadecimal digits: a hash of their paths, sizes and times.
 
-    Files that were moved, or written anew, have another one.
+    Files that were moved or written again have another one. No file is read.
     """
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:_DIGITS]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:_FINGERPRINT_DIGITS]

@@ -1,4 +1,4 @@
-"""One of transformers' conversions, run on addresses or other labels instead of weights."""
+"""Runs one of transformers' weight conversions on labels (addresses) instead of weights."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from finemoe.errors import CheckpointError
 
 @dataclass
 class Conversion:
-    """All tensors that one converter instance turns into one parameter (or, rarely, several)."""
+    """One converter instance and its source tensors; it makes one parameter of them (or, rarely, several)."""
 
     transform: WeightConverter | WeightRenaming
     sources: list[tuple[str, str]] = field(default_factory=list)  # (tensor, source pattern)
 
 
 class _CollapsedModel:
-    """Shows the model to operations that ask for a parameter's shape, with its rows collapsed to one label each."""
+    """The model as operations see it that ask for a parameter's shape: rows are collapsed to one label each."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -39,24 +39,27 @@ class _CollapsedModel:
 def convert_labels(
     model: PreTrainedModel, target: str, conversion: Conversion, labels: Sequence[Any], *, by_rows: bool
 ) -> dict[str, torch.Tensor]:
-    """What the conversion makes of `labels`, one tensor for each source, by the parameters that it fills.
+    """Run a conversion on labels. Returns the converted labels of each parameter that it fills, by name.
 
     Args:
+        model: whose parameters are filled.
         target: the first parameter that the conversion fills.
+        conversion: to run; not changed.
+        labels: one tensor for each of its sources.
         by_rows: labels are `[.., R, 1]`, one for each row of weights.
 
     Raises:
         CheckpointError: the tensors do not fit together.
     """
-    transform = deepcopy(conversion.transform)  # it collects
+    transform = deepcopy(conversion.transform)  # add_tensor changes it
     for (key, pattern), tensor in zip(conversion.sources, labels, strict=True):
         transform.add_tensor(target, key, pattern, tensor)
-    if isinstance(transform, WeightConverter) and not transform.operations:  # its only one restored quantized weights
+    if isinstance(transform, WeightConverter) and not transform.operations:  # its only operation was a dequantization
         collected = list(transform.materialize_tensors().values())
         return {target: collected[0][0]}
-    seen: Any = _CollapsedModel(model) if by_rows else model
+    visible_model: Any = _CollapsedModel(model) if by_rows else model
     try:
-        converted = transform.convert(target, model=seen, config=model.config)
+        converted = transform.convert(target, model=visible_model, config=model.config)
     except (ValueError, RuntimeError, IndexError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(

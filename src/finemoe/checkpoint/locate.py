@@ -1,4 +1,4 @@
-"""From what the user typed to a folder of checked files: a local folder, or a hub id through the hub's cache."""
+"""Finds a model's files: from a local folder, or a hub id, which is downloaded into the hub's cache."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from finemoe.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_BESIDES_WEIGHTS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+_OTHER_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on this machine: its folder and its weight files, in the order of the index."""
+    """A model on this machine: its folder, and its weight files sorted by name."""
 
     name: str  # as the user gave it
     folder: Path
@@ -73,9 +73,9 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def locate_headers(model: str, revision: str | None = None) -> tuple[Path, dict[str, TensorHeader]]:
-    """A model's folder and the headers of all its tensors. Of a hub model, no weights are downloaded.
+    """A model's folder and the headers of all its tensors. No weights of a hub model are downloaded.
 
-    File indices and offsets of a hub model that is not in the cache yet are those of its files, sorted by name.
+    File numbers of a hub model count its files sorted by name; offsets count from the start of the tensors' data.
 
     Raises:
         CheckpointError: as `locate`.
@@ -109,12 +109,12 @@ def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     with hub_errors(model, revision):
-        wanted = [*_BESIDES_WEIGHTS, *_hub_weights(model, revision)]
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
+        patterns = [*_OTHER_FILES, *_hub_weights(model, revision)]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
 
 
 def _hub_weights(model: str, revision: str | None) -> list[str]:
-    """The weight files that the index names: some repositories hold the same weights a second time."""
+    """Names of the weight files in the index; some repositories hold the same weights in other files, too."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -130,7 +130,7 @@ def _hub_weights(model: str, revision: str | None) -> list[str]:
 
 @contextmanager
 def hub_errors(model: str, revision: str | None) -> Iterator[None]:
-    """Says in one line why a hub model can't be had."""
+    """Turn errors of the hub client into a `CheckpointError` of one line."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,

@@ -1,8 +1,8 @@
-"""Experts that are stored quantized: which tensors make up a parameter, and transformers' own way to restore it.
+"""Quantized checkpoints: which stored tensors make up an expert's parameter, and how to dequantize it.
 
-transformers loads such a checkpoint by converters whose first operation dequantizes. That operation is taken off the
-converter; what is left, a choice of rows, is followed on addresses for each kind of stored tensor (weights, scales) by
-itself. On use, the operation runs on one expert's tensors. Where rows and their scales would part, it is refused.
+transformers loads such a checkpoint with converters whose first operation dequantizes. That operation is removed; the
+rest of the converter, a selection of rows, runs on addresses, once for each kind of stored tensor (weights, scales). On
+use, the operation dequantizes one expert's tensors. A conversion that separates rows from their scales is refused.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
-_UNUSED = "activation_scale"  # of inputs; restoring weights does not need it
+_UNUSED = "activation_scale"  # of activations, not of weights
 
 
 @dataclass(frozen=True, eq=False)
 class StoredPiece:
-    """One kind of stored tensor that a quantized parameter is made of, for all experts of a layer."""
+    """One kind of stored tensor of a quantized parameter (weights or scales), for all experts of a layer."""
 
     role: str  # the last part of its tensors' names
     dtype: torch.dtype
@@ -40,22 +40,25 @@ class StoredPiece:
 
 
 @dataclass(frozen=True, eq=False)
-class Located:
-    """Where a quantized parameter's pieces are, and what restores it from them."""
+class QuantizedSource:
+    """Where the stored tensors of a quantized parameter are, and how to dequantize them.
+
+    `transposed`, `parts` and `axis` are as in `QuantizedParameter`.
+    """
 
     pieces: tuple[StoredPiece, ...]
-    dequantize: LoadOperation
+    dequantize: LoadDequantization
     transposed: bool
     parts: int
     axis: int
 
 
-class LoadOperation:
+class LoadDequantization:
     """transformers' dequantization, run on one expert.
 
     Args:
-        operation: the converter's.
-        sources: what it calls the pieces, in their order.
+        operation: of the converter.
+        sources: source patterns of the pieces, in their order.
         name: of the parameter.
     """
 
@@ -66,13 +69,13 @@ class LoadOperation:
         self._targets: dict[torch.dtype, nn.Module] = {}
 
     @property
-    def form(self) -> str:
-        """What transformers calls this quantization."""
-        method = self._operation.hf_quantizer.quantization_config.quant_method
-        return str(getattr(method, "value", method))
+    def method(self) -> str:
+        """Transformers' name of the quantization method."""
+        quant_method = self._operation.hf_quantizer.quantization_config.quant_method
+        return str(getattr(quant_method, "value", quant_method))
 
     def __call__(self, pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """The weights that the pieces stand for, as the checkpoint lays them out: a new tensor."""
+        """The dequantized weights, in the checkpoint's layout: a new tensor."""
         target = self._targets.get(dtype)
         if target is None:  # the operation asks the parameter that it fills for its dtype
             target = self._targets[dtype] = nn.Module()
@@ -84,13 +87,13 @@ class LoadOperation:
 
 
 def dequantization(conversion: Conversion) -> Any:
-    """The operation of a converter that restores quantized weights, `None` if it has none."""
+    """The dequantizing operation of a converter; `None` if it has none."""
     operations = getattr(conversion.transform, "operations", None) or [None]
     return operations[0] if getattr(operations[0], "hf_quantizer", None) is not None else None
 
 
 def roles_of(conversion: Conversion) -> dict[str, list[tuple[str, str]]]:
-    """The sources of a conversion by the last part of their names, in the converter's order."""
+    """The sources of a conversion by role (the last part of their names), in the converter's order."""
     roles: dict[str, list[tuple[str, str]]] = {}
     for pattern in conversion.transform.source_patterns:
         role = _role(pattern)
@@ -100,7 +103,7 @@ def roles_of(conversion: Conversion) -> dict[str, list[tuple[str, str]]]:
 
 
 def without_dequantization(conversion: Conversion, sources: list[tuple[str, str]]) -> Conversion:
-    """What is left of a conversion when its weights are not quantized, or not yet restored."""
+    """A conversion without its dequantization, for these sources."""
     transform = deepcopy(conversion.transform)
     assert isinstance(transform, WeightConverter)
     transform.operations = transform.operations[1:]
@@ -113,15 +116,19 @@ def locate_quantized(
     target: str,
     conversion: Conversion,
     shape: tuple[int, ...],
-) -> Located:
-    """Follows the tensors of each role through the conversion.
+) -> QuantizedSource:
+    """Run the conversion on the addresses of each role's tensors.
 
     Args:
+        model: whose parameter it is.
+        headers: of the checkpoint's tensors.
+        target: full name of the parameter.
+        conversion: that fills it.
         shape: of the parameter, `[E, ..]`.
 
     Raises:
         CheckpointError: tensors are missing or do not fit together.
-        UnsupportedModelError: a dtype or a conversion that can't be followed.
+        UnsupportedModelError: the dtype or the conversion is not supported.
     """
     roles = roles_of(conversion)
     first, *others = roles
@@ -131,20 +138,20 @@ def locate_quantized(
                 f"{target}: the checkpoint has {len(roles[first])} tensors {first}, but {len(roles[role])} {role}; "
                 "is it complete?"
             )
-    follow = _Followed(model, headers, target, conversion, roles, shape[0])
-    pieces = tuple(follow.piece(role) for role in roles)
+    tracer = _ConversionTracer(model, headers, target, conversion, roles, shape[0])
+    pieces = tuple(tracer.piece(role) for role in roles)
     for role in others:
-        follow.refuse_parted(role)
-    operation = LoadOperation(
+        tracer.refuse_separated_scales(role)
+    operation = LoadDequantization(
         dequantization(conversion), [sources[0][1] for sources in roles.values()], target.rpartition(".")[2]
     )
     transposed = pieces[0].stored.transposed
-    parts, axis = _try(target, operation, pieces, shape[:0:-1] if transposed else shape[1:])
-    return Located(pieces, operation, transposed, parts, axis)
+    parts, axis = _try_dequantize(target, operation, pieces, shape[:0:-1] if transposed else shape[1:])
+    return QuantizedSource(pieces, operation, transposed, parts, axis)
 
 
-class _Followed:
-    """The tensors of one quantized parameter on their way through its conversion."""
+class _ConversionTracer:
+    """Runs the conversion of one quantized parameter on labels of its stored tensors."""
 
     def __init__(
         self,
@@ -163,7 +170,7 @@ class _Followed:
         self._headers = {role: [headers[key] for key, _ in sources] for role, sources in roles.items()}
 
     def piece(self, role: str) -> StoredPiece:
-        """Where the tensors of `role` are, for every expert."""
+        """Where the rows of `role` are, for every expert."""
         headers = self._headers[role]
         if len(dtypes := {header.dtype for header in headers}) > 1:
             raise CheckpointError(f"{self._target}: its {role} are stored as {' and '.join(sorted(dtypes))}")
@@ -188,8 +195,8 @@ class _Followed:
         rows = found.reshape(self._experts, -1)
         return StoredPiece(role, dtype, Addresses(rows, columns * dtype.itemsize, (rows.shape[1], columns), transposed))
 
-    def refuse_parted(self, role: str) -> None:
-        """Raises `UnsupportedModelError` where rows do not keep their scales: when blocks are cut or interleaved."""
+    def refuse_separated_scales(self, role: str) -> None:
+        """Raises `UnsupportedModelError` if rows are separated from their scales: blocks are split or interleaved."""
         if self._stacked:
             return
         weights, scales = [], []
@@ -214,24 +221,24 @@ class _Followed:
 
     @property
     def _stacked(self) -> bool:
-        """Whether the checkpoint has one tensor for all experts, which nothing rearranges."""
+        """Whether the checkpoint has one tensor for all experts, and nothing rearranges its rows."""
         transform = self._conversion.transform
-        alone = isinstance(transform, WeightConverter) and len(transform.operations) == 1
-        if alone and any(len(h) != 1 or h[0].shape[:1] != (self._experts,) for h in self._headers.values()):
-            raise CheckpointError(f"{self._target}: the checkpoint's tensors are not of {self._experts} experts")
-        return alone
+        stacked = isinstance(transform, WeightConverter) and len(transform.operations) == 1
+        if stacked and any(len(h) != 1 or h[0].shape[:1] != (self._experts,) for h in self._headers.values()):
+            raise CheckpointError(f"{self._target}: the checkpoint's tensors do not have {self._experts} experts")
+        return stacked
 
     def _convert(self, labels: list[Tensor]) -> Tensor:
-        """Labels `[.., R, 1]` of one role's tensors, as the conversion puts them together: `[E, R, 1]` or `[E, 1, R]`.
+        """Convert labels `[.., R, 1]` of one role's tensors to `[E, R, 1]` or `[E, 1, R]`.
 
-        Operations know tensors by the names of what is dequantized: scales go by those too.
+        Operations expect the names of the quantized weights, so scales are converted under these names too.
         """
         part = without_dequantization(self._conversion, self._main)
         converted = convert_labels(self._model, self._target, part, labels, by_rows=True)
         found = converted.get(self._target)
         if len(converted) > 1 or found is None or found.dim() != 3 or 1 not in found.shape[1:]:
             raise UnsupportedModelError(
-                f"{self._target}: transformers converts these quantized experts in a way that finemoe can't follow"
+                f"{self._target}: transformers converts these quantized experts in a way that finemoe does not support"
             )
         if found.shape[0] != self._experts:
             raise CheckpointError(
@@ -246,18 +253,22 @@ def _role(pattern: str) -> str:
 
 
 def _matrix(header: TensorHeader) -> tuple[int, ...]:
-    """A stored tensor's shape; one scale for a whole matrix counts as a grid of one block."""
+    """A stored tensor's shape; a single scale for a matrix counts as a grid of one block."""
     return header.shape if len(header.shape) > 1 else (1, prod(header.shape))
 
 
-def _try(
-    target: str, operation: LoadOperation, pieces: Sequence[StoredPiece], expected: tuple[int, ...]
+def _try_dequantize(
+    target: str, operation: LoadDequantization, pieces: Sequence[StoredPiece], expected: tuple[int, ...]
 ) -> tuple[int, int]:
-    """Restores the first rows, as zeros, to see whether the shapes fit.
+    """Dequantize zeros in the shape of the first rows, to check the shapes.
 
     Returns:
-        Into how many parts the pieces can be cut along their first dimension, and along which dimension the results
-        are put together.
+        Into how many parts the pieces can be split along their first dimension, and along which axis the parts'
+        results are concatenated.
+
+    Raises:
+        CheckpointError: the dequantized shape is not the expected one.
+        UnsupportedModelError: transformers can't dequantize these tensors.
     """
     parts = gcd(*(piece.stored.stored_shape[0] for piece in pieces))
     shapes = []
@@ -271,10 +282,10 @@ def _try(
             shapes.append(tuple(operation(zeros, torch.bfloat16).shape))
         except (AssertionError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UnsupportedModelError(f"{target}: transformers can't restore its weights ({reason})") from error
+            raise UnsupportedModelError(f"{target}: transformers can't dequantize its weights ({reason})") from error
     one, two = shapes
     axis = next((i for i, (a, b) in enumerate(zip(one, two, strict=True)) if a != b), 0)
-    whole = tuple(size * parts if i == axis else size for i, size in enumerate(one))
-    if whole != expected:
-        raise CheckpointError(f"{target}: its tensors restore to {list(whole)}, the model expects {list(expected)}")
+    full = tuple(size * parts if i == axis else size for i, size in enumerate(one))
+    if full != expected:
+        raise CheckpointError(f"{target}: its tensors dequantize to {list(full)}, the model expects {list(expected)}")
     return parts, axis

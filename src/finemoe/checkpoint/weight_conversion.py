@@ -1,6 +1,6 @@
-"""Runs transformers' weight conversion on addresses: which checkpoint tensors become which experts, and how.
+"""Builds the expert index by running transformers' weight conversion on addresses.
 
-The rules (renamings, converters, base-model prefixes) are transformers' own objects, used the way its loader uses them.
+The rules (renamings, converters, base-model prefixes) are transformers' own objects, applied as its loader does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from finemoe.checkpoint.expert_index import (
     Addresses,
     ExpertIndex,
     LayerBuilder,
-    Quantized,
+    QuantizedParameter,
     address_items,
     address_rows,
     stored_items,
@@ -27,7 +27,7 @@ from finemoe.checkpoint.expert_index import (
 from finemoe.checkpoint.headers import TensorHeader
 from finemoe.checkpoint.label_conversion import Conversion, convert_labels
 from finemoe.checkpoint.quantized_layout import (
-    Located,
+    QuantizedSource,
     dequantization,
     locate_quantized,
     roles_of,
@@ -37,8 +37,8 @@ from finemoe.errors import CheckpointError, UnsupportedModelError
 from finemoe.types import ByteRange, ExpertId
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_Stored = tuple[Addresses, torch.dtype] | Located
-_SMALL_ITEMS = 1 << 24  # up to here a parameter may be followed element by element: 128 MiB of addresses
+_Stored = tuple[Addresses, torch.dtype] | QuantizedSource
+_SMALL_ITEMS = 1 << 24  # the largest parameter to be addressed element by element: 128 MiB of addresses
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ExpertsModule:
     name: str
     experts: int
     parameters: dict[str, torch.Tensor]  # on meta
-    same_as: str | None = None  # the module whose experts these are, where transformers ties them
+    same_as: str | None = None  # the module that it shares its experts with, where transformers ties them
 
 
 def read_expert_index(
@@ -57,40 +57,41 @@ def read_expert_index(
     headers: Mapping[str, TensorHeader],
     weight_mapping: list[Any],
 ) -> tuple[set[str], ExpertIndex]:
-    """Where every expert lies, and the names of all tensors that belong to no expert.
+    """The names of all tensors that are not routed experts', and the expert index.
 
     Args:
-        model: built on meta.
-        modules: its experts modules; those that are tied to another share its entry in the catalog.
+        model: on the meta device.
+        modules: its experts modules; tied ones share an entry of the index.
         headers: of the checkpoint's tensors.
         weight_mapping: the model's `WeightTransform`s; not changed.
 
     Raises:
         CheckpointError: the checkpoint lacks an expert's tensor, or has one of the wrong shape.
-        UnsupportedModelError: a dtype or a conversion that can't be followed.
+        UnsupportedModelError: the dtype or the conversion is not supported.
     """
     routed = {f"{module.name}.{name}" for module in modules for name in module.parameters}
-    dense, conversions = sort_keys(model, headers, weight_mapping, routed)
+    dense, conversions = split_keys(model, headers, weight_mapping, routed)
     own = [module for module in modules if module.same_as is None]
     filled = {f"{module.name}.{name}" for module in own for name in module.parameters}
     mine = {target: conversion for target, conversion in conversions.items() if target in filled}
     return dense, build_expert_index(model, own, headers, mine)
 
 
-def sort_keys(
+def split_keys(
     model: PreTrainedModel, keys: Iterable[str], weight_mapping: list[Any], routed: set[str]
 ) -> tuple[set[str], dict[str, Conversion]]:
-    """Tells the tensors of routed experts from all others, by transformers' renaming rules.
+    """Split a checkpoint's tensors into dense ones and those of routed experts, by transformers' renaming rules.
 
     Args:
+        model: on the meta device.
         keys: names of the checkpoint's tensors.
         weight_mapping: the model's `WeightTransform`s; not changed.
         routed: full names of the experts' parameters.
 
     Returns:
-        The keys of all other tensors, and the conversions that fill the experts by the first parameter that each fills.
+        The names of dense tensors, and the conversions of experts, by the first parameter that each fills.
     """
-    mapping = deepcopy(weight_mapping)  # renaming leaves marks in the rules
+    mapping = deepcopy(weight_mapping)  # renaming changes the rules
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
@@ -118,18 +119,18 @@ def build_expert_index(
     headers: Mapping[str, TensorHeader],
     conversions: Mapping[str, Conversion],
 ) -> ExpertIndex:
-    """Where every expert's parameters lie.
+    """The index of all experts of `modules`, one layer for each.
 
     Raises:
         CheckpointError: the checkpoint lacks an expert's tensor, or has one of the wrong shape.
-        UnsupportedModelError: a dtype or a conversion that can't be followed.
+        UnsupportedModelError: the dtype or the conversion is not supported.
     """
     owners = {f"{module.name}.{name}": module for module in modules for name in module.parameters}
     located: dict[str, _Stored] = {}
     for target, conversion in conversions.items():
         located.update(_locate(model, owners, headers, target, conversion))
     layouts = []
-    runs: dict[ExpertId, tuple[ByteRange, ...]] = {}
+    byte_ranges: dict[ExpertId, tuple[ByteRange, ...]] = {}
     for layer, module in enumerate(modules):
         builder = LayerBuilder(layer, module.name, module.experts)
         for name, parameter in module.parameters.items():
@@ -137,28 +138,28 @@ def build_expert_index(
             if full_name not in located:
                 raise CheckpointError(f"the checkpoint has no tensor for {full_name}; is it complete?")
             _add(builder, name, tuple(parameter.shape[1:]), located[full_name])
-        layout, layer_runs = builder.build()
+        layout, layer_ranges = builder.build()
         layouts.append(layout)
-        runs.update(layer_runs)
-    return ExpertIndex(layouts, runs)
+        byte_ranges.update(layer_ranges)
+    return ExpertIndex(layouts, byte_ranges)
 
 
 def _add(builder: LayerBuilder, name: str, shape: tuple[int, ...], stored: _Stored) -> None:
     """Append one parameter, of one expert's `shape`, to a layout."""
-    if not isinstance(stored, Located):
+    if not isinstance(stored, QuantizedSource):
         rows, dtype = stored
         builder.add(name, shape, dtype, rows)
         return
     fields = []
     for piece in stored.pieces:
         fields.append(f"{name}.{piece.role}")
-        as_stored = replace(piece.stored, transposed=False)  # only what is restored is turned round
+        as_stored = replace(piece.stored, transposed=False)  # only the dequantized matrix is transposed
         builder.add(fields[-1], piece.stored.stored_shape, piece.dtype, as_stored)
     builder.add_quantized(
-        Quantized(
+        QuantizedParameter(
             name,
             shape,
-            stored.dequantize.form,
+            stored.dequantize.method,
             tuple(fields),
             stored.dequantize,
             stored.transposed,
@@ -175,13 +176,13 @@ def _locate(
     target: str,
     conversion: Conversion,
 ) -> Mapping[str, _Stored]:
-    """Runs one conversion on addresses. Returns where every parameter that it fills is stored, and how."""
+    """Run one conversion on addresses. Returns where each parameter that it fills is stored."""
     shape = _parameter(owners, target).shape
     if dequantization(conversion) is not None:
         roles = roles_of(conversion)
         if len(roles) > 1:
             return {target: locate_quantized(model, headers, target, conversion, tuple(shape))}
-        conversion = without_dequantization(conversion, next(iter(roles.values())))  # left as they were trained
+        conversion = without_dequantization(conversion, next(iter(roles.values())))  # not quantized
     sources = [headers[key] for key, _ in conversion.sources]
     first_key, first = conversion.sources[0][0], sources[0]
     if first.dtype not in DTYPES:
@@ -195,8 +196,7 @@ def _locate(
     columns = first.shape[-1] if first.shape else 1
     by_rows = len(shape) > 2 and all(len(h.shape) > 1 and h.shape[-1] == columns for h in sources)
     if not by_rows and sum(h.length_bytes for h in sources) // dtype.itemsize > _SMALL_ITEMS:
-        raise UnsupportedModelError(f"{target}: its tensors differ in row length; transformers' conversion of them "
-                                    "can't be followed row by row")  # fmt: skip
+        raise UnsupportedModelError(f"{target}: its tensors differ in row length, which finemoe does not support")
     make = address_rows if by_rows else address_items
     labels = [make(header.file, header.offset_bytes, header.shape, dtype.itemsize) for header in sources]
     result: dict[str, _Stored] = {}

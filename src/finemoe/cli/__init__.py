@@ -16,7 +16,7 @@ from typing import Any
 from finemoe.cli.flags import Parser
 from finemoe.cli.terminal import Interrupts, LostOutputError, Output
 from finemoe.errors import FinemoeError, FinemoeWarning
-from finemoe.system import return_freed_memory, share_cores
+from finemoe.system import limit_openmp_spin, return_freed_memory
 
 COMMANDS = {
     "generate": "answer one prompt",
@@ -73,7 +73,7 @@ def _run(given: list[str], interrupts: Interrupts) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     chosen = next((word for word in given if not word.startswith("-")), None)
     _silence_libraries()  # before they are imported
-    share_cores()
+    limit_openmp_spin()
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == chosen:

@@ -87,9 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _say_what_is_compiled() -> None:
-    from finemoe.jit import ready
+    from finemoe.jit import kernels_cached
 
-    if not ready():
+    if not kernels_cached():
         print("finemoe: compiling what replays, once on this machine: half a minute", file=sys.stderr)
 
 

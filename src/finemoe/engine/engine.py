@@ -256,7 +256,7 @@ class Engine:
                 needed = ExpertId(event.layer, int(index))
                 if (status := statuses[needed.expert]) == RESIDENT:
                     slot = self.pool.pin(needed)
-                    arrived = self.pool.settled(slot)
+                    arrived = self.pool.has_arrived(slot)
                     self.counters.hits += arrived
                     self.counters.late += not arrived
                     ready.append((needed, slot))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from finemoe.jit import ready
+from finemoe.jit import kernels_cached
 from finemoe.policy import CacheManager, make_policy, policy_class
 from finemoe.types import DECODE, PREFILL, ExpertId, Routed, Step
 
@@ -35,7 +35,7 @@ def warm_up(policy: str, **options: Any) -> None:
     cache = CacheManager(layers, experts, _SLOTS, make_policy(policy, layers, experts, **options), jit=options["jit"])
     embedding = np.ones(_WIDTH, np.float32)
     iterations = [(requests, iteration) for requests in _REQUESTS for iteration in range(1 + _TOKENS)]
-    quiet = True if ready() else None  # None: unless this is a terminal
+    quiet = True if kernels_cached() else None  # None: unless this is a terminal
     for requests, iteration in tqdm(iterations, "compiling the policy, once on this machine", disable=quiet):
         phase, tokens = (PREFILL, 2) if iteration == 0 else (DECODE, 1)
         cache.begin([Step(request, phase, np.ones(tokens, np.int32), embedding) for request in requests])

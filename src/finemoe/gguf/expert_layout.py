@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any, NoReturn
 
 from finemoe.checkpoint import ExpertIndex
-from finemoe.checkpoint.expert_index import PAGE_BYTES, Field, LayerLayout, Quantized
+from finemoe.checkpoint.expert_index import PAGE_BYTES, Field, LayerLayout, QuantizedParameter
 from finemoe.errors import InvariantError
 from finemoe.gguf.file import ExpertTensor
 from finemoe.types import ByteRange, ExpertId
@@ -76,7 +76,7 @@ def _layout(layer: Layer, ranges: Sequence[Sequence[ByteRange]]) -> LayerLayout:
         dtype: Any = kind or "uint8"  # its name: torch is not needed for these models
         fields.append(Field(name, (rows, columns), stored_shape, dtype, tensor.expert_bytes))
         if kind is None:
-            quantized.append(Quantized(name, (rows, columns), tensor.info.type, (name,), _not_here))
+            quantized.append(QuantizedParameter(name, (rows, columns), tensor.info.type, (name,), _not_here))
     return LayerLayout(
         module=f"blk.{first.block}.{first.kind}",
         experts=first.experts,

@@ -8,7 +8,7 @@ computes lets its stream wait for that. So the model's thread goes on to launch 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -17,10 +17,11 @@ from finemoe.gpu.device import Device
 from finemoe.gpu.host_tier import HostTier
 from finemoe.gpu.slot_pool import Arrival, DeviceSlot
 from finemoe.store.reader import ReaderThreads
+from finemoe.store.transfer import BaseTransfer
 from finemoe.types import Cancelled, ExpertId, Landed
 
 
-class HostToDeviceCopier:
+class HostToDeviceCopier(BaseTransfer[CopyJob]):
     """A `Transfer` into devices' slots. `wait` belongs to one consumer thread.
 
     Args:
@@ -43,23 +44,14 @@ class HostToDeviceCopier:
         *,
         fill: bool = True,
     ) -> None:
+        super().__init__()
         self.host = host
-        self.when_idle: Callable[..., None] | None = None
         self._readers = readers
         self._pieces = pieces
         self._arrange = arrange
-        self._lock = threading.Lock()
-        self._done = threading.Condition(self._lock)
         self._staging = threading.Condition(self._lock)
-        self._jobs: dict[ExpertId, CopyJob] = {}  # submitted and not reported yet
         self._reading: set[ExpertId] = set()  # from the disk
         self._starved: dict[ExpertId, None] = {}  # to be read once the host tier has room
-        self._landed: list[Landed] = []
-        self._fault: BaseException | None = None  # what `when_idle`, a device or the readers' own asking raised
-        self._waiting = False
-        self._moved_bytes = 0
-        self._waited_bytes = 0.0
-        self._closed = False
         self._filling = fill
         self._lanes = [CopyQueue(i, device, threading.Condition(self._lock)) for i, device in enumerate(devices)]
         self._threads = [
@@ -72,16 +64,6 @@ class HostToDeviceCopier:
         if fill:
             readers.when_idle = self._fill
             readers.wake()
-
-    @property
-    def moved_bytes(self) -> int:
-        """Bytes copied to devices so far; grows chunk by chunk."""
-        return self._moved_bytes
-
-    @property
-    def waited_bytes(self) -> float:
-        """Bytes whose copies ended while `wait` blocked. What the compute stream waited for is told by `Stalls`."""
-        return self._waited_bytes
 
     @property
     def disk_bytes(self) -> int:
@@ -144,32 +126,6 @@ class HostToDeviceCopier:
                 lane.ask = True
                 if lane.idle:
                     lane.work.notify()
-
-    def poll(self, which: Container[ExpertId] | None = None) -> list[Landed]:
-        """What has landed and was not reported yet, of `which` alone if given. Never blocks."""
-        if not self._landed and self._fault is None:
-            return []
-        with self._lock:
-            return self._take(which)
-
-    def wait(self) -> list[Landed]:
-        """What has landed since the last call; blocks until that is at least one.
-
-        Raises:
-            RuntimeError: nothing is in flight, or the transfer was closed, so that this would never return.
-        """
-        with self._lock:
-            if not self._jobs and not self._landed and self._fault is None:
-                raise RuntimeError("nothing is in flight")
-            self._waiting = True
-            try:
-                while not self._landed and self._fault is None:
-                    if self._closed:
-                        raise RuntimeError("the transfer is closed")
-                    self._done.wait()
-            finally:
-                self._waiting = False
-            return self._take()
 
     def cancel_all(self) -> None:
         """Drop everything in flight; returns when no slot is written to any more. The host tier reads on."""
@@ -290,12 +246,6 @@ class HostToDeviceCopier:
             self._fail(fault)
         self._copied(lane, chunk)
 
-    def _fail(self, fault: BaseException) -> None:
-        """The consumer's next `poll` or `wait` raises this."""
-        with self._lock:
-            self._fault = fault
-            self._done.notify_all()
-
     def _may_ask(self, lane: CopyQueue) -> bool:
         return lane.ask and self.when_idle is not None and lane.idle and not self._closed
 
@@ -337,7 +287,7 @@ class HostToDeviceCopier:
             lane.flying.remove(chunk)
             chunk.job.flying -= 1
             self._moved_bytes += chunk.length_bytes
-            self._waited_bytes += chunk.length_bytes * self._waiting
+            self._waited_bytes += chunk.length_bytes * (self._waiting_since_s is not None)
             self._let_go(chunk.job)
             lane.work.notify()
 
@@ -378,11 +328,3 @@ class HostToDeviceCopier:
                 if job is not None:
                     self._report(job, error)
             self._feed()
-
-    def _take(self, which: Container[ExpertId] | None = None) -> list[Landed]:
-        if self._fault is not None and which is None:
-            fault, self._fault = self._fault, None
-            raise fault
-        landed = [each for each in self._landed if which is None or each.expert in which]
-        self._landed = [each for each in self._landed if which is not None and each.expert not in which]
-        return landed

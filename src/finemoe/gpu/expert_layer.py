@@ -220,7 +220,7 @@ class DeviceExpertLayer(ExpertLayer):
 
     def _split(self, ready: Wave) -> Iterator[tuple[int, Wave]]:
         """What is there together, device by device; what is on its way one by one."""
-        there = [pair for pair in ready if not self.apart and self.pool.settled(pair[1])]
+        there = [pair for pair in ready if not self.apart and self.pool.has_arrived(pair[1])]
         for at in range(len(self.pool.devices)):
             wave = sorted((pair for pair in there if self.pool.device_of(pair[1]) == at), key=lambda pair: pair[1])
             if wave:

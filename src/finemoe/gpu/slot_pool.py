@@ -107,7 +107,7 @@ class DeviceSlotPool(SlotPool):
         """What the slot's readers have to wait for still; `None` once that was waited for."""
         return self._places[slot].arrival
 
-    def settled(self, slot: int) -> bool:
+    def has_arrived(self, slot: int) -> bool:
         arrival = self._places[slot].arrival
         return arrival is None or arrival.end.done()
 

@@ -24,7 +24,7 @@ from finemoe.model.handle import ModelHandle
 from finemoe.policy import policy_class
 from finemoe.store.reader import ReaderThreads
 from finemoe.store.verify import SecondReader
-from finemoe.system import release_threads
+from finemoe.system import end_openmp_threads
 from finemoe.types import ExpertId
 
 _OF_CHECKPOINTS = ("dtype", "expert_dtype", "trust_remote_code", "host_memory", "expert_kernel", "host_compute")
@@ -91,7 +91,7 @@ def load_gguf(config: LoadConfig) -> GgufModel:
     if parts.memory.slots == parts.expert_index.experts:  # in the background: passes then run by themselves
         layouts = enumerate(parts.expert_index.layouts)
         parts.engine.preload([ExpertId(layer, expert) for layer, each in layouts for expert in range(each.experts)])
-    release_threads()  # another thread may run it
+    end_openmp_threads()  # another thread may run it
     return model
 
 

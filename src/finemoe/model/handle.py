@@ -69,7 +69,7 @@ class ModelHandle:
         self._resources = resources  # of another backend; they own store, pool and transfer
         self._closed = False
         self._read_before = 0
-        self._traffic_before = self._link_accounting()
+        self._link_before = self._link_totals()
         self._disk_before = 0
 
     def stats(self) -> Stats:
@@ -132,14 +132,19 @@ class ModelHandle:
         policy = self._engine.cache_manager.policy
         return policy.policy_timings if isinstance(policy, AsyncPolicy) else PolicyTimings()
 
-    @property
-    def link_accounting(self) -> LinkTotals:
-        """What the link moved since then, into the pool. All 0 on devices."""
-        return self._link_accounting() - self._traffic_before
+    def attach_link_accounting(self) -> None:
+        """Account the time and bytes of the link into the pool from now on, for benchmarks; not on devices."""
+        if isinstance(self._engine.transfer, ReaderThreads):
+            self._engine.transfer.attach_accounting()
 
-    def _link_accounting(self) -> LinkTotals:
+    @property
+    def link_totals(self) -> LinkTotals:
+        """Link time and bytes since loading, or since `reset_stats`; all 0 without `attach_link_accounting`."""
+        return self._link_totals() - self._link_before
+
+    def _link_totals(self) -> LinkTotals:
         transfer = self._engine.transfer
-        return transfer.link_accounting() if isinstance(transfer, ReaderThreads) else LinkTotals()
+        return transfer.link_totals() if isinstance(transfer, ReaderThreads) else LinkTotals()
 
     def force_gates(self, evidence: ForcedGates, name: str) -> None:
         """The model's routing is forced: policies hear `evidence`, and statistics name the trace that it comes from.
@@ -228,7 +233,7 @@ class ModelHandle:
                 self._tiers.settle()
             self._engine.counters.reset()
             self._engine.layer_timing.reset()
-            self._traffic_before = self._link_accounting()
+            self._link_before = self._link_totals()
             self._engine.cache_manager.cache.counters[:] = 0
             policy = self._engine.cache_manager.policy
             if isinstance(policy, AsyncPolicy):

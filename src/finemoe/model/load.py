@@ -20,7 +20,7 @@ from finemoe.model.backend import load_config
 from finemoe.model.introspect import model_class, read_config, refuse_made_up, transformers_errors
 from finemoe.model.loader import Loading, diverted
 from finemoe.policy import policy_class
-from finemoe.system import release_threads
+from finemoe.system import end_openmp_threads
 
 
 class LoadSettings(TypedDict, total=False):
@@ -135,7 +135,7 @@ def load_checkpoint(config: LoadConfig) -> Any:
     except BaseException:
         loading.undo()
         raise
-    release_threads()  # another thread may run it
+    end_openmp_threads()  # another thread may run it
     return offloaded
 
 

@@ -182,7 +182,7 @@ class Loading:
             *parts, keeper=self.keeper, observer=observer, tiers=self._tiers, fingerprint=self.fingerprint
         )
         if isinstance(self._pool, RamSlotPool):
-            self._pool.await_memory()
+            self._pool.wait_prefaulted()
         offload.reset_stats()
         kind = type(model)
         members = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}

@@ -1,4 +1,4 @@
-"""The tiers: the disk, host memory, and the device slots. They hold bytes and count bytes; they decide nothing."""
+"""Expert storage: disk reads, RAM slots, reader threads, quantized copies. Executes plans, decides nothing."""
 
 from finemoe.store.disk import DiskStore
 from finemoe.store.slot_pool import RamSlotPool, SlotPool

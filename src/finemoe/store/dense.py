@@ -1,7 +1,7 @@
-"""Everything that is not a routed expert: read once, straight into memory of our own.
+"""Dense weights (all but the routed experts): read once, directly into memory of the process.
 
-transformers asks a checkpoint for lazy slices and materialises them in its loader threads. These slices read past the
-page cache instead of mapping the file, so that dense weights are neither held twice nor dropped under memory pressure.
+transformers asks a checkpoint for lazy slices and reads them in its loader threads. These slices bypass the page cache
+instead of mapping the file, so that dense weights are neither in memory twice nor dropped under memory pressure.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DTYPES = {
 
 
 class LazyTensor:
-    """A tensor of the checkpoint, with the part of safetensors' slice interface that transformers' loader uses."""
+    """A tensor of the checkpoint, read on access: the part of safetensors' slices that transformers' loader uses."""
 
     def __init__(self, store: DiskStore, name: str, header: TensorHeader) -> None:
         self._store = store
@@ -37,10 +37,11 @@ class LazyTensor:
         return self._header.dtype
 
     def __getitem__(self, index: EllipsisType) -> torch.Tensor:
-        """The whole tensor, read now.
+        """Read the complete tensor; `index` must be `...`.
 
         Raises:
             OSError: the read failed or came up short; the message names the file.
+            TypeError: another index, or a dtype that torch does not have.
         """
         if index is not Ellipsis:
             raise TypeError(f"{self._name}: only whole tensors are read, with [...]")
@@ -50,7 +51,7 @@ class LazyTensor:
         tensor = torch.empty(header.shape, dtype=_DTYPES[header.dtype])
         if header.length_bytes:
             raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            run = ByteRange(header.file, header.offset_bytes, header.length_bytes, 0)
+            byte_range = ByteRange(header.file, header.offset_bytes, header.length_bytes, 0)
             for start in range(0, header.length_bytes, CHUNK_BYTES):
-                self._store.read(run, start, raw[start : start + CHUNK_BYTES])
+                self._store.read(byte_range, start, raw[start : start + CHUNK_BYTES])
         return tensor

@@ -1,9 +1,9 @@
-"""The disk tier: reads stretches of checkpoint files, past the page cache where the platform allows.
+"""Reads byte ranges of checkpoint files with direct I/O, or through the page cache where that is not possible.
 
-Direct I/O moves whole pages between the disk and page-aligned memory, and expert pieces start anywhere. Where a piece
-lies in memory at the same place within a page as in its file (slots are laid out so), its whole pages are read straight
-to where they belong, in one call with the two pages at its ends, which go by way of a small buffer of the thread's own.
-Elsewhere the whole piece takes that way, and the copy costs the CPU more than the read (docs/results).
+Direct I/O moves complete pages between the disk and page-aligned memory, but experts start anywhere in a file. If the
+target has the same offset within a page as the file (slots are laid out that way), all complete pages are read directly
+into place; the partial pages at both ends are read in the same call into a buffer of the thread, and copied from there.
+If not, everything is read into that buffer and copied, which costs the CPU more than the read (docs/results).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from finemoe.checkpoint import ExpertIndex
 from finemoe.checkpoint.expert_index import PAGE_BYTES, round_up
 from finemoe.types import ByteRange, ExpertId
 
-CHUNK_BYTES = 2 << 20  # the largest read that callers should ask for at once
+CHUNK_BYTES = 2 << 20  # the largest single read
 
 
 class _Buffers(threading.local):
-    """One page-aligned buffer a thread, made on first use."""
+    """A page-aligned buffer for each thread, made on first use."""
 
     def __init__(self) -> None:
         self.memory = mmap.mmap(-1, CHUNK_BYTES + 2 * PAGE_BYTES)
@@ -40,10 +40,10 @@ class DiskStore:
     """An `ExpertSource` over a checkpoint's files. Safe to read from several threads.
 
     Args:
-        files: the checkpoint's files, indexed as in the catalog.
-        catalog: which stretches make up which expert.
-        io: `direct` bypasses the page cache; `buffered` reads through it and asks the kernel to drop what was read;
-            `auto` is `direct` where every file can be opened so.
+        files: the checkpoint's files, in the order of the index's file numbers.
+        expert_index: the byte ranges of each expert.
+        io: `direct` bypasses the page cache; `buffered` reads through it and asks the kernel to drop the pages read;
+            `auto` is `direct` if all files support it.
 
     Raises:
         OSError: a file can't be opened, or `io` is `direct` and the file system has no direct I/O.
@@ -75,27 +75,32 @@ class DiskStore:
                 )
 
     def byte_ranges(self, expert: ExpertId) -> Sequence[ByteRange]:
-        """The stretches that make up `expert`. Does no I/O."""
+        """The byte ranges that make up `expert`. Does no I/O."""
         return self._expert_index.byte_ranges(expert)
 
-    def read(self, run: ByteRange, start_bytes: int, into: memoryview) -> None:
-        """Fill `into` (at most `CHUNK_BYTES`) with the bytes of `run` from `start_bytes` on.
+    def read(self, byte_range: ByteRange, start_bytes: int, into: memoryview) -> None:
+        """Fill `into` (at most `CHUNK_BYTES`) with the bytes of `byte_range` from `start_bytes` on.
 
         Raises:
             OSError: the read failed or came up short; the message names the file.
         """
-        offset_bytes = run.file_offset_bytes + start_bytes
+        offset_bytes = byte_range.file_offset_bytes + start_bytes
         try:
             if self.io == "direct":
-                self._read_direct(run.file, offset_bytes, into)
+                self._read_direct(byte_range.file, offset_bytes, into)
             else:
-                self._read_buffered(run.file, offset_bytes, into)
+                self._read_buffered(byte_range.file, offset_bytes, into)
         except OSError as error:
             if error.filename is not None:
                 raise
-            raise OSError(error.errno, error.strerror, self.name(run.file)) from error
+            raise OSError(error.errno, error.strerror, self.name(byte_range.file)) from error
+
+    def name(self, file: int) -> str:
+        """Path of the file with this number."""
+        return str(self._files[file])
 
     def close(self) -> None:
+        """Close the files."""
         for descriptor in self._descriptors:
             with suppress(OSError):
                 os.close(descriptor)
@@ -111,7 +116,7 @@ class DiskStore:
             raise
 
     def _open_direct(self) -> None:
-        """Opens and tries: some file systems accept the flag and refuse the read."""
+        """Open all files and read a page of each: some file systems accept the flag but refuse the read."""
         if not hasattr(os, "O_DIRECT"):
             raise OSError(errno.EINVAL, "this platform has no direct I/O", str(self._files[0]))
         self._open(os.O_DIRECT)
@@ -120,12 +125,12 @@ class DiskStore:
 
     def _read_direct(self, file: int, offset_bytes: int, into: memoryview) -> None:
         target = np.frombuffer(into, dtype=np.uint8)
-        if (target.ctypes.data - offset_bytes) % PAGE_BYTES or not self._read_pages(file, offset_bytes, into):
-            self._read_around(file, offset_bytes, into, target)
+        if (target.ctypes.data - offset_bytes) % PAGE_BYTES or not self._read_in_place(file, offset_bytes, into):
+            self._read_and_copy(file, offset_bytes, into, target)
 
-    def _read_pages(self, file: int, offset_bytes: int, into: memoryview) -> bool:
-        """Read whole pages into their place. Returns whether it did, all of them; if not, nothing is lost."""
-        before = -offset_bytes % PAGE_BYTES  # bytes before the first whole page, and after the last
+    def _read_in_place(self, file: int, offset_bytes: int, into: memoryview) -> bool:
+        """Read complete pages directly into place. Returns False if there is none, or the read came up short."""
+        before = -offset_bytes % PAGE_BYTES  # bytes before the first complete page, and after the last
         after = (offset_bytes + len(into)) % PAGE_BYTES
         pages = into[before : len(into) - after]
         if len(pages) < PAGE_BYTES or before + after >= len(into):
@@ -142,20 +147,20 @@ class DiskStore:
             into[len(into) - after :] = last[:after]
         return True
 
-    def _read_around(self, file: int, offset_bytes: int, into: memoryview, target: NDArray[np.uint8]) -> None:
-        """Read the pages around a piece that lies anywhere, and copy it."""
+    def _read_and_copy(self, file: int, offset_bytes: int, into: memoryview, target: NDArray[np.uint8]) -> None:
+        """Read the pages that contain the range into the thread's buffer, and copy the range from there."""
         first = offset_bytes // PAGE_BYTES * PAGE_BYTES
         head = offset_bytes - first
-        wanted = head + len(into)
-        window = memoryview(self._buffers.memory)[: round_up(wanted, PAGE_BYTES)]
+        end = head + len(into)
+        window = memoryview(self._buffers.memory)[: round_up(end, PAGE_BYTES)]
         done = 0
-        while done < wanted:  # the last page of a file comes back short, and that is enough
+        while done < end:  # the last page of a file may be partial
             got = os.preadv(self._descriptors[file], [window[done:]], first + done)
-            if got == 0 or (done + got < wanted and got % PAGE_BYTES):
+            if got == 0 or (done + got < end and got % PAGE_BYTES):
                 raise self._short(file, offset_bytes, len(into))
             done += got
         # numpy's copy releases the GIL; a memoryview's does not
-        np.copyto(target, self._buffers.array[head:wanted])
+        np.copyto(target, self._buffers.array[head:end])
 
     def _read_buffered(self, file: int, offset_bytes: int, into: memoryview) -> None:
         descriptor = self._descriptors[file]
@@ -173,17 +178,15 @@ class DiskStore:
             errno.EIO, f"file ends before byte {offset_bytes + length_bytes}; was it changed?", str(self._files[file])
         )
 
-    def name(self, file: int) -> str:
-        return str(self._files[file])
 
-
-_SEEK = threading.Lock()
+_seek_lock = threading.Lock()
 
 
 def _pread(descriptor: int, into: memoryview, offset_bytes: int) -> int:
+    """Read at an offset; returns how many bytes were read."""
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [into], offset_bytes)
-    with _SEEK:  # no positioned reads on this platform
+    with _seek_lock:  # this platform has no positioned reads
         os.lseek(descriptor, offset_bytes, os.SEEK_SET)
         data = os.read(descriptor, len(into))
     into[: len(data)] = data

@@ -1,4 +1,4 @@
-"""How a matrix becomes small integers, and back: torchao's routines, with one scale for a group of weights in a row."""
+"""int8 and int4 quantization of experts with torchao, and dequantization on use. One scale per group of a row."""
 
 from __future__ import annotations
 
@@ -10,24 +10,34 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from finemoe.checkpoint import LayerLayout, Quantized
+from finemoe.checkpoint import LayerLayout, QuantizedParameter
 from finemoe.checkpoint.expert_index import Dequantize
 from finemoe.errors import ConfigError
 
-_LEAST_GROUP = 16
+_MIN_GROUP = 16
+_PART_ITEMS = 1 << 17  # weights dequantized at once on a CPU: bounds temporary memory, and keeps it in the cache
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to quantize. `group` is how many neighbours of a row share a scale, where the row divides so."""
+    """A quantization scheme.
+
+    Attributes:
+        name: as in `--expert-dtype`.
+        bits: 8 (symmetric) or 4 (with a zero point, two weights per byte).
+        group: how many consecutive weights of a row share a scale; less where the row does not divide evenly.
+    """
 
     name: str
     bits: int
     group: int
 
     def pieces(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]] | None:
-        """What one expert's parameter is stored as, by name; `None` if it stays as it is: a vector, or too narrow."""
-        if len(shape) != 2 or self._group(shape) < _LEAST_GROUP or shape[1] * self.bits % 8:
+        """Shape and dtype of the tensors that one expert's parameter is stored as, by name.
+
+        `None` if it is not quantized: not a matrix, or too narrow.
+        """
+        if len(shape) != 2 or self._group(shape) < _MIN_GROUP or shape[1] * self.bits % 8:
             return None
         rows, columns = shape
         grid = rows, columns // self._group(shape)
@@ -40,7 +50,7 @@ class Scheme:
         }
 
     def quantize(self, weights: Tensor) -> tuple[Tensor, ...]:
-        """The pieces of a matrix `[R, C]`, in the order of `pieces`."""
+        """Quantize a matrix `[R, C]`. Returns its tensors in the order of `pieces`."""
         from torchao.quantization import MappingType, choose_qparams_affine, quantize_affine
 
         weights = weights.float()
@@ -58,11 +68,11 @@ class Scheme:
         return packed, scale.reshape(grid), zero.to(torch.uint8).reshape(grid)
 
     def dequantize_as(self, shape: tuple[int, ...]) -> Dequantize:
-        """What restores whole rows of a matrix of this shape."""
-        return partial(_eight if self.bits == 8 else _four, group=self._group(shape))
+        """A function that dequantizes rows of a matrix of this shape."""
+        return partial(_dequantize_int8 if self.bits == 8 else _dequantize_int4, group=self._group(shape))
 
     def _group(self, shape: tuple[int, ...]) -> int:
-        """The largest power-of-two part of `group` that divides a row."""
+        """`group`, halved until it divides a row."""
         group = self.group
         while shape[-1] % group:
             group //= 2
@@ -72,7 +82,7 @@ class Scheme:
 SCHEMES = {"int8": Scheme("int8", 8, 128), "int4": Scheme("int4", 4, 64)}
 
 
-def _eight(pieces: Sequence[Tensor], dtype: torch.dtype, *, group: int) -> Tensor:
+def _dequantize_int8(pieces: Sequence[Tensor], dtype: torch.dtype, *, group: int) -> Tensor:
     from torchao.quantization import dequantize_affine
 
     data, scale = pieces
@@ -80,7 +90,7 @@ def _eight(pieces: Sequence[Tensor], dtype: torch.dtype, *, group: int) -> Tenso
     return restored
 
 
-def _four(pieces: Sequence[Tensor], dtype: torch.dtype, *, group: int) -> Tensor:
+def _dequantize_int4(pieces: Sequence[Tensor], dtype: torch.dtype, *, group: int) -> Tensor:
     from torchao.quantization import dequantize_affine
 
     packed, scale, zero = pieces
@@ -95,14 +105,10 @@ def require_torchao() -> None:
         raise ConfigError("--expert-dtype: torchao is not installed; pip install 'finemoe[quantized]'")
 
 
-# weights restored at once on a CPU: what the operation allocates on the way stays small, and in the cache
-_PART_ITEMS = 1 << 17
-
-
 class Dequantizer:
-    """Holds one restored expert for each kind of layer. What it returns is valid until the next call.
+    """Dequantizes one expert at a time into buffers that it reuses: one for each parameter's name, shape and dtype.
 
-    Not safe to use from several threads.
+    Returned tensors are valid until the next call. Not thread-safe.
     """
 
     def __init__(self) -> None:
@@ -111,44 +117,45 @@ class Dequantizer:
     def restore(
         self, layout: LayerLayout, stored: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
     ) -> dict[str, Tensor]:
-        """The quantized parameters of one expert, as its module wants them.
+        """Dequantize the quantized parameters of one expert, by name, in the module's layout.
 
         Args:
+            layout: of the expert's layer.
             stored: the expert's fields by name.
             dtypes: of the module's parameters, by name.
         """
         return {q.name: self._restore(q, [stored[name] for name in q.fields], dtypes[q.name]) for q in layout.quantized}
 
-    def _restore(self, quantized: Quantized, pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    def _restore(self, quantized: QuantizedParameter, pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         device = pieces[0].device
         key = quantized.name, quantized.shape, dtype, device
         output = self._buffers.get(key)
         if output is None:
-            with torch.inference_mode(mode=False):  # an inference tensor could not be written to outside that mode
+            with torch.inference_mode(mode=False):  # inference tensors can't be written to outside that mode
                 output = self._buffers[key] = torch.empty(quantized.shape, dtype=dtype, device=device)
         with torch.no_grad():
             as_stored = output.T if quantized.transposed else output
             for part in range(0, quantized.parts, step := _parts_at_once(quantized, device)):
                 end = min(part + step, quantized.parts)
-                cut = [piece[_share(piece, part, quantized) : _share(piece, end, quantized)] for piece in pieces]
-                restored = quantized.dequantize(cut, dtype)
+                chunk = [piece[_start(piece, part, quantized) : _start(piece, end, quantized)] for piece in pieces]
+                restored = quantized.dequantize(chunk, dtype)
                 rows = as_stored.shape[quantized.axis] // quantized.parts
                 as_stored.narrow(quantized.axis, part * rows, (end - part) * rows).copy_(restored)
         return output
 
 
 def scratch_bytes(layouts: Iterable[LayerLayout], dtype: torch.dtype) -> int:
-    """What a `Dequantizer` holds for these layouts, beyond the slots and however many those are."""
-    kinds = {(q.name, q.shape) for layout in layouts for q in layout.quantized}
-    return sum(torch.Size(shape).numel() * dtype.itemsize for _, shape in kinds)
+    """Size of a `Dequantizer`'s buffers for these layouts; memory beyond the slots, whatever their number."""
+    buffers = {(q.name, q.shape) for layout in layouts for q in layout.quantized}
+    return sum(torch.Size(shape).numel() * dtype.itemsize for _, shape in buffers)
 
 
-def _parts_at_once(quantized: Quantized, device: torch.device) -> int:
-    if device.type != "cpu":  # few large kernels rather than many small ones
+def _parts_at_once(quantized: QuantizedParameter, device: torch.device) -> int:
+    if device.type != "cpu":  # on a GPU, few large kernels are faster than many small ones
         return quantized.parts
     return max(1, _PART_ITEMS * quantized.parts // torch.Size(quantized.shape).numel())
 
 
-def _share(piece: Tensor, part: int, quantized: Quantized) -> int:
+def _start(piece: Tensor, part: int, quantized: QuantizedParameter) -> int:
     """First row of the part with this number."""
     return piece.shape[0] // quantized.parts * part

@@ -1,7 +1,7 @@
-"""The quantized copy of a checkpoint's experts, in files of its own: one for each layer, written expert by expert.
+"""`--expert-dtype`: a quantized copy of a checkpoint's experts on disk, one file per layer.
 
-A layer's file is a safetensors file with a single tensor `[E, bytes]`: each row is what a slot holds of one expert. It
-appears under its name only when it is complete, so a conversion that was broken off goes on where it was.
+A layer's file is a safetensors file with a single tensor `[E, bytes]`: each row is the content of one expert's slot. It
+gets its name only when it is complete, so an interrupted conversion resumes at the layer where it stopped.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from finemoe.checkpoint import Checkpoint, ExpertIndex, Field, LayerLayout, Quantized, TensorHeader
+from finemoe.checkpoint import Checkpoint, ExpertIndex, Field, LayerLayout, QuantizedParameter, TensorHeader
 from finemoe.checkpoint.expert_index import ALIGN_BYTES, PAGE_BYTES, PLACED_BYTES, round_up
-from finemoe.checkpoint.headers import evict_from_page_cache, files_fingerprint, fingerprint
+from finemoe.checkpoint.headers import files_fingerprint, fingerprint
 from finemoe.config import format_bytes
 from finemoe.errors import CheckpointError, ConfigError
 from finemoe.store import DiskStore
 from finemoe.store.disk import CHUNK_BYTES
 from finemoe.store.quantization import SCHEMES, Scheme, require_torchao
-from finemoe.system import user_experts
+from finemoe.system import evict_from_page_cache, user_experts
 from finemoe.types import ByteRange, ExpertId
 
 _VERSION = 1
@@ -34,7 +34,7 @@ _TENSOR = "experts"
 
 
 def copy_folder(checkpoint: Checkpoint, headers: Mapping[str, TensorHeader], scheme: Scheme) -> Path:
-    """Where the copy of this checkpoint's experts belongs, in the user's cache."""
+    """Folder of the copy of this checkpoint's experts, in the user's cache."""
     model, files = fingerprint(checkpoint.folder, headers), files_fingerprint(checkpoint.files)
     return user_experts() / f"{model}-{files}-{scheme.name}"
 
@@ -42,21 +42,21 @@ def copy_folder(checkpoint: Checkpoint, headers: Mapping[str, TensorHeader], sch
 def planned_copy(
     checkpoint: Checkpoint, headers: Mapping[str, TensorHeader], expert_index: ExpertIndex, expert_dtype: str
 ) -> ExpertCopy | None:
-    """The copy that `--expert-dtype` asks for, if it asks for one. Nothing is written yet."""
+    """The copy for a value of `--expert-dtype`; `None` if it needs none. Nothing is written yet."""
     scheme = SCHEMES.get(expert_dtype)
     return None if scheme is None else ExpertCopy(expert_index, scheme, copy_folder(checkpoint, headers, scheme))
 
 
 class ExpertCopy:
-    """Where every expert of the copy lies. Nothing is read or written before `write`.
+    """A copy and its expert index. Nothing is read or written before `write`.
 
     Args:
-        source: the checkpoint's catalog.
-        scheme: how experts are quantized.
+        source: the checkpoint's expert index.
+        scheme: of the quantization.
         folder: of the copy's files; need not exist.
 
     Raises:
-        ConfigError: the checkpoint's experts are quantized already, or can't be.
+        ConfigError: the checkpoint's experts are quantized already, or can't be quantized.
     """
 
     def __init__(self, source: ExpertIndex, scheme: Scheme, folder: Path) -> None:
@@ -70,29 +70,29 @@ class ExpertCopy:
         self._folder = folder
         self._headers: list[bytes] = []
         layouts = []
-        runs: dict[ExpertId, tuple[ByteRange, ...]] = {}
+        byte_ranges: dict[ExpertId, tuple[ByteRange, ...]] = {}
         for layer, layout in enumerate(source.layouts):
             planned = _plan(layout, scheme)
             header = _header(planned, scheme)
             for expert in range(layout.experts):
                 start = len(header) + expert * _record_bytes(planned)
-                runs[ExpertId(layer, expert)] = (ByteRange(layer, start, planned.length_bytes, 0),)
+                byte_ranges[ExpertId(layer, expert)] = (ByteRange(layer, start, planned.length_bytes, 0),)
             layouts.append(planned)
             self._headers.append(header)
         if not any(layout.quantized for layout in layouts):
             raise ConfigError("--expert-dtype: this model's experts are too narrow to be quantized; leave it out")
-        self.expert_index = ExpertIndex(layouts, runs)
+        self.expert_index = ExpertIndex(layouts, byte_ranges)
         self.files = tuple(folder / f"layer-{layer:05d}.safetensors" for layer in range(len(layouts)))
 
     def write(self, store: DiskStore, *, progress: bool | None = None) -> None:
-        """Write what is missing of the copy; another process that does the same is waited for.
+        """Write the layers that are missing. Waits for another process that writes the same copy.
 
         Args:
             store: reads the checkpoint's experts.
-            progress: a bar on standard error; by default on a terminal only.
+            progress: show a bar on standard error; by default only on a terminal.
 
         Raises:
-            ConfigError: the folder can't be written to, or the disk is too full; the message says by how much.
+            ConfigError: the folder can't be written to, or the disk has too little space.
             OSError: reading failed.
         """
         if not self._missing():
@@ -100,17 +100,19 @@ class ExpertCopy:
         require_torchao()
         from tqdm import tqdm
 
-        with self._alone():
+        with self._write_lock():
             missing = self._missing()
             self._require_disk(missing)
             total = sum(self.expert_index.layouts[layer].experts for layer in missing)
             title = f"quantizing experts to {self._scheme.name}, once"
-            with tqdm(total=total, unit=" experts", desc=title, disable=_hidden(progress)) as bar:
+            hidden = None if progress is None else not progress  # None: unless it is a terminal
+            with tqdm(total=total, unit=" experts", desc=title, disable=hidden) as bar:
                 for layer in missing:
                     self._write_layer(layer, store, bar)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _write_lock(self) -> Iterator[None]:
+        """Creates the folder and holds its lock, between processes."""
         lock = FileLock(self._folder / ".lock")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -126,10 +128,11 @@ class ExpertCopy:
             lock.release()
 
     def _missing(self) -> list[int]:
-        return [layer for layer, file in enumerate(self.files) if not self._whole(layer, file)]
+        """Layers without a complete file."""
+        return [layer for layer, file in enumerate(self.files) if not self._is_complete(layer, file)]
 
-    def _whole(self, layer: int, file: Path) -> bool:
-        """Whether a layer's file is there, and of this layout."""
+    def _is_complete(self, layer: int, file: Path) -> bool:
+        """Whether a layer's file exists, has this layout, and has its full size."""
         header = self._headers[layer]
         try:
             with file.open("rb") as opened:
@@ -163,13 +166,13 @@ class ExpertCopy:
             part.replace(file)
         except BaseException as error:
             part.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.filename is None:  # of writing: reading names its file
+            if isinstance(error, OSError) and error.filename is None:  # from writing: errors of reading name their file
                 raise ConfigError(f"--expert-dtype: {part} can't be written ({error.strerror})") from error
             raise
-        evict_from_page_cache(file)  # it is read past the cache
+        evict_from_page_cache(file)  # it is read with direct I/O
 
     def _records(self, layer: int, store: DiskStore) -> Iterator[Tensor]:
-        """What slots will hold, expert by expert."""
+        """The slot contents of the layer's experts, one after the other."""
         source, target = self._source.layouts[layer], self.expert_index.layouts[layer]
         raw = torch.empty(source.length_bytes, dtype=torch.uint8)
         places = {f.name: offset for f, offset in zip(target.fields, target.offsets_bytes[0], strict=True)}
@@ -194,10 +197,10 @@ class ExpertCopy:
 
 
 def _plan(layout: LayerLayout, scheme: Scheme) -> LayerLayout:
-    """How an expert of the copy lies in a slot: matrices in pieces, everything else as it was."""
+    """The slot layout of the copy: quantized matrices in several fields, other parameters unchanged."""
     fields: list[Field] = []
     offsets_bytes: list[int] = []
-    quantized: list[Quantized] = []
+    quantized: list[QuantizedParameter] = []
     end_bytes = 0
 
     def add(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -215,8 +218,10 @@ def _plan(layout: LayerLayout, scheme: Scheme) -> LayerLayout:
         for piece, (shape, dtype) in pieces.items():
             add(f"{field.name}.{piece}", shape, dtype)
         names = tuple(f"{field.name}.{piece}" for piece in pieces)
-        restore = scheme.dequantize_as(field.shape)
-        quantized.append(Quantized(field.name, field.shape, scheme.name, names, restore, parts=field.shape[0]))
+        dequantize = scheme.dequantize_as(field.shape)
+        quantized.append(
+            QuantizedParameter(field.name, field.shape, scheme.name, names, dequantize, parts=field.shape[0])
+        )
     return LayerLayout(
         layout.module,
         layout.experts,
@@ -228,7 +233,7 @@ def _plan(layout: LayerLayout, scheme: Scheme) -> LayerLayout:
 
 
 def _header(layout: LayerLayout, scheme: Scheme) -> bytes:
-    """Of a layer's file: whole pages, so that experts of whole pages are read without a copy."""
+    """Header of a layer's file, padded to whole pages, so that page-aligned experts are read directly into place."""
     about = {
         "version": _VERSION,
         "scheme": [scheme.name, scheme.bits, scheme.group],
@@ -255,16 +260,13 @@ def _record_bytes(layout: LayerLayout) -> int:
 
 def _read(store: DiskStore, expert: ExpertId, into: Tensor) -> None:
     memory = into.numpy().data
-    for run in store.byte_ranges(expert):
-        for start in range(0, run.length_bytes, CHUNK_BYTES):
-            end = min(start + CHUNK_BYTES, run.length_bytes)
-            store.read(run, start, memory[run.slot_offset_bytes + start : run.slot_offset_bytes + end])
+    for byte_range in store.byte_ranges(expert):
+        at = byte_range.slot_offset_bytes
+        for start in range(0, byte_range.length_bytes, CHUNK_BYTES):
+            end = min(start + CHUNK_BYTES, byte_range.length_bytes)
+            store.read(byte_range, start, memory[at + start : at + end])
 
 
 def _place(record: Tensor, offset_bytes: int, values: Tensor) -> None:
     raw = values.contiguous().reshape(-1).view(torch.uint8)
     record[offset_bytes : offset_bytes + len(raw)] = raw
-
-
-def _hidden(progress: bool | None) -> bool | None:  # noqa: FBT001 - as tqdm's own: None is by the terminal
-    return None if progress is None else not progress

@@ -1,7 +1,7 @@
-"""The device slots: `C` equal slots of page-aligned memory, and what is in each.
+"""The expert slot pool: `C` slots of equal size, which expert is in each, and pins.
 
-A slot is free, loading, or ready; a ready one may be pinned. The pool enforces the one rule that a wrong weight could
-come from: nothing takes the slot of an expert that is loading or pinned. It does not choose who takes whose.
+A slot is free, loading or ready; ready slots may be pinned. The pool enforces the invariant that keeps weights correct:
+the slot of an expert that is loading or pinned is never reused. It does not choose victims; the cache manager does.
 """
 
 from __future__ import annotations
@@ -28,94 +28,44 @@ from finemoe.types import ExpertId
 if TYPE_CHECKING:
     import torch  # imported where it is used: a GGUF model needs none of it
 
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; leaves what is in the pages as it is
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; keeps the content of pages
 _CHUNK_BYTES = 16 << 20
-_MOST_THREADS = 4
-
-
-class Prefault:
-    """Brings memory in, from its start on, on threads that begin at once. The memory may be used meanwhile.
-
-    Without effect where the kernel can't be asked.
-
-    Args:
-        memory: page-aligned, `[n]`.
-    """
-
-    def __init__(self, memory: NDArray[np.uint8]) -> None:
-        self._memory = memory  # keeps it mapped
-        self._next = count(0, _CHUNK_BYTES)  # taking from it is atomic
-        self._over = threading.Event()
-        advise = _madvise()
-        chunks = -(-len(memory) // _CHUNK_BYTES)
-        threads = 0 if advise is None else min(chunks, available_cores(), _MOST_THREADS)
-        self._threads = [
-            threading.Thread(target=self._run, args=(advise,), name="finemoe-prefault", daemon=True)
-            for _ in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def wait(self) -> None:
-        """Until all of it is there."""
-        for thread in self._threads:
-            thread.join()
-
-    def stop(self) -> None:
-        """Leave the rest as it is, and let go of the memory. Returns once no thread is at work."""
-        self._over.set()
-        self.wait()
-        self._memory = self._memory[:0].copy()
-
-    def _run(self, advise: Callable[..., int]) -> None:
-        address = self._memory.ctypes.data
-        for start in self._next:
-            length = min(_CHUNK_BYTES, len(self._memory) - start)
-            if length <= 0 or self._over.is_set():
-                return
-            if advise(ctypes.c_void_p(address + start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE) != 0:
-                return  # an older kernel: the first use brings it in
-
-
-def _madvise() -> Callable[..., int] | None:
-    if sys.platform != "linux":
-        return None
-    with suppress(OSError, AttributeError):
-        found: Callable[..., int] = ctypes.CDLL(None).madvise  # mmap's own holds the GIL
-        return found
-    return None
+_MAX_THREADS = 4
 
 
 class SlotPool(ABC):
-    """A bounded pool of expert slots: which slot holds which expert, and pins. Subclasses own the memory.
+    """The bookkeeping of a slot pool: which slot holds which expert, and pins. Subclasses own the memory.
+
+    Changed by one thread at a time; only `resident` may be read from any thread.
 
     Args:
-        slots: how many, on each device.
-        slot_bytes: size of each.
-        home: the device that an expert lives on; by default the only one.
-        own: the one slot that an expert may have, where there is one for each.
+        slots: number of slots on each device.
+        slot_bytes: size of each slot.
+        device_of: number of the device that holds an expert; by default there is only one.
+        fixed_slot: the slot of each expert, where every expert has a slot of its own.
     """
 
     def __init__(
         self,
         slots: Sequence[int],
         slot_bytes: int,
-        home: Callable[[ExpertId], int] = lambda _: 0,
-        own: Callable[[ExpertId], int] | None = None,
+        device_of: Callable[[ExpertId], int] = lambda _: 0,
+        fixed_slot: Callable[[ExpertId], int] | None = None,
     ) -> None:
-        self.own = own
         self.slots = sum(slots)
         self.slot_bytes = slot_bytes
-        self.home = home
-        self.starts = tuple(accumulate(slots, initial=0))  # of device i: the slots from starts[i] to starts[i + 1]
+        self.starts = tuple(accumulate(slots, initial=0))  # device i has the slots from starts[i] to starts[i + 1]
+        self._device_of = device_of
+        self._fixed_slot = fixed_slot
         self._slot: dict[ExpertId, int] = {}  # loading or ready
         self._loading: set[ExpertId] = set()
-        self._ready = 0  # counted, so that whoever asks without a lock never counts one that is on its way
+        self._ready = 0  # a counter, so that `resident` needs no lock
         self._pins: Counter[ExpertId] = Counter()
         self._free = self._all_free()
 
     @property
     def size_bytes(self) -> int:
+        """Bytes of all slots."""
         return self.slots * self.slot_bytes
 
     @property
@@ -125,20 +75,23 @@ class SlotPool(ABC):
 
     @property
     def resident(self) -> int:
-        """How many experts are ready. May be asked from any thread, while others change the pool."""
+        """Number of ready experts. May be read from any thread, while another changes the pool."""
         return self._ready
 
     @property
     def free(self) -> int:
-        """How many slots have nobody's expert in them."""
+        """Number of free slots."""
         return sum(map(len, self._free))
 
     def slot_of(self, expert: ExpertId) -> int:
-        """The slot that an expert has, loading or ready."""
+        """The slot of a loading or ready expert."""
         return self._slot[expert]
 
     def reserve(self, expert: ExpertId, victim: ExpertId | None) -> int:
-        """Give `expert` a free slot, or that of `victim`. It counts as loading until `landed` or `failed`.
+        """Assign `expert` a free slot, or evict `victim` and assign its slot. It is loading until `landed` or `failed`.
+
+        Returns:
+            The slot.
 
         Raises:
             InvariantError: the victim is not ready or is pinned, no slot is free, or the expert has one already.
@@ -146,11 +99,13 @@ class SlotPool(ABC):
         if expert in self._slot:
             raise InvariantError(f"{expert} has a slot already")
         if victim is None:
-            free = self._free[self.home(expert)]
+            free = self._free[self._device_of(expert)]
             if not free:
                 raise InvariantError(f"no free slot for {expert}")
-            slot = free.pop() if self.own is None else self.own(expert)
-            if self.own is not None:
+            if self._fixed_slot is None:
+                slot = free.pop()
+            else:
+                slot = self._fixed_slot(expert)
                 free.remove(slot)
         else:
             if victim not in self._slot or victim in self._loading:
@@ -171,14 +126,14 @@ class SlotPool(ABC):
         self._ready += 1
 
     def failed(self, expert: ExpertId) -> None:
-        """The expert's bytes will not come; its slot is free again."""
+        """The expert's transfer failed or was cancelled; its slot is free again."""
         if expert not in self._loading:
             raise InvariantError(f"{expert} failed without being expected")
         self._loading.remove(expert)
-        self._free[self.home(expert)].append(self._slot.pop(expert))
+        self._free[self._device_of(expert)].append(self._slot.pop(expert))
 
     def pin(self, expert: ExpertId) -> int:
-        """Keep a ready expert in place until `unpin`; returns its slot. Pins count.
+        """Protect a ready expert from eviction until `unpin`; returns its slot. Pins are counted.
 
         Raises:
             InvariantError: the expert is not ready.
@@ -189,6 +144,7 @@ class SlotPool(ABC):
         return self._slot[expert]
 
     def unpin(self, expert: ExpertId) -> None:
+        """Undo one `pin`."""
         if not self._pins[expert]:
             raise InvariantError(f"{expert} is unpinned more often than pinned")
         self._pins[expert] -= 1
@@ -197,23 +153,23 @@ class SlotPool(ABC):
 
     @abstractmethod
     def bytes_of(self, slot: int) -> torch.Tensor:
-        """The slot's bytes: uint8 `[slot_bytes]`, shared, not copied."""
+        """A view of the slot's bytes: uint8 `[slot_bytes]`."""
 
     @abstractmethod
     def writable(self, slot: int) -> Any:
-        """What a transfer needs to write into the slot."""
+        """The slot as the pool's `Transfer` takes it, to write into."""
 
     @abstractmethod
     def close(self) -> None:
-        """Frees the memory once no view of it is left."""
+        """Free the memory once no view of it is left."""
 
-    def settled(self, slot: int) -> bool:
-        """Whether the bytes of a ready expert are there: always, but on a device, whose streams run behind."""
+    def has_arrived(self, slot: int) -> bool:
+        """Whether a ready expert's bytes are in the slot already. On a GPU, its copy may still be queued."""
         del slot
         return True
 
     def clear(self) -> None:
-        """Forget everything: all slots are free. Only when no transfer writes to them any more."""
+        """Free all slots. Call only once no transfer writes to them any more."""
         self._ready = 0
         self._slot.clear()
         self._loading.clear()
@@ -221,7 +177,7 @@ class SlotPool(ABC):
         self._free = self._all_free()
 
     def check_integrity(self) -> None:
-        """Raises `InvariantError` if slots are lost, shared, or pinned without being ready."""
+        """Raises `InvariantError` if a slot is lost or shared, or an expert is pinned without being ready."""
         used = sorted([*self._slot.values(), *chain(*self._free)])
         if used != list(range(self.slots)):
             raise InvariantError(f"slots are lost or shared: {used}")
@@ -235,19 +191,20 @@ class SlotPool(ABC):
                 raise InvariantError(f"{expert} is pinned without being ready")
 
     def _all_free(self) -> list[list[int]]:
+        """The free slots of each device, all of them; slots are taken from the end."""
         return [list(range(end - 1, start - 1, -1)) for start, end in pairwise(self.starts)]
 
 
 class RamSlotPool(SlotPool):
-    """Slots for experts in this machine's memory. It begins at once to bring that in, in the background.
+    """Slots in RAM. Their memory is faulted in on background threads, from the start.
 
     Args:
-        slots: `C`.
-        slot_bytes: size of each.
-        flag: what asked for this memory, for the message.
+        slots: `C`, number of slots.
+        slot_bytes: size of each slot.
+        flag: the flag to name in an error message.
 
     Raises:
-        BudgetError: the machine does not have this much memory; the message names the flag.
+        BudgetError: too little memory is available; the message names the flag.
     """
 
     def __init__(self, slots: int, slot_bytes: int, flag: str = "--expert-memory") -> None:
@@ -263,7 +220,7 @@ class RamSlotPool(SlotPool):
             self._memory = _allocate(size_bytes)
         except (OSError, MemoryError, OverflowError) as error:
             raise too_much from error
-        # by way of numpy, which holds on to the mapping; torch.frombuffer would let it be unmapped under its views
+        # numpy keeps the mapping alive; with torch.frombuffer it could be unmapped under its views
         array = np.frombuffer(self._memory, dtype=np.uint8)
         import torch
 
@@ -273,23 +230,23 @@ class RamSlotPool(SlotPool):
 
     @property
     def memory(self) -> torch.Tensor:
-        """All slots' bytes: uint8 `[slots * slot_bytes]`, shared, not copied."""
+        """A view of all slots' bytes: uint8 `[slots * slot_bytes]`."""
         return self._bytes
 
     def bytes_of(self, slot: int) -> torch.Tensor:
-        """The slot's bytes: uint8 `[slot_bytes]`, shared, not copied."""
+        """A view of the slot's bytes: uint8 `[slot_bytes]`."""
         return self._bytes[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
 
     def writable(self, slot: int) -> memoryview:
-        """The slot's bytes, for a transfer to write into."""
+        """A writable view of the slot's bytes."""
         return memoryview(self._memory)[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
 
-    def await_memory(self) -> None:
-        """Until all of the memory is there, so that no request has to wait for it."""
+    def wait_prefaulted(self) -> None:
+        """Block until all memory is faulted in, so that no request has to wait for page faults."""
         self._prefault.wait()
 
     def close(self) -> None:
-        """Give the memory back as soon as no view of it is left."""
+        """Free the memory as soon as no view of it is left."""
         self._prefault.stop()
         self.clear()
         self._free = [[] for _ in self._free]
@@ -301,10 +258,64 @@ class RamSlotPool(SlotPool):
 
 
 def _allocate(size_bytes: int) -> mmap.mmap:
-    """Page-aligned memory of our own, in huge pages where the kernel offers them (fewer TLB misses)."""
+    """Page-aligned anonymous memory, in huge pages where the kernel has them (fewer TLB misses)."""
     if not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows
         return mmap.mmap(-1, size_bytes)
     memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+class Prefault:
+    """Faults memory in on background threads, from its start on. The memory may be used meanwhile.
+
+    Without effect where the kernel does not support it.
+
+    Args:
+        memory: page-aligned, `[n]`.
+    """
+
+    def __init__(self, memory: NDArray[np.uint8]) -> None:
+        self._memory = memory  # keeps it mapped
+        self._next = count(0, _CHUNK_BYTES)  # next() is atomic
+        self._stopped = threading.Event()
+        advise = _madvise()
+        chunks = -(-len(memory) // _CHUNK_BYTES)
+        threads = 0 if advise is None else min(chunks, available_cores(), _MAX_THREADS)
+        self._threads = [
+            threading.Thread(target=self._run, args=(advise,), name="finemoe-prefault", daemon=True)
+            for _ in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def wait(self) -> None:
+        """Block until all memory is faulted in."""
+        for thread in self._threads:
+            thread.join()
+
+    def stop(self) -> None:
+        """Skip the rest and release the memory. Returns once the threads have ended."""
+        self._stopped.set()
+        self.wait()
+        self._memory = self._memory[:0].copy()
+
+    def _run(self, advise: Callable[..., int]) -> None:
+        address = self._memory.ctypes.data
+        for start in self._next:
+            length = min(_CHUNK_BYTES, len(self._memory) - start)
+            if length <= 0 or self._stopped.is_set():
+                return
+            if advise(ctypes.c_void_p(address + start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE) != 0:
+                return  # an older kernel: pages are faulted in on first use
+
+
+def _madvise() -> Callable[..., int] | None:
+    """Libc's madvise, called without the GIL (that of mmap holds it); `None` on other platforms."""
+    if sys.platform != "linux":
+        return None
+    with suppress(OSError, AttributeError):
+        found: Callable[..., int] = ctypes.CDLL(None).madvise
+        return found
+    return None

@@ -1,4 +1,4 @@
-"""The slow plain twin of the readers, for debug runs: reads an expert again, the simplest way, and compares."""
+"""`--verify`: reads every loaded expert a second time, with plain file reads, and compares it with its slot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finemoe.types import ExpertId
 
 
 class SecondReader:
-    """Compares slots with the checkpoint's files."""
+    """Compares slots with the checkpoint's files. Slow; for debugging."""
 
     def __init__(self, files: Sequence[Path], expert_index: ExpertIndex, pool: SlotPool) -> None:
         self._files = tuple(files)
@@ -21,12 +21,12 @@ class SecondReader:
 
     def check(self, expert: ExpertId, slot: int) -> None:
         """Raises `InvariantError` if the slot's bytes are not those of `expert`."""
-        held = self._pool.bytes_of(slot).numpy()
-        for run in self._expert_index.byte_ranges(expert):
-            with self._files[run.file].open("rb") as file:
-                file.seek(run.file_offset_bytes)
-                expected = file.read(run.length_bytes)
-            part = held[run.slot_offset_bytes : run.slot_offset_bytes + run.length_bytes]
-            if part.tobytes() != expected:
-                file_name = self._files[run.file]
-                raise InvariantError(f"slot {slot} does not hold {expert}: its bytes differ from {file_name}")
+        slot_bytes = self._pool.bytes_of(slot).numpy()
+        for byte_range in self._expert_index.byte_ranges(expert):
+            with self._files[byte_range.file].open("rb") as file:
+                file.seek(byte_range.file_offset_bytes)
+                expected = file.read(byte_range.length_bytes)
+            start = byte_range.slot_offset_bytes
+            if slot_bytes[start : start + byte_range.length_bytes].tobytes() != expected:
+                path = self._files[byte_range.file]
+                raise InvariantError(f"slot {slot} does not hold {expert}: its bytes differ from {path}")

@@ -19,7 +19,7 @@ from finemoe.serving.app import refuse_to_share_nothing
 from finemoe.serving.config import ServeConfig
 from finemoe.serving.ray.config import RayConfig
 from finemoe.serving.ray.replica import Replica, SharedMapStore
-from finemoe.system import brief_spins
+from finemoe.system import openmp_spin_environment
 
 C = TypeVar("C")
 _RAYS = frozenset({"host", "port"})  # Ray's proxy listens, not the server
@@ -114,7 +114,7 @@ def _replicas(arguments: Arguments) -> Any:
     resources: dict[str, Any] = {
         "num_cpus": ray.cpus_per_replica,
         "num_gpus": ray.gpus_per_replica,
-        "runtime_env": {"env_vars": brief_spins()},
+        "runtime_env": {"env_vars": openmp_spin_environment()},
     }
     if ray.memory_bytes is not None:
         resources["memory"] = ray.memory_bytes

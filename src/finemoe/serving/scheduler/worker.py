@@ -22,7 +22,7 @@ from finemoe.serving.scheduler.job import Finished, Job, Listener, Load, Token
 from finemoe.serving.scheduler.paged_batch import PagedBatch, Part
 from finemoe.serving.scheduler.sampler import Sampler
 from finemoe.serving.scheduler.sequential import SingleBatch
-from finemoe.system import release_threads
+from finemoe.system import end_openmp_threads
 from finemoe.types import DECODE, PREFILL
 
 PATIENCE = 0.1  # of a request's timeout: who has waited for so long is next
@@ -84,7 +84,7 @@ class BatchingWorker:
             )
         except UnsupportedModelError as error:
             self._batch = self._single(error)
-        release_threads()  # that filled the cache here: the model's thread needs the cores
+        end_openmp_threads()  # that filled the cache here: the model's thread needs the cores
         self._changed = threading.Condition()  # guards what follows
         self._jobs: dict[str, _RunningJob] = {}  # submitted and not ended
         self._arrived: deque[_RunningJob] = deque()  # of these, not taken yet

@@ -1,4 +1,4 @@
-"""How many readers prefetches get, and when the next one is asked for."""
+"""Prefetches in reader threads: how many threads read them, and when the next one is asked for."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from tests.fakes import MemorySource
 from tests.store.readers import Gate, collect, experts, reading, slots_for, submit
 
 
-class Crowd:
-    """Counts how many readers are inside a read at the same time, of prefetches and of urgent experts."""
+class Concurrency:
+    """Counts how many threads read at the same time, demand loads and prefetches apart."""
 
     def __init__(self, urgent: set[ExpertId]) -> None:
         self.urgent, self.lock = urgent, threading.Lock()
         self.inside, self.most = {True: 0, False: 0}, {True: 0, False: 0}
 
     def read(self, expert: ExpertId) -> None:
-        kind = expert in self.urgent
+        is_urgent = expert in self.urgent
         with self.lock:
-            self.inside[kind] += 1
-            self.most[kind] = max(self.most[kind], self.inside[kind])
+            self.inside[is_urgent] += 1
+            self.most[is_urgent] = max(self.most[is_urgent], self.inside[is_urgent])
         time.sleep(0.003)
         with self.lock:
-            self.inside[kind] -= 1
+            self.inside[is_urgent] -= 1
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_prefetches_leave_readers_to_the_model_and_urgent_experts_take_all(limit: int) -> None:
+def test_prefetches_are_limited_to_some_threads_and_demand_loads_use_all(limit: int) -> None:
     urgent = {ExpertId(0, 2), ExpertId(0, 3)}
-    crowd = Crowd(urgent)
-    source = MemorySource(experts(4, 160), before=lambda expert, *_: crowd.read(expert))
+    concurrency = Concurrency(urgent)
+    source = MemorySource(experts(4, 160), before=lambda expert, *_: concurrency.read(expert))
     slots = slots_for(source)
     transfer = ReaderThreads(source, 4, 16, prefetch_threads=limit)
     try:
@@ -43,18 +43,18 @@ def test_prefetches_leave_readers_to_the_model_and_urgent_experts_take_all(limit
         collect(transfer, 4)
     finally:
         transfer.close()
-    assert crowd.most[False] == limit
-    assert crowd.most[True] > 2
+    assert concurrency.most[False] == limit
+    assert concurrency.most[True] > 2
     assert all(bytes(slot) == source.experts[expert] for expert, slot in slots.items())
 
 
 @pytest.mark.parametrize("limit", [1, 3])
-def test_no_prefetch_begins_before_the_last_urgent_expert_has_come(limit: int) -> None:
+def test_no_prefetch_begins_before_the_last_demand_load_is_complete(limit: int) -> None:
     urgent, gate = ExpertId(0, 0), Gate()
-    crowd = Crowd(set())
+    concurrency = Concurrency(set())
 
     def before(expert: ExpertId, *_: object) -> None:
-        gate() if expert == urgent else crowd.read(expert)
+        gate() if expert == urgent else concurrency.read(expert)
 
     source = MemorySource(experts(2, 160), before=before)
     slots = slots_for(source)
@@ -70,11 +70,11 @@ def test_no_prefetch_begins_before_the_last_urgent_expert_has_come(limit: int) -
         collect(transfer, 2)
     finally:
         transfer.close()
-    assert crowd.most[False] == limit  # all that may are at it then
+    assert concurrency.most[False] == limit  # as many as may
 
 
 @pytest.mark.parametrize("urgent", [False, True])
-def test_the_next_prefetch_is_asked_for_when_it_may_begin_and_not_before(*, urgent: bool) -> None:
+def test_the_next_prefetch_is_asked_for_once_it_may_begin(*, urgent: bool) -> None:
     gate, asked = Gate(), threading.Event()
     source = MemorySource(experts(1), before=gate)
     with reading(source, threads=3, chunk_bytes=100) as transfer:
@@ -87,7 +87,7 @@ def test_the_next_prefetch_is_asked_for_when_it_may_begin_and_not_before(*, urge
         assert asked.wait(30)
 
 
-def test_one_prefetch_after_the_other_is_asked_for_and_read() -> None:
+def test_prefetches_are_asked_for_one_after_the_other() -> None:
     source = MemorySource(experts(50))
     slots = slots_for(source)
     left = list(slots.items())
@@ -108,9 +108,9 @@ def test_one_prefetch_after_the_other_is_asked_for_and_read() -> None:
     assert slots == source.experts
 
 
-def test_a_hastened_prefetch_gets_all_readers() -> None:
-    crowd = Crowd(set())
-    source = MemorySource(experts(1, 320), before=lambda expert, *_: crowd.read(expert))
+def test_a_promoted_prefetch_gets_all_threads() -> None:
+    concurrency = Concurrency(set())
+    source = MemorySource(experts(1, 320), before=lambda expert, *_: concurrency.read(expert))
     slots = slots_for(source)
     transfer = ReaderThreads(source, 4, 16, prefetch_threads=1)
     try:
@@ -120,4 +120,4 @@ def test_a_hastened_prefetch_gets_all_readers() -> None:
         collect(transfer, 1)
     finally:
         transfer.close()
-    assert crowd.most[False] > 2
+    assert concurrency.most[False] > 2
