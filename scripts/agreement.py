@@ -1,13 +1,12 @@
-"""How far the simulator and the running engine agree: the same requests through both.
+"""Compares the simulator with the running engine: the same requests through both.
 
     python scripts/agreement.py OUT.json --prompts FILE --prompts-limit 3 --store TRACE --predictors FILE \
         --budgets 15%,25%,50% --policies lru,lfru,deepspeed,mixtral-offloading,moe-infinity,promoe,expert-map,finemoe
 
 The prompts are recorded first (OUT.trace). Then, row by row, `finemoe bench` answers them, and the simulator replays
-what was recorded with what that very row has measured: its link ratio, how much slower a prefetch moves, the share of a
-layer before the gate, the gap between tokens, how late a policy's say comes, the tokens of a prompt that a layer
-computes in the time of one. OUT is written after every row. Rows that it has already are not measured again, only
-simulated.
+the recording on a machine with the figures that this row has measured: link ratio, slowdown of prefetches, share of a
+layer before its gate, gap between tokens, lag of the policy, prompt tokens that a layer computes in the time of one.
+OUT is written after every row. Rows that it has already are only simulated again, not measured.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ import torch
 import finemoe
 from finemoe.bench import BenchConfig
 from finemoe.bench.inputs import Request, read_requests
-from finemoe.bench.measurements import Answered, Phase
+from finemoe.bench.measurements import Phase, PromptsResult
 from finemoe.bench.run import run_bench
-from finemoe.bench.worker_process import answer_all
+from finemoe.bench.worker_process import run_requests
 from finemoe.checkpoint import locate
 from finemoe.config import GenerateConfig, parse_budget
 from finemoe.errors import FinemoeError
@@ -38,14 +37,14 @@ from finemoe.model import chosen_model
 from finemoe.model.generation import Session
 from finemoe.policy import BOUNDS, compute_future, make_policy, policy_class, policy_or_bound_class
 from finemoe.sim.hardware import Machine
-from finemoe.sim.simulator import Outcome, Replay
+from finemoe.sim.simulator import Outcome, Simulation
 from finemoe.sim.workload import Schedule, TraceView, make_schedule
 from finemoe.store.disk import CHUNK_BYTES
 from finemoe.trace import DECODE, TraceWriter, open_trace
 from finemoe.trace.recorder import Recorder
 
-SEEDS = 5  # of times that vary
-EVERY = "lru,lfru,deepspeed,mixtral-offloading,moe-infinity,promoe,expert-map,finemoe"
+SEEDS = 5  # runs of the simulator where times are random
+ALL_POLICIES = "lru,lfru,deepspeed,mixtral-offloading,moe-infinity,promoe,expert-map,finemoe"
 FIGURES = (
     "layer_s", "expert_s", "outside_s", "link_ratio", "before_gate", "gap", "lag", "begin_lag", "prefetch_slowdown",
     "compute_spread", "link_spread", "lag_spread", "tokens_per_unit", "ttft_s", "tpot_s",
@@ -54,29 +53,35 @@ FIGURES = (
 
 
 class Simulator:
-    """The recorded requests, in their order, and what policies learn from before."""
+    """Replays the recorded requests in order, under policies that have learned from another trace.
+
+    Args:
+        trace: the recording.
+        store: trace to learn from; `None`: policies start empty.
+        predictors: file for the policies that need it.
+    """
 
     def __init__(self, trace: Path, store: str | None, predictors: str | None) -> None:
         self._jit = compiler()
         self._trace = open_trace(trace)
-        self._evidence = TraceView(self._trace, jit=self._jit)
+        self._view = TraceView(self._trace, jit=self._jit)
         self._store = None if store is None else TraceView(open_trace(store), jit=self._jit)
         self._predictors = predictors
         self.schedule: Schedule = make_schedule(self._trace, range(len(self._trace)), 1, self._jit)
 
     @property
-    def fed(self) -> list[list[int]]:
-        """Of each request, the tokens that were fed back to the model: all of its answer but the last."""
+    def inputs(self) -> list[list[int]]:
+        """The answer tokens of each request that were fed back to the model: all but the last."""
         requests = [self._trace.request(i) for i in range(len(self._trace))]
         return [request.token_ids[request.rows[1] :].tolist() for request in requests]
 
     @property
     def slots(self) -> int:
-        """Of a budget of all experts."""
+        """Slots of a budget of all experts."""
         return self._trace.header.layers * self._trace.header.experts
 
     def run(self, name: str, machine: Machine) -> dict[str, Any]:
-        """Rates, and the time of a decoded token in units of one layer's compute: means over several seeds."""
+        """Rates, and a decoded token's time in units of one layer's compute: means over the seeds."""
         once = [self._run(name, replace(machine, seed=seed)) for seed in range(SEEDS if machine.compute_spread else 1)]
         named = {figure: [each[figure] for each in once] for figure in once[0]}
         means = {figure: None if None in values else fmean(values) for figure, values in named.items()}
@@ -97,7 +102,7 @@ class Simulator:
         if self._store is not None:
             for recorded in self._store.recorded(range(len(self._store.trace))):
                 policy.learn(recorded)
-        outcome: Outcome = Replay(schedule, self._evidence, policy, machine, self._jit).run()
+        outcome: Outcome = Simulation(schedule, self._view, policy, machine, self._jit).run()
         times = outcome.iteration_times[schedule.phases == DECODE]
         return {
             **rates(outcome.hits, outcome.late, outcome.hits + outcome.late + outcome.misses),
@@ -110,13 +115,13 @@ def rates(hits: int, late: int, accesses: int) -> dict[str, Any]:
 
 
 def record(given: argparse.Namespace, trace: Path) -> None:
-    """The routing of the very passes that bench will run.
+    """Records the routing of the same forward passes that bench runs.
 
-    `finemoe record` answers by `generate`, and was seen to say something else now and then.
+    `finemoe record` answers by `generate`, whose tokens differ now and then.
     """
     config = bench_config(given, given.policies[0], given.budgets[0])
     checkpoint = locate(chosen_model(config.model), config.revision)
-    requests = read_requests(config, checkpoint, say).measured
+    requests = read_requests(config, checkpoint, log).measured
     ahead = any("lookahead" in policy_class(name).needs | policy_class(name).uses for name in given.policies)
     if given.threads:
         torch.set_num_threads(given.threads)
@@ -125,17 +130,17 @@ def record(given: argparse.Namespace, trace: Path) -> None:
         recorder = Recorder(Session(model), GenerateConfig(max_new_tokens=given.new_tokens), int(ahead))
         with TraceWriter(trace, recorder.header) as writer:
             for number, request in enumerate(requests, 1):
-                say(f"recording {number} of {len(requests)} ...")
+                log(f"recording {number} of {len(requests)} ...")
                 answer = partial(answered, model, request, given.new_tokens)
-                writer.add(recorder.overhear(answer, len(request)))
+                writer.add(recorder.record_call(answer, len(request)))
 
 
 def answered(model: Any, request: Request, new_tokens: int) -> int:
-    """Answers a request. Returns how many tokens it said."""
-    return len(answer_all(model, [request], new_tokens)[0].tokens)
+    """Answers a request. Returns the number of its tokens."""
+    return len(run_requests(model, [request], new_tokens)[0].tokens)
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -149,10 +154,10 @@ def bench_config(given: argparse.Namespace, policy: str, budget: str) -> BenchCo
 
 
 def measure(given: argparse.Namespace, policy: str, budget: str) -> dict[str, Any]:
-    """A row of the engine: what it counted, over prompts and answers, and what the simulator is to be told."""
-    report = run_bench(bench_config(given, policy, budget), say)
+    """One row of the engine: its counts over prompts and answers, and the figures for the simulator."""
+    report = run_bench(bench_config(given, policy, budget), log)
     row = report.rows[0]
-    done = [run.measured for run in row.runs if isinstance(run.measured, Answered)]
+    done = [run.measured for run in row.runs if isinstance(run.measured, PromptsResult)]
     if not done:
         return {"error": row.error}
     phases: list[Phase] = [p for each in done for answer in each.answers for p in (answer.prompt, answer.decode)]
@@ -174,10 +179,10 @@ def needs_predictors(policy: str) -> bool:
 
 
 def machine_of(engine: dict[str, Any], budget: str, simulator: Simulator) -> Machine:
-    """The modelled machine that a row of the engine ran on."""
+    """The simulator's model of the machine, as one row of the engine measured it."""
     return Machine(
         capacity=parse_budget(budget).slots(1, simulator.slots),
-        link_ratio=engine["link_ratio"] or 0.0,  # nothing was read
+        link_ratio=engine["link_ratio"] or 0.0,  # None: nothing was read
         chunks=max(1, round(engine["expert_bytes"] / CHUNK_BYTES)),
         tokens_per_unit=engine["tokens_per_unit"],
         before_gate=engine["before_gate"],
@@ -192,20 +197,22 @@ def machine_of(engine: dict[str, Any], budget: str, simulator: Simulator) -> Mac
 
 
 def simulate(row: dict[str, Any], simulator: Simulator) -> None:
-    """Adds to a measured row what the simulator makes of it: so, without varying times, with prefetches as fast."""
+    """Adds simulations to a measured row: as measured, with constant times (`even`), without slowdown (`as_fast`)."""
     engine, machine = row["engine"], machine_of(row["engine"], row["budget"], simulator)
     row["simulator"] = simulator.run(row["policy"], machine)
     even = replace(machine, compute_spread=0.0, link_spread=0.0, lag_spread=0.0)
     row["even"] = simulator.run(row["policy"], even)
     row["as_fast"] = simulator.run(row["policy"], replace(even, prefetch_slowdown=1.0))
     row["difference"] = engine["hit_rate"] - row["simulator"]["hit_rate"]
-    row["as_recorded"] = bool(engine["tokens_equal"]) and [answer[:-1] for answer in engine["answers"]] == simulator.fed
+    row["as_recorded"] = (
+        bool(engine["tokens_equal"]) and [answer[:-1] for answer in engine["answers"]] == simulator.inputs
+    )
     token_layers = row["simulator"]["token_layers"]
     row["simulated_token_s"] = None if token_layers is None else token_layers * engine["layer_s"]
 
 
 def orders(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Pairs of policies that one of the two puts in another order than the other, by hit rate."""
+    """Pairs of policies whose order by hit rate differs between engine and simulator."""
     return [
         (one["policy"], other["policy"])
         for one, other in combinations(rows, 2)
@@ -216,10 +223,10 @@ def orders(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """All rows as a Markdown table."""
     columns = (
-        "", "engine: hits, late", "simulator: hits, late", "difference", "if no time varies",
-        "nor prefetches are slower", "r", "slowdown", "spreads", "ms a token: engine, simulator",
+        "", "engine: hits, late", "simulator: hits, late", "difference", "constant times",
+        "no slowdown either", "r", "slowdown", "spreads", "ms a token: engine, simulator",
     )  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * 9]
     for row in rows:
@@ -240,19 +247,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """What is to be read out of simulated rows, in lines."""
+    """Whether both agree on the order of policies and on hit rates, in lines."""
     lines = []
     for budget in dict.fromkeys(row["budget"] for row in rows):
         swapped = orders([row for row in rows if row["budget"] == budget])
-        said = "; ".join(f"{a} and {b} change places" for a, b in swapped)
-        lines.append(f"{budget}: {said or 'the same order'}")
+        pairs = "; ".join(f"{a} and {b} change places" for a, b in swapped)
+        lines.append(f"{budget}: {pairs or 'the same order'}")
     if rows:
         worst = max(rows, key=lambda row: abs(row["difference"]))
         within = sum(abs(row["difference"]) <= 0.02 for row in rows)
         most = f"{100 * worst['difference']:+.1f} at {name_of(worst)}"
         lines.append(f"within two points: {within} of {len(rows)}; most: {most}")
-    odd = [name_of(row) for row in rows if not row["as_recorded"]]
-    return lines + [f"{name}: THE ENGINE ANSWERED OTHERWISE THAN WAS RECORDED" for name in odd]
+    different = [name_of(row) for row in rows if not row["as_recorded"]]
+    return lines + [f"{name}: THE ENGINE'S TOKENS DIFFER FROM THE RECORDING" for name in different]
 
 
 def parse() -> argparse.Namespace:
@@ -264,14 +271,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts-limit", type=int, default=3)
     parser.add_argument("--prompt-field")
     parser.add_argument("--budgets", default="15%,25%,50%", help="shares of all routed experts")
-    parser.add_argument("--policies", default=EVERY)
+    parser.add_argument("--policies", default=ALL_POLICIES)
     parser.add_argument("--new-tokens", type=int, default=20)
     parser.add_argument("--model", help="folder or hub id (default: the reference model)")
-    parser.add_argument("--store", help="a trace of other prompts, that policies learn from before")
+    parser.add_argument("--store", help="trace of other prompts that policies learn from first")
     parser.add_argument("--predictors", help="for policies that need them, from finemoe trace train")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--link-bandwidth", help="hold the engine's link to this")
+    parser.add_argument("--link-bandwidth", help="throttle the engine's link to this")
     given = parser.parse_args()
     given.budgets = [word.strip() for word in given.budgets.split(",")]
     given.policies = [word.strip() for word in given.policies.split(",")]
@@ -290,7 +297,7 @@ def parse() -> argparse.Namespace:
 
 
 class Result:
-    """The rows of OUT, those of an earlier run included."""
+    """The rows of OUT, including those of an earlier run."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self._out = given.out
@@ -299,10 +306,10 @@ class Result:
         self.rows: dict[str, dict[str, Any]] = {}
         self.bounds: dict[str, dict[str, Any]] = {}
         if self._out.exists():
-            kept = json.loads(self._out.read_text(encoding="utf-8"))
-            if kept["settings"] != self._settings:
-                raise SystemExit(f"{self._out} has rows of other settings; name another file")
-            self.rows = {name_of(row): row for row in kept["rows"] if "error" not in row["engine"]}
+            earlier = json.loads(self._out.read_text(encoding="utf-8"))
+            if earlier["settings"] != self._settings:
+                raise SystemExit(f"{self._out} has rows of other settings; give another file")
+            self.rows = {name_of(row): row for row in earlier["rows"] if "error" not in row["engine"]}
 
     @property
     def simulated(self) -> list[dict[str, Any]]:
@@ -351,7 +358,7 @@ def main() -> int:
     print(table(list(result.rows.values())), *summary(result.simulated), sep="\n")
     for name, row in result.bounds.items():
         found = row["simulator"]
-        print(f"{name}, simulated, on the machine of {given.policies[-1]}: {found['hit_rate']:.1%} hits, "
+        print(f"{name}, simulated on the machine of {given.policies[-1]}: {found['hit_rate']:.1%} hits, "
               f"{found['late_rate']:.1%} late")  # fmt: skip
     return 0
 

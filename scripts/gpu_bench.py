@@ -1,13 +1,13 @@
-"""Measures the way from host memory to a GPU: link, hit path, and policies under forced routing.
+"""Benchmarks expert offloading to a GPU: link bandwidth, hit path, and policies under forced routing.
 
     python scripts/gpu_bench.py OUT.json [--shapes mixtral-8x7b,qwen1.5-moe,gpt-oss-20b] [--memory 25%,50%,75%]
         [--policies lru,finemoe] [--trace gpt-oss-20b=FILE] [--folder /dev/shm/finemoe] [--minutes 9]
 
-Weights are generated in `--folder` (best in memory: it is the disk tier, and not what is measured) and removed. Each
-shape is run whole by transformers (`grouped_mm` and `eager`), whole by finemoe (`all`: what its hit path costs), at
-each budget under each policy, and by transformers' own CPU offload (accelerate) with the memory of the first budget.
-All of them take the same routing: a recorded trace of the shape where `--trace` gives one, else a synthetic one, which
-says nothing of a policy's worth. Rows that there is no time for are left out, and named.
+Weights are generated in `--folder`, which is the disk tier (put it in memory: the disk is not measured), and removed
+afterwards. For each shape, rows are: the model resident on the GPU, by transformers (`grouped_mm` and `eager`) and by
+finemoe (`all`: the cost of its hit path); finemoe at each budget under each policy; and transformers' CPU offload
+(accelerate) with the memory of the first budget. All rows take the same routing: a recorded trace where `--trace` gives
+one, else a synthetic one, from which nothing about policies follows. Rows beyond `--minutes` are left out and listed.
 
 `--dry-run` runs the same code at tiny sizes on the CPU; its times mean nothing.
 """
@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ["FINEMOE_MAPS"] = "none"  # before finemoe is imported: forced routing teaches nothing that is worth keeping
+os.environ["FINEMOE_MAPS"] = "none"  # before finemoe is imported: maps of forced routing are not kept
 
 import torch
 import transformers
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 
 def link_rates(device: Device, size_bytes: int, chunks: tuple[int, ...]) -> dict[str, float]:
-    """Bytes/s of copies out of pinned memory, by chunk size: the best of three."""
+    """Bandwidth of copies from pinned memory, bytes/s by chunk size: the best of three."""
     source = torch.zeros(size_bytes, dtype=torch.uint8)
     device.pin(source)
     into = device.allocate(size_bytes)
@@ -53,10 +53,10 @@ def link_rates(device: Device, size_bytes: int, chunks: tuple[int, ...]) -> dict
     for chunk in chunks:
         best_s = float("inf")
         for _ in range(3):
-            start = device.mark_copies()
+            start = device.record_copies()
             for begin in range(0, size_bytes, chunk):
                 device.copy(into[begin : begin + chunk], source[begin : begin + chunk])
-            end = device.mark_copies()
+            end = device.record_copies()
             end.wait()
             best_s = min(best_s, end.since_s(start))
         rates[str(chunk)] = size_bytes / max(best_s, 1e-9)
@@ -65,7 +65,7 @@ def link_rates(device: Device, size_bytes: int, chunks: tuple[int, ...]) -> dict
 
 
 def timed(model: Any, ids: torch.Tensor, new_tokens: int, wait: Callable[[], object]) -> tuple[float, list[float], str]:
-    """Time to first token, time of each further one, and the tokens' digest."""
+    """TTFT and the time of each later token, in seconds, and the first tokens as text."""
     cache, tokens, seconds = None, [], []
     for step in range(new_tokens):
         wait()
@@ -80,14 +80,14 @@ def timed(model: Any, ids: torch.Tensor, new_tokens: int, wait: Callable[[], obj
 
 
 def measure(model: Any, arguments: argparse.Namespace, trace: Path, wait: Callable[[], object]) -> Row:
-    """One row: a request to warm up, then the others, under the same forced routing."""
+    """One row: a request to warm up, then `--requests` measured ones, under the same forced routing."""
     replay = replay_routing(model, trace)
     device = next(p.device for p in model.parameters() if p.device.type != "meta")
     draw = torch.Generator().manual_seed(0)
     shape = arguments.requests + 1, 1, arguments.prompt_tokens
     prompts = torch.randint(3, model.config.vocab_size, shape, generator=draw).to(device)
     if hasattr(model, "finemoe") and (stats := model.finemoe.stats()).slots == stats.experts:
-        for prompt in prompts:  # whatever is needed is resident from then on: what is left is the hit path
+        for prompt in prompts:  # makes all needed experts resident, so that only the hit path is measured
             timed(model, prompt, arguments.new_tokens, wait)
         replay.restart()
     ttfts, tpots, digests = [], [], []
@@ -140,7 +140,15 @@ class Bench:
             torch.cuda.synchronize()
 
     def row(self, shape: str, name: str, make: Callable[[], Any], trace: Path, tokens: int | None = None) -> None:
-        """Measure one way to run a model, unless time is up. `tokens`: at most so many, of one request."""
+        """Measures one row, unless time is up.
+
+        Args:
+            shape: of the model.
+            name: of the row.
+            make: loads the model.
+            trace: routing to force.
+            tokens: measure one request of at most this many tokens; `None`: as the flags say.
+        """
         arguments = argparse.Namespace(**vars(self.arguments))
         if tokens is not None:
             arguments.requests, arguments.new_tokens = 1, min(tokens, arguments.new_tokens)
@@ -193,7 +201,7 @@ class Bench:
                 "routing": "recorded" if shape in arguments.traces else "synthetic",
             }
             for kernel in ("grouped_mm", "eager"):
-                self.row(shape, f"transformers {kernel}", lambda k=kernel: self.whole(folder, k), trace)
+                self.row(shape, f"transformers {kernel}", lambda k=kernel: self.resident(folder, k), trace)
                 self.row(
                     shape, f"finemoe all {kernel}",
                     lambda k=kernel: self.offloaded(folder, "all", "lru", expert_kernel=k), trace,
@@ -223,10 +231,10 @@ class Bench:
         )  # fmt: skip
         end_s = time.monotonic() + 60
         while model.finemoe.host_resident < model.finemoe.host_slots and time.monotonic() < end_s:
-            time.sleep(0.05)  # the host tier fills from the disk, which is not what is measured
+            time.sleep(0.05)  # until the host tier is filled from the disk
         return model
 
-    def whole(self, folder: Path, kernel: str, **options: Any) -> Any:
+    def resident(self, folder: Path, kernel: str, **options: Any) -> Any:
         config = transformers.AutoConfig.from_pretrained(folder)
         model = model_class(config).from_pretrained(
             folder, dtype="auto", experts_implementation=kernel, use_safetensors=True, **options
@@ -236,17 +244,17 @@ class Bench:
     def accelerate(self, folder: Path, room_bytes: float) -> Any:
         importlib.import_module("accelerate")
         if not self.cuda:
-            return self.whole(folder, "eager", device_map={"": "cpu"})
+            return self.resident(folder, "eager", device_map={"": "cpu"})
         dense_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         dense_bytes -= self.result["shapes"][folder.name]["expert_bytes"]
-        return self.whole(
+        return self.resident(
             folder, "eager", device_map="auto", max_memory={0: int(dense_bytes + room_bytes), "cpu": "100GiB"}
         )
 
 
 @contextmanager
 def on_the_cpu(*, pretend: bool) -> Iterator[None]:
-    """For a dry run: `cuda` is the CPU."""
+    """With `pretend`, the device `cuda` is the CPU."""
     if not pretend:
         yield
         return
@@ -269,11 +277,11 @@ def parse() -> argparse.Namespace:
         "--trace", action="append", default=[], metavar="SHAPE=FILE", help="recorded routing of a shape"
     )
     parser.add_argument("--folder", type=Path, default=Path("gpu-bench-models"), help="where weights are generated")
-    parser.add_argument("--experts-gib", type=float, default=8.0, help="routed experts of each model, at most")
+    parser.add_argument("--experts-gib", type=float, default=8.0, help="largest size of each model's routed experts")
     parser.add_argument("--requests", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--minutes", type=float, default=9.0, help="begin no row after this")
+    parser.add_argument("--minutes", type=float, default=9.0, help="start no row after this")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
     arguments = parser.parse_args()
     arguments.traces = dict(pair.split("=", 1) for pair in arguments.trace)

@@ -1,4 +1,4 @@
-"""What the GPU benchmark runs: checkpoints of published shapes with random weights, and routing to force onto them."""
+"""Checkpoints of published shapes with random weights, and synthetic routing, for `gpu_bench.py`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from finemoe.trace import DECODE, PREFILL, RequestTrace, TraceHeader, TraceWriter
 
-KEPT = 0.5  # synthetic routing: the chance that an expert of a token serves the next one too
-SKEW = 1.0  # and of what is drawn anew: Zipf's exponent of a request's favourites
+KEPT = 0.5  # synthetic routing: probability that a token's expert is used by the next token too
+SKEW = 1.0  # synthetic routing: Zipf exponent of the other experts' popularity within a request
 
 _GPT_OSS: dict[str, Any] = {
     "hidden_size": 2880, "intermediate_size": 2880, "num_local_experts": 32, "num_experts_per_tok": 4,
@@ -37,7 +37,7 @@ PUBLISHED_LAYERS = {"mixtral-8x7b": 32, "qwen1.5-moe": 24, "gpt-oss-20b": 24, "t
 
 
 def make_config(kind: str, experts_gib: float) -> PreTrainedConfig:
-    """The config of a shape, with as many of its layers as its experts may take."""
+    """The config of a shape, with as many of its layers as fit into `experts_gib` of routed experts."""
     model_type, values = KINDS[kind]
     active = values["num_experts_per_tok"]
     experts = values.get("num_local_experts") or values["num_experts"]
@@ -54,7 +54,7 @@ def make_config(kind: str, experts_gib: float) -> PreTrainedConfig:
 
 
 def write_checkpoint(folder: Path, config: PreTrainedConfig, device: torch.device) -> int:
-    """Random weights, drawn on `device`. Returns the bytes of all routed experts."""
+    """Writes random weights, drawn on `device`. Returns the bytes of all routed experts."""
     folder.mkdir(parents=True, exist_ok=True)
     shapes = tensor_shapes(config)
     generator = torch.Generator(device).manual_seed(0)
@@ -77,9 +77,10 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torc
 
 
 def write_routing(path: Path, config: PreTrainedConfig, requests: int, prompt: int, decoded: int) -> Path:
-    """Routing with made-up locality, for shapes without a recorded trace: it shows the data path, not a policy's worth.
+    """Writes synthetic routing for shapes without a recorded trace: fit to measure the data path, not policies.
 
-    A request has favourites among a layer's experts; a token keeps each expert of the one before with chance `KEPT`.
+    In each layer, a token keeps each expert of the token before with probability `KEPT`; the others are drawn by a
+    Zipf distribution over the experts that differs from request to request.
     """
     experts = next(getattr(config, n) for n in ("num_local_experts", "num_experts") if hasattr(config, n))
     layers, active = config.num_hidden_layers, config.num_experts_per_tok
@@ -90,7 +91,7 @@ def write_routing(path: Path, config: PreTrainedConfig, requests: int, prompt: i
     draw = np.random.default_rng(0)
     with TraceWriter(path, header, overwrite=True) as writer:
         for _ in range(requests):
-            ids = np.stack(list(_tokens(draw, layers, experts, active, prompt + decoded)))  # [n, L, K]
+            ids = np.stack(list(_draw_tokens(draw, layers, experts, active, prompt + decoded)))  # [n, L, K]
             weights = -np.sort(-draw.dirichlet(np.full(active, 4.0), ids.shape[:2]), 2)
             probs = np.zeros((len(ids), layers, experts), np.float16)
             np.put_along_axis(probs, ids, weights.astype(np.float16), 2)
@@ -107,9 +108,9 @@ def write_routing(path: Path, config: PreTrainedConfig, requests: int, prompt: i
     return path
 
 
-def _tokens(draw: np.random.Generator, layers: int, experts: int, active: int, tokens: int) -> Iterator[Any]:
-    favour = np.log(np.arange(1, experts + 1)) * -SKEW
-    score = np.stack([draw.permutation(favour) for _ in range(layers)])
+def _draw_tokens(draw: np.random.Generator, layers: int, experts: int, active: int, tokens: int) -> Iterator[Any]:
+    popularity = np.log(np.arange(1, experts + 1)) * -SKEW
+    score = np.stack([draw.permutation(popularity) for _ in range(layers)])
     last = np.zeros((layers, experts), bool)
     for _ in range(tokens):
         kept = last & (draw.random(last.shape) < KEPT)

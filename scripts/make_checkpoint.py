@@ -1,22 +1,18 @@
-"""Writes a Mixture-of-Experts checkpoint of real shape with random weights, to measure the data path on.
+"""Writes a Mixture-of-Experts checkpoint of a published shape with random weights, to measure the data path.
 
     python scripts/make_checkpoint.py OUT [--shape olmoe-1b-7b] [--layers N] [--routing uniform] [--seed 0] [--check]
 
-The weights are noise, but the routing is uniform by construction (`--routing uniform`); plain random weights route with
-extreme skew. Token embeddings are random vectors of RMS 1, attention and experts add little to them (`BRANCH_RMS`), and
-routers are random: so every layer routes every token by a random projection of its own, and a router sees something new
-with every token.
-The head is random and not tied, so that greedy decoding wanders through the vocabulary. What experts add still decides
-between its first two candidates every few tokens, so that a wrong expert shows.
+With `--routing uniform`, all experts are equally likely for every token; plain random weights route with extreme skew.
+Token embeddings are random vectors of RMS 1, attention and experts add little to them (`BRANCH_RMS`), and routers are
+random: each layer routes a token by its own random projection of the embedding. The head is random and not tied, so
+greedy decoding visits the whole vocabulary; every few tokens the experts' output decides between the first two
+candidates, so a wrong expert changes the text. Use it for throughput only: nothing about caching policies follows.
 
-Good for throughput only. Nothing about caching policies follows from it: no expert is ever more likely than another.
+With `--routing local`, embeddings and head are made so that routing is balanced in the long run and local from token to
+token (`topics.py`), for engines that can't replay recorded routing. A tokenizer (`t17` is token 17) and `prompts.txt`,
+one prompt a line, are written too.
 
-With `--routing local` embeddings and head make routing balanced in the long run and local from token to token
-(`topics.py`), for engines that can't replay recorded routing. There is a tokenizer too (`t17` is token 17), and
-`prompts.txt`, one prompt a line.
-
-Memory: one block of `BLOCK_ITEMS` weights, with local routing three times the embeddings in float32; shards are written
-front to back, never held.
+Peak memory is one block of `BLOCK_ITEMS` weights, and with local routing three times the embeddings in float32.
 """
 
 from __future__ import annotations
@@ -41,8 +37,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 BLOCK_ITEMS = 1 << 24  # weights drawn at a time: 64 MiB in float32
 SHARD_BYTES = 1 << 30
-BRANCH_RMS = 0.1  # of what one attention or experts block adds to the residual stream, whose RMS is 1
-BRANCH_LAYERS = 6  # with more layers each adds less, so that all together add as much
+BRANCH_RMS = 0.1  # of one attention or experts block's output; the residual stream's is 1
+BRANCH_LAYERS = 6  # in models of more layers each block's output is smaller, so that their sum is not larger
 PROMPTS, PROMPT_TOKENS = 32, 64
 ROUTER_STD = 1.5  # of router logits
 
@@ -113,14 +109,14 @@ def meta_model(config: PreTrainedConfig) -> nn.Module:
 
 
 def tensor_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes as the model's publisher stores them: transformers' own way back from its fused experts."""
+    """Names and shapes as published: transformers' conversion to fused experts, reverted."""
     model: Any = meta_model(config)
     stored = revert_weight_conversion(model, model.state_dict())
     return {name: tuple(tensor.shape) for name, tensor in sorted(stored.items())}
 
 
 def draw(name: str, shape: tuple[int, ...], seed: int, layers: int, topics: Topics | None) -> Iterator[torch.Tensor]:
-    """A tensor's values, a block of rows after another, in bfloat16. The same for the same name and seed."""
+    """A tensor's values in bfloat16, in blocks of rows. Deterministic in name and seed."""
     if topics is not None and name in {"model.embed_tokens.weight", "lm_head.weight"}:
         yield (topics.embedding() if "embed" in name else topics.head()).to(torch.bfloat16)
         return
@@ -136,7 +132,7 @@ def draw(name: str, shape: tuple[int, ...], seed: int, layers: int, topics: Topi
 
 
 def spread(name: str, columns: int, layers: int) -> float:
-    """Standard deviation of a matrix: keeps a unit input's RMS, but for the few that shape the routing."""
+    """Standard deviation of a matrix: keeps the RMS of its input, except routers and the ends of blocks."""
     branch_rms = BRANCH_RMS * min(1.0, BRANCH_LAYERS / layers) ** 0.5
     if "embed_tokens" in name:
         return 1.0
@@ -150,7 +146,7 @@ def spread(name: str, columns: int, layers: int) -> float:
 
 
 def shards(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
-    """Tensor names, cut into files of about `SHARD_BYTES`."""
+    """Tensor names of each file; files have about `SHARD_BYTES`."""
     files: list[list[str]] = [[]]
     filled = 0
     for name, shape in shapes.items():
@@ -166,7 +162,7 @@ def shards(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
 def write_shard(
     path: Path, names: Iterable[str], shapes: dict[str, tuple[int, ...]], seed: int, layers: int, topics: Topics | None
 ) -> None:
-    """One safetensors file: eight bytes of header length, the header, the tensors in its order."""
+    """Writes one safetensors file, tensor by tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -183,7 +179,7 @@ def write_shard(
 
 
 def finish(file: BinaryIO) -> None:
-    """To the disk, and out of the page cache, which a measurement should find empty."""
+    """Flushes a file to the disk and evicts it from the page cache."""
     file.flush()
     os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):
@@ -191,7 +187,7 @@ def finish(file: BinaryIO) -> None:
 
 
 def write_words(folder: Path, topics: Topics, seed: int) -> None:
-    """A tokenizer that calls token 17 `t17`, and prompts that go as the model's own answers do."""
+    """Writes a tokenizer in which token 17 is `t17`, and prompts that follow the same walk as the model's answers."""
     words = {f"t{token}": token for token in range(len(topics.topic))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -204,7 +200,7 @@ def write_words(folder: Path, topics: Topics, seed: int) -> None:
 
 
 def write_config(folder: Path, config: PreTrainedConfig) -> None:
-    """config.json; values under their older names too, by which other engines and transformers 4 know them."""
+    """Writes config.json; some values also under the names that other engines and transformers 4 read."""
     config.save_pretrained(folder)
     path = folder / "config.json"
     values = json.loads(path.read_text())
@@ -215,7 +211,7 @@ def write_config(folder: Path, config: PreTrainedConfig) -> None:
 
 
 def write(folder: Path, config: PreTrainedConfig, seed: int, *, local: bool) -> None:
-    """The whole checkpoint, into `folder`."""
+    """Writes the checkpoint into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     topics = make_topics(config.vocab_size, config.hidden_size, seed) if local else None
     if topics is not None:
@@ -235,48 +231,48 @@ def write(folder: Path, config: PreTrainedConfig, seed: int, *, local: bool) -> 
     routed = sum(size for name, size in sizes.items() if ".experts." in name)
     print(
         f"{folder}: {config.num_hidden_layers} layers, {routed / 2**30:.2f} GiB of routed experts, "
-        f"{(sum(sizes.values()) - routed) / 2**30:.2f} GiB of the rest"
+        f"{(sum(sizes.values()) - routed) / 2**30:.2f} GiB of other weights"
     )
 
 
 class RoutingLog:
-    """Listens to a model's experts modules, and remembers which experts each ran: `[T, K]` per layer and call."""
+    """Records which experts a model's layers run: `[T, K]` per layer and call."""
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[list[torch.Tensor]] = []  # per layer
         for name, module in model.named_modules():
             if name.endswith("experts") and hasattr(module, "num_experts"):
                 self.calls.append([])
-                module.register_forward_pre_hook(self._listener(self.calls[-1]))
+                module.register_forward_pre_hook(self._recording_hook(self.calls[-1]))
 
     def clear(self) -> None:
         for calls in self.calls:
             calls.clear()
 
     @staticmethod
-    def _listener(calls: list[torch.Tensor]) -> Any:
-        def listen(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def _recording_hook(calls: list[torch.Tensor]) -> Any:
+        def record(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             calls.append(args[1].clone())
 
-        return listen
+        return record
 
 
 def entropy_bits(uses: torch.Tensor, experts: int) -> float:
-    """Entropy of the usage of experts; log2(E) if uniform. A finite sample of N falls short by about E / (1.4 N)."""
+    """Entropy of the use of experts; log2(E) if uniform. A sample of N uses falls short by about E / (1.4 N) bits."""
     counts = torch.bincount(uses.reshape(-1), minlength=experts).double()
     share = counts[counts > 0] / counts.sum()
     return float(-(share * share.log2()).sum())
 
 
 def reuse(steps: torch.Tensor) -> float:
-    """Share of a token's experts that the token before used too; K/E if independent. Steps `[T, K]`."""
+    """Mean share of a token's experts that the token before used too; K/E if independent. `steps` is `[T, K]`."""
     pairs = zip(steps[:-1].tolist(), steps[1:].tolist(), strict=True)
     shares = [len(set(before) & set(after)) / len(after) for before, after in pairs]
     return sum(shares) / len(shares)
 
 
 def check(folder: Path, tokens: int, seed: int) -> None:
-    """Runs the model, a quarter of its experts resident, and prints how it routes."""
+    """Runs the model with a quarter of its experts resident, and prints statistics of its routing."""
     import finemoe
 
     with finemoe.load(folder, expert_memory="25%") as model, torch.no_grad():
@@ -311,11 +307,15 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="olmoe-1b-7b")
     parser.add_argument("--layers", type=int, help="by default as many as make 4 GiB of experts")
-    parser.add_argument("--routing", choices=("uniform", "local"), default="uniform", help="what routers will choose")
+    parser.add_argument(
+        "--routing", choices=("uniform", "local"), default="uniform", help="uniform, or balanced and local"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--check", action="store_true", help="run the model afterwards and print how it routes")
-    parser.add_argument("--check-tokens", type=int, default=128, help="how many tokens the check decodes")
-    parser.add_argument("--check-only", action="store_true", help="check a checkpoint that exists")
+    parser.add_argument(
+        "--check", action="store_true", help="run the model afterwards and print statistics of its routing"
+    )
+    parser.add_argument("--check-tokens", type=int, default=128, help="tokens that the check decodes")
+    parser.add_argument("--check-only", action="store_true", help="check an existing checkpoint")
     args = parser.parse_args()
     if not args.check_only:
         write(args.out, make_config(args.shape, args.layers), args.seed, local=args.routing == "local")

@@ -1,11 +1,11 @@
-"""Weights from which routing follows that is balanced and local, as trained models' is; for `make_checkpoint.py`.
+"""Embeddings and head that make routing balanced and local, like a trained model's; for `make_checkpoint.py`.
 
-A vocabulary is laid out as one long walk, a cycle through all of it. Each token has two likely successors, the next of
-the walk and the one after, and what attention and experts add decides between them: so decoding never falls into a
-short loop, and a wrong expert shows. The walk stays with a topic for a stretch, then turns to another. A token's
-embedding is mostly its topic's vector, the rest its own; so every router, random as it is, sees much the same from
-token to token while the topic lasts, and something else later. All topics are equally frequent and their vectors
-random, so all experts are used alike. The head knows tokens by what is their own, not by their topic.
+The vocabulary is one cycle (the walk). Each token has two likely successors, the next token of the walk and the one
+after, and the output of attention and experts decides between them: decoding never enters a short loop, and a wrong
+expert changes the text. The walk stays with one topic for `STRETCH` tokens, then moves to another. An embedding is the
+sum of its topic's vector and a smaller one of its own, so routers, which are random, choose similar experts while a
+topic lasts. All topics are equally frequent and their vectors random, so experts are used equally. The head looks at
+the tokens' own vectors only.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# chosen so that LRU's hits come near those on recorded routing of gpt-oss-20b; see docs/benchmarks.md
+# chosen so that LRU's hit rate is near that on recorded routing of gpt-oss-20b; see docs/benchmarks.md
 TOPICS = 64
-STRETCH = 64  # tokens of the walk before it turns to another topic
+STRETCH = 64  # consecutive tokens of the walk with the same topic
 TOPIC_SHARE = 0.62  # of an embedding's power
 
 
 @dataclass(frozen=True)
 class Topics:
-    """What `V` tokens are about, and what follows them."""
+    """Topics and successors of `V` tokens, and their vectors of width `D`."""
 
-    topic: Tensor  # [V]
-    following: Tensor  # [V, 2], the successors of each
-    vectors: Tensor  # [topics, D]
+    topic: Tensor  # [V], of each token
+    following: Tensor  # [V, 2], successors of each token
+    vectors: Tensor  # [topics, D], of each topic
     own: Tensor  # [V, D], of each token
 
     def embedding(self) -> Tensor:
@@ -35,14 +35,14 @@ class Topics:
         return self.vectors[self.topic].mul(TOPIC_SHARE**0.5).add_(self.own, alpha=(1 - TOPIC_SHARE) ** 0.5)
 
     def head(self) -> Tensor:
-        """`[V, D]`: each token answers to what is its two predecessors' own."""
+        """`[V, D]`: each token's row is the sum of the own vectors of its two predecessors."""
         made = torch.zeros_like(self.own)
         for successors in self.following.T:
             made.index_add_(0, successors, self.own)
         return made.div_((2 * self.own.shape[1]) ** 0.5)
 
     def walk(self, tokens: int, generator: torch.Generator) -> list[int]:
-        """Token ids as the model might have decoded them: a prompt."""
+        """A random prompt along the walk, as token ids."""
         at = int(torch.randint(len(self.topic), (1,), generator=generator))
         ids = [at]
         for turn in torch.randint(2, (tokens - 1,), generator=generator).tolist():
@@ -51,7 +51,7 @@ class Topics:
 
 
 def make_topics(vocabulary: int, width: int, seed: int) -> Topics:
-    """The same for the same sizes and seed. Holds the embedding matrix in float32."""
+    """Deterministic in sizes and seed. Allocates the embedding matrix in float32."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(vocabulary, generator=generator)
     stretches = -(-vocabulary // STRETCH)

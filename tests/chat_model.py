@@ -1,4 +1,4 @@
-"""A tiny model to talk to: a Mixtral with random weights, and a byte-level tokenizer with a chat template."""
+"""A tiny chat model: a Mixtral with random weights, and a byte-level tokenizer with a chat template."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEMPLATE = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and an end and a padding token."""
+    """One token per byte, an end-of-sequence token and a padding token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: index for index, character in enumerate(["<end>", "<pad>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -1,4 +1,4 @@
-"""airllm: streams a model layer by layer from a copy that it has split into one file a layer."""
+"""airllm: streams a model layer by layer, from a copy of the checkpoint with one file per layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ def load(order: Order) -> Tokens:
     import torch
     from airllm import AirLLMBaseModel, AutoModel
 
-    AirLLMBaseModel.get_tokenizer = lambda *_, **__: None  # prompts are ids; transformers 4 can't read all of 5's files
+    AirLLMBaseModel.get_tokenizer = lambda *_, **__: (
+        None
+    )  # prompts are token ids; transformers 4 can't read all tokenizer files
     torch.set_num_threads(order.threads)
     split = Path(order.work) / "airllm"
     split.mkdir(exist_ok=True)
@@ -21,10 +23,10 @@ def load(order: Order) -> Tokens:
 
 
 def prepare(order: Order) -> None:
-    load(order)  # splits the checkpoint
+    load(order)  # writes the copy
 
 
-# the torch of the other rows; transformers 5 fuses experts, which airllm's split files do not
+# torch as for the other rows; transformers 5 expects fused experts, which airllm's files do not have
 PEER = Peer("airllm", ("torch==2.13.0", "airllm==4.0.0", "transformers==4.57.*"), "airllm", load, prepare)
 
 if __name__ == "__main__":

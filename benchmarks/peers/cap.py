@@ -1,4 +1,4 @@
-"""A memory cap that a process can't get around: a memory cgroup (v1). The page cache that it fills counts too."""
+"""Memory caps by cgroups (v1), which count the page cache that a process fills too."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from types import TracebackType
 from typing import Self
 
 ROOT = Path("/sys/fs/cgroup/memory")
-FELT_SHARE = 0.95  # of the cap
+REACHED_SHARE = 0.95  # of the cap; from this peak on it counts as reached
 
 
 class CapError(Exception):
-    """No cap can be made on this machine."""
+    """Memory cgroups can't be used on this machine."""
 
 
 @dataclass(frozen=True)
-class Felt:
+class CapUsage:
     """How close a process came to its cap."""
 
     limit_bytes: int
-    peak_bytes: int  # of everything in the group, page cache included
-    refusals: int  # times that the limit was hit, and memory had to be reclaimed; newer kernels leave it at 0
+    peak_bytes: int  # of the group, including page cache
+    refusals: int  # times that the limit was hit and memory was reclaimed; newer kernels leave it at 0
 
     @property
-    def felt(self) -> bool:
-        """Whether the cap made a difference, or nearly."""
-        return self.refusals > 0 or self.peak_bytes >= FELT_SHARE * self.limit_bytes
+    def reached(self) -> bool:
+        """Whether the cap was reached, or nearly."""
+        return self.refusals > 0 or self.peak_bytes >= REACHED_SHARE * self.limit_bytes
 
 
 class Cap:
-    """A group of its own, below that of this process.
+    """A cgroup with a memory limit, below that of this process.
 
     Args:
         limit_bytes: the cap.
         name: of the group.
-        at_once: in force from the start; otherwise once someone writes it to `limit_file`.
+        at_once: in force from the start; otherwise once it is written to `limit_file`.
 
     Raises:
-        CapError: memory cgroups (v1) are not to be had, or not by this user.
+        CapError: there are no memory cgroups (v1), or this user may not create one.
     """
 
     def __init__(self, limit_bytes: int, name: str, root: Path = ROOT, *, at_once: bool = True) -> None:
@@ -58,13 +58,13 @@ class Cap:
             raise CapError(f"no memory cgroup can be made in {self.folder.parent} ({error.strerror})") from error
 
     def command(self, command: Sequence[str]) -> list[str]:
-        """`command`, run within the group from its first instruction on."""
+        """`command`, wrapped so that it runs in the group from its start."""
         return ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.folder / "cgroup.procs"), *command]
 
-    def felt(self) -> Felt:
-        """How close what ran came to the cap."""
+    def usage(self) -> CapUsage:
+        """How close the group came to the cap."""
         peak, *refusals = (self._read(name) for name in ("max_usage_in_bytes", "failcnt", "memsw.failcnt"))
-        return Felt(self.limit_bytes, peak, sum(refusals))
+        return CapUsage(self.limit_bytes, peak, sum(refusals))
 
     def _read(self, name: str) -> int:
         with suppress(FileNotFoundError):  # kernels without swap accounting
@@ -77,7 +77,7 @@ class Cap:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for _ in range(50):  # the last process may be on its way out
+        for _ in range(50):  # the last process may still be exiting
             with suppress(OSError):
                 self.folder.rmdir()
                 return
@@ -88,7 +88,7 @@ def own_group(root: Path, cgroups: Path = Path("/proc/self/cgroup")) -> Path:
     """The folder of this process's memory cgroup.
 
     Raises:
-        CapError: it is in none of v1's.
+        CapError: it is in no cgroup of version 1.
     """
     for line in cgroups.read_text().splitlines():
         _, controllers, path = line.split(":", 2)

@@ -1,4 +1,4 @@
-"""finemoe itself, by the same rules. Experts get what the cap leaves beside the dense part and `OVERHEAD_BYTES`."""
+"""finemoe. Its expert budget is the cap, less dense weights and `OVERHEAD_BYTES`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load(order: Order) -> Tokens:
     if order.memory_bytes is not None:
         described = describe(order.model)
         spare = order.memory_bytes - described.dense_bytes - OVERHEAD_BYTES
-        if spare < described.catalog.slot_bytes * described.catalog.experts:
+        if spare < described.expert_index.slot_bytes * described.expert_index.experts:
             budget = str(max(spare, 1))
     model = finemoe.load(order.model, expert_memory=budget, policy=order.policy, map_store="none")
     unmap_idle_code()
@@ -31,7 +31,7 @@ def load(order: Order) -> Tokens:
 
 
 def decoder(model: object) -> Tokens:
-    """Greedy tokens of any model of transformers', a token at a time."""
+    """Greedy decoding of a transformers model, token by token."""
     import torch
 
     @torch.no_grad()
@@ -46,7 +46,7 @@ def decoder(model: object) -> Tokens:
 
 
 def prepare(order: Order) -> None:
-    """Compiles what the policy wants compiled, once for a machine and shape; it is kept in the cache folder."""
+    """Compiles the policy's kernels, once per machine and shape; they are cached."""
     tokens = load(order)([1])
     next(tokens)
     next(tokens)

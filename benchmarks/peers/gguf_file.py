@@ -1,6 +1,6 @@
-"""Writes a checkpoint as one bfloat16 GGUF file, tensor by tensor, as llama.cpp's own converter lays it out.
+"""Writes a checkpoint as one bfloat16 GGUF file, tensor by tensor, with the layout of llama.cpp's converter.
 
-Only the two families that the benchmark runs: Qwen3-MoE (`make_checkpoint.py`) and Mixtral (the reference model).
+Supports the two families that the benchmark runs: Qwen3-MoE (`make_checkpoint.py`) and Mixtral (the reference model).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 ARCHITECTURES = {"qwen3_moe": "qwen3moe", "mixtral": "llama"}
-PARTS = {  # of a layer: ours -> theirs
+PARTS = {  # of a layer: name in the checkpoint -> in GGUF
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate": "ffn_gate_inp",
@@ -33,7 +33,7 @@ NARROW = gguf.GGMLQuantizationType.BF16
 
 
 class Checkpoint:
-    """Tensors of a sharded checkpoint, by name."""
+    """Tensors of a sharded checkpoint by name."""
 
     def __init__(self, folder: Path) -> None:
         self.files = {}
@@ -49,10 +49,10 @@ class Checkpoint:
 
 
 def write_gguf(folder: Path, out: Path) -> None:
-    """Converts `folder`; `out` appears when it is whole.
+    """Converts `folder`; `out` appears once it is complete.
 
     Raises:
-        ValueError: a family that this does not know.
+        ValueError: an unsupported family.
     """
     config = json.loads((folder / "config.json").read_text())
     if config["model_type"] not in ARCHITECTURES:
@@ -81,7 +81,7 @@ def write_gguf(folder: Path, out: Path) -> None:
 
 
 def tensors(checkpoint: Checkpoint, config: dict[str, Any], *, shapes_only: bool = False) -> Iterator[tuple[Any, ...]]:
-    """Name, tensor (or its shape) and whether it is stored in float32, in the file's order."""
+    """Name, tensor (or its shape), and whether it is stored in float32; in the file's order."""
 
     def one(name: str, tensor: Tensor, *, wide: bool) -> tuple[Any, ...]:
         return f"{name}.weight", tuple(tensor.shape) if shapes_only else tensor, wide
@@ -103,18 +103,18 @@ def tensors(checkpoint: Checkpoint, config: dict[str, Any], *, shapes_only: bool
         for theirs, forms in EXPERTS.items():
             form = next(f for f in forms if f"model.layers.{layer}.{f.format(0)}.weight" in checkpoint)
             names = [f"model.layers.{layer}.{form.format(expert)}.weight" for expert in range(experts)]
-            stacked = torch.stack([checkpoint[name] for name in names])  # one kind of one layer: what is held at most
+            stacked = torch.stack([checkpoint[name] for name in names])  # the most that is in memory at once
             yield one(f"blk.{layer}.{theirs}", stacked, wide=False)
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows `[heads * d, D]` in the order of the rotary embedding of llama.cpp's `llama`: pairs beside each other."""
+    """Rows `[heads * d, D]` reordered for the rotary embedding of llama.cpp's `llama`: rotated pairs are adjacent."""
     rows, columns = weight.shape
     return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
 def describe(writer: gguf.GGUFWriter, config: dict[str, Any], folder: Path) -> None:
-    """Sizes, and a vocabulary in which prompts come as ids: token texts as they are, without a way to merge them."""
+    """Writes the sizes, and a vocabulary without merges: prompts come as token ids."""
     heads, mixtral = config["num_attention_heads"], config["model_type"] == "mixtral"
     rope = config.get("rope_parameters") or {}
     head = config.get("head_dim") or config["hidden_size"] // heads
@@ -141,5 +141,5 @@ def describe(writer: gguf.GGUFWriter, config: dict[str, Any], folder: Path) -> N
     writer.add_token_list([f"t{token}" for token in range(config["vocab_size"])])
     writer.add_token_types([gguf.TokenType.NORMAL] * config["vocab_size"])
     writer.add_token_merges(["t 0"])
-    writer.add_eos_token_id(0)  # nobody stops there
+    writer.add_eos_token_id(0)  # required; ignored by the benchmark
     writer.add_add_bos_token(value=False)

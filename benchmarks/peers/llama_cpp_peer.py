@@ -1,4 +1,4 @@
-"""llama.cpp, by llama-cpp-python built from source: a bfloat16 GGUF file, mapped; the page cache keeps what it can."""
+"""llama.cpp, through llama-cpp-python built from source: a memory-mapped bfloat16 GGUF file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from peer import Order, Peer, Tokens, main
 
-FILE = "model.gguf"  # made by run.py
+FILE = "model.gguf"  # written by run.py
 
 
 def load(order: Order) -> Tokens:

@@ -1,4 +1,4 @@
-"""neurostream: streams blocks of rows from a GGUF file; what its RAM budget holds stays resident."""
+"""neurostream: streams blocks of rows from a GGUF file, and keeps what fits into its RAM budget resident."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 from peer import Order, Peer, Tokens, main
 
-FILE = "model.gguf"  # made by run.py
-ARENA_BYTES = 256 << 20  # for what is streamed
-OVERHEAD_BYTES = 1 << 30  # interpreter, torch, weights that it expands to float32
+FILE = "model.gguf"  # written by run.py
+ARENA_BYTES = 256 << 20  # buffers for streamed weights
+OVERHEAD_BYTES = 1 << 30  # interpreter, torch, weights expanded to float32
 
 
 def load(order: Order) -> Tokens:
@@ -28,7 +28,7 @@ def load(order: Order) -> Tokens:
     )
 
     @torch.no_grad()
-    def tokens(prompt: list[int]) -> Iterator[int]:  # as its `generate`, which hands out text alone
+    def tokens(prompt: list[int]) -> Iterator[int]:  # like its `generate`, which returns text only
         cache, position, ids = KVCache(engine.cfg.n_layer), 0, prompt
         while True:
             logits = engine.model.forward(torch.tensor(ids), cache, start_pos=position)

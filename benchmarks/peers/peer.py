@@ -1,10 +1,10 @@
-"""What every peer's script has in common: it installs itself, prepares a model, or answers prompts and is timed.
+"""The command line that all peers share: install the engine, prepare a model, or answer prompts and time them.
 
-    python X_peer.py install ENVS        into a virtual environment of its own, ENVS/X
-    python X_peer.py prepare ORDER.json  what the engine needs beside the checkpoint; in that environment, uncapped
+    python X_peer.py install ENVS        creates the virtual environment ENVS/X
+    python X_peer.py prepare ORDER.json  makes files that the engine needs besides the checkpoint; without a cap
     python X_peer.py run ORDER.json RESULT.json
 
-`run.py` says the last two. The standard library alone: this runs in every peer's environment.
+`run.py` runs the last two. Imports the standard library only, because it runs in every peer's environment.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-Tokens = Callable[[list[int]], Iterator[int]]  # a prompt's ids -> greedy tokens, without end
-NEEDS_S = 3600  # to install
+Tokens = Callable[[list[int]], Iterator[int]]  # a prompt's token ids -> greedy tokens, without end
+INSTALL_TIMEOUT_S = 3600
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a peer is to do."""
+    """What a peer runs."""
 
     model: str  # folder of the checkpoint
-    work: str  # folder for what `prepare` leaves and for scratch files
+    work: str  # folder for files of `prepare` and scratch files
     prompts: list[list[int]]
     new_tokens: int
     threads: int
-    memory_bytes: int | None = None  # the cap; None: there is none
-    limit_file: str | None = None  # write the cap here once the model is loaded; None: it is in force already
+    memory_bytes: int | None = None  # the cap; None for none
+    limit_file: str | None = None  # to write the cap to once the model is loaded; None: it is in force already
     policy: str = "lfru"  # finemoe's
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt's continuation. Bytes are those that the process read from storage."""
+    """One prompt's continuation. Bytes are what the process read from storage."""
 
     tokens: list[int]
-    seconds: list[float]  # of each token, the first with the prompt
+    seconds: list[float]  # of each token; the first includes the prompt
     prompt_bytes: int
     decode_bytes: int
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a peer measured."""
+    """The measurements of a peer."""
 
     version: str
     load_s: float
@@ -62,7 +62,7 @@ class Result:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Result:
-        """Out of JSON."""
+        """From JSON."""
         return cls(**raw | {"answers": [Answer(**answer) for answer in raw["answers"]]})
 
 
@@ -72,10 +72,10 @@ class Peer:
 
     Args:
         name: of the row, and of its environment's folder.
-        packages: what pip installs; empty: it runs in the environment of `run.py`.
-        package: whose version is shown.
-        load: loads the model; returns what answers.
-        prepare: makes what `load` needs beside the checkpoint.
+        packages: arguments of `pip install`; empty: it runs in the environment of `run.py`.
+        package: the one whose version is shown.
+        load: loads the model.
+        prepare: makes files that `load` needs besides the checkpoint.
         build: environment variables for the installation.
     """
 
@@ -88,7 +88,7 @@ class Peer:
 
 
 def main(peer: Peer, argv: Sequence[str] | None = None) -> int:
-    """A peer's command line. Exit status 2, with one line, where it can't."""
+    """A peer's command line. A failure is one line on standard error and exit status 2."""
     parser = argparse.ArgumentParser(description=f"{peer.name}, for run.py")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("install").add_argument("envs", type=Path)
@@ -105,7 +105,7 @@ def main(peer: Peer, argv: Sequence[str] | None = None) -> int:
             peer.prepare(order)
         else:
             arguments.result.write_text(json.dumps(asdict(measure(peer, order))))
-    except Exception as error:  # engines fail in every way
+    except Exception as error:  # engines raise anything
         lines = str(error).strip().splitlines() or [""]
         sys.stderr.write(f"\n{type(error).__name__}: {lines[0]}\n")
         return 2
@@ -113,7 +113,7 @@ def main(peer: Peer, argv: Sequence[str] | None = None) -> int:
 
 
 def install(peer: Peer, envs: Path) -> int:
-    """Makes the peer's environment, unless it is there."""
+    """Creates the peer's environment, unless it exists."""
     folder = envs / peer.name
     done = folder / "installed"
     if not peer.packages:
@@ -136,11 +136,11 @@ def install(peer: Peer, envs: Path) -> int:
                     stdout=output,
                     stderr=output,
                     env=os.environ | dict(peer.build),
-                    timeout=NEEDS_S,
+                    timeout=INSTALL_TIMEOUT_S,
                 )
             except (OSError, subprocess.SubprocessError) as error:
                 reason = log.read_text().strip().splitlines()[-1:] or [str(error)]
-                sys.stderr.write(f"{peer.name}: can't be installed: {reason[0]} (all of it in {log})\n")
+                sys.stderr.write(f"{peer.name}: can't be installed: {reason[0]} (see {log})\n")
                 return 2
     done.write_text(" ".join(peer.packages))
     print(f"{peer.name}: installed in {folder}")
@@ -166,10 +166,10 @@ def measure(peer: Peer, order: Order) -> Result:
 
 
 def hold(order: Order) -> None:
-    """Puts the cap in force, now that the model is loaded.
+    """Puts the cap in force after loading.
 
     Raises:
-        MemoryError: the process holds more than that.
+        MemoryError: the process uses more memory than the cap.
     """
     assert order.limit_file is not None and order.memory_bytes is not None
     with suppress(AttributeError, OSError):
@@ -179,13 +179,13 @@ def hold(order: Order) -> None:
         Path(order.limit_file).write_text(str(order.memory_bytes))
         with suppress(OSError):  # kernels without swap accounting
             (group / "memory.memsw.limit_in_bytes").write_text(str(order.memory_bytes))
-        (group / "memory.max_usage_in_bytes").write_text("0")  # the peak from now on
+        (group / "memory.max_usage_in_bytes").write_text("0")  # resets the peak
     except OSError as error:
         raise MemoryError(f"holds more than {order.memory_bytes} bytes after loading ({error.strerror})") from error
 
 
 def timed(tokens: Tokens, prompt: list[int], new_tokens: int) -> Answer:
-    """One prompt's first `new_tokens` tokens."""
+    """Times a prompt's first `new_tokens` tokens."""
     before, produced = read_bytes(), tokens(prompt)
     found, seconds, after_prompt = [], [], 0
     for _ in range(new_tokens):
@@ -197,12 +197,12 @@ def timed(tokens: Tokens, prompt: list[int], new_tokens: int) -> Answer:
 
 
 def read_bytes() -> int:
-    """What this process has read from storage, by whatever way: reads past the page cache and page faults alike."""
+    """Bytes that this process has read from storage, by reads and page faults."""
     return _number("/proc/self/io", "read_bytes:")
 
 
 def peak_rss_bytes() -> int:
-    """Peak memory of this process, mapped files included."""
+    """Peak resident memory of this process, including mapped files."""
     return _number("/proc/self/status", "VmHWM:") * 1024
 
 

@@ -1,8 +1,8 @@
-"""finemoe beside other engines: the same weights, the same prompts, the same memory, one process after another.
+"""Compares finemoe with other engines: same weights, same prompts, same memory, one process after another.
 
     python benchmarks/peers/run.py --model FOLDER --envs ENVS --work WORK --memory 2GiB --install
 
-Every engine runs in a process of its own under a memory cgroup, the checkpoint out of the page cache; see README.md.
+Each engine runs in its own process under a memory cgroup, the checkpoint evicted from the page cache; see README.md.
 """
 
 from __future__ import annotations
@@ -40,34 +40,34 @@ PEERS = {  # name -> script; in the order of the table
     "llama.cpp": "llama_cpp_peer.py",
     "neurostream": "neurostream_peer.py",
 }
-OWN = {"finemoe", "transformers-disk-offload"}  # in the environment of this program
+OWN = {"finemoe", "transformers-disk-offload"}  # run in this program's environment
 GGUF, READ_GGUF = "model.gguf", {"llama.cpp", "neurostream"}
 REFERENCE = "transformers, no cap"
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line.
+    """Parses the command line.
 
     Raises:
-        ConfigError: a value that can't be used; the message names its flag.
+        ConfigError: an invalid value; the message names its flag.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0], allow_abbrev=False)
     parser.add_argument("--model", help="folder of the checkpoint; by default the reference model")
     parser.add_argument("--envs", type=Path, required=True, help="where the engines' virtual environments are")
     parser.add_argument(
-        "--work", type=Path, required=True, help="for converted models and scratch files; keeps the former"
+        "--work", type=Path, required=True, help="for converted models, which are kept, and scratch files"
     )
     parser.add_argument("--memory", default="2GiB", help="cap of every engine, or none (default: %(default)s)")
     parser.add_argument("--peers", default=",".join(PEERS), help="engines, separated by commas (default: %(default)s)")
     parser.add_argument("--prompts", type=Path, help="text, a prompt a line; by default FOLDER/prompts.txt")
-    parser.add_argument("--prompts-limit", type=int, default=4, help="answer this many (default: %(default)s)")
+    parser.add_argument("--prompts-limit", type=int, default=4, help="prompts to answer (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens of each answer (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=available_cores(), help="of each engine (default: %(default)s)")
     parser.add_argument("--policy", default="finemoe", help="finemoe's (default: %(default)s)")
     parser.add_argument("--timeout-s", type=float, default=3600, help="give up on an engine (default: %(default)s)")
-    parser.add_argument("--install", action="store_true", help="install engines that are not there yet")
-    parser.add_argument("--no-reference", action="store_true", help="don't run the whole model in memory, uncapped")
-    parser.add_argument("--json", type=Path, help="write everything there too")
+    parser.add_argument("--install", action="store_true", help="install missing engines")
+    parser.add_argument("--no-reference", action="store_true", help="leave out the reference row, which has no cap")
+    parser.add_argument("--json", type=Path, help="also write everything as JSON")
     arguments = parser.parse_args(argv)
     arguments.peers = tuple(dict.fromkeys(name.strip() for name in arguments.peers.split(",") if name.strip()))
     if unknown := [name for name in arguments.peers if name not in PEERS]:
@@ -80,10 +80,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_memory(text: str) -> int | None:
-    """Bytes of the cap; `None` for none.
+    """The cap in bytes; `None` for no cap.
 
     Raises:
-        ConfigError: not bytes.
+        ConfigError: not a size.
     """
     if text.strip() == "none":
         return None
@@ -97,10 +97,10 @@ def parse_memory(text: str) -> int | None:
 
 
 def read_prompts(folder: Path, file: Path | None, limit: int) -> list[list[int]]:
-    """Token ids of the first prompts, with the chat template where the model has one.
+    """Token ids of the first `limit` prompts, with the chat template where the model has one.
 
     Raises:
-        ConfigError: no such file, or nothing in it.
+        ConfigError: the file is missing or has no prompt.
     """
     chosen = file or folder / "prompts.txt"
     try:
@@ -114,7 +114,7 @@ def read_prompts(folder: Path, file: Path | None, limit: int) -> list[list[int]]
 
 
 class Comparison:
-    """One comparison under way."""
+    """One run of the comparison."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path, order: Order) -> None:
         self._arguments = arguments
@@ -123,22 +123,24 @@ class Comparison:
         self._work = Path(order.work)
 
     def reference(self) -> Row:
-        """The whole model in memory, by transformers, uncapped: whose tokens are right."""
+        """The reference: transformers with the model in memory and no cap."""
         log(f"{REFERENCE} ...")
         self._empty_cache()
         return self._run(REFERENCE, "transformers-disk-offload", replace(self._order, memory_bytes=None))
 
     def row(self, name: str) -> Row:
-        """One engine, capped."""
+        """One engine under the cap."""
         log(f"{name} ...")
         if (reason := self._unavailable(name) or self._prepare(name)) is not None:
             return Row(name, error=reason)
         row = self._capped(name, at_once=True)
         if row.error is not None and "killed" in row.error:
-            log("  killed while capped; once more, capped only once the model is loaded")
+            log("  killed; once more, with the cap in force only after loading")
             again = self._capped(name, at_once=False)
             return (
-                again if again.error is None else replace(row, error=f"{row.error}; capped once loaded: {again.error}")
+                again
+                if again.error is None
+                else replace(row, error=f"{row.error}; capped after loading: {again.error}")
             )
         return row
 
@@ -149,7 +151,7 @@ class Comparison:
         with Cap(self._order.memory_bytes, "finemoe-peers", at_once=at_once) as cap:
             order = self._order if at_once else replace(self._order, limit_file=str(cap.limit_file))
             row = self._run(name, name, order, cap)
-            return replace(row, felt=cap.felt(), at_once=at_once)
+            return replace(row, usage=cap.usage(), at_once=at_once)
 
     def _unavailable(self, name: str) -> str | None:
         """Why an engine can't run; `None` if it can."""
@@ -185,7 +187,7 @@ class Comparison:
         return row
 
     def _process(self, name: str, order: Order, command: str, cap: Cap | None = None) -> Result | str | None:
-        """Runs a peer's script. Returns one line if it fails."""
+        """Runs a peer's script. Returns one line if it fails, and the result of `run`."""
         python = sys.executable if name in OWN else str(python_of(self._arguments.envs, name))
         with tempfile.TemporaryDirectory(prefix="finemoe-peers-") as scratch:
             order_file, result_file = Path(scratch) / "order.json", Path(scratch) / "result.json"
@@ -205,26 +207,26 @@ class Comparison:
                 except subprocess.TimeoutExpired:
                     return f"took longer than {self._arguments.timeout_s:.0f} s"
                 output.seek(0)
-                said = output.read()
+                text = output.read()
             if done.returncode:
-                return last_line(said, done.returncode)
+                return last_line(text, done.returncode)
             return Result.from_dict(json.loads(result_file.read_text())) if command == "run" else None
 
     def _empty_cache(self) -> None:
-        """The cgroup does not charge for what is in the page cache already."""
+        """Evicts all files: the cgroup does not count pages that are cached already."""
         shutil.rmtree(self._work / "offload", ignore_errors=True)
         files = [*locate(str(self._folder)).files, *(p for p in self._work.rglob("*") if p.is_file())]
         evict(files)
         share = cached_share([file for file in files if file.stat().st_size])
         if share is not None and share > 0.05:
-            log(f"  {share:.0%} of the files stay in the page cache: another process has them open")
+            log(f"  {share:.0%} of the files stay in the page cache; another process may have mapped them")
 
 
-def last_line(said: str, status: int) -> str:
+def last_line(output: str, status: int) -> str:
     """Why a process failed, in one line."""
     if status in {-9, 137}:
         return "killed: it needs more memory than it was given"
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     return lines[-1] if lines else f"ended with exit status {status}"
 
 

@@ -1,11 +1,11 @@
-"""What peers measured, beside each other."""
+"""The comparison as a table."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cap import Felt
+from cap import CapUsage
 from peer import Result
 
 from finemoe.config import format_bytes
@@ -15,12 +15,12 @@ COLUMNS = ("", "load s", "TTFT s", "tok/s", "read/token", "peak memory", "cap", 
 
 @dataclass(frozen=True)
 class Row:
-    """One engine: what it measured, or why it did not."""
+    """One engine: its measurements, or why there are none."""
 
     name: str
     result: Result | None = None
-    felt: Felt | None = None  # None: it ran without a cap
-    at_once: bool = True  # the cap was in force while it loaded
+    usage: CapUsage | None = None  # of the cap; None: it ran without one
+    at_once: bool = True  # whether the cap was in force during loading
     error: str | None = None
 
     @property
@@ -30,7 +30,7 @@ class Row:
 
     @property
     def tok_s(self) -> float | None:
-        """Tokens after the first ones, in all the time that they took."""
+        """Tokens/s after the first token of each answer."""
         if self.result is None:
             return None
         seconds = [second for answer in self.result.answers for second in answer.seconds[1:]]
@@ -38,7 +38,7 @@ class Row:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Read from storage for each token after the first ones."""
+        """Bytes read from storage per token after the first of each answer."""
         if self.result is None:
             return None
         tokens = sum(len(answer.tokens) - 1 for answer in self.result.answers)
@@ -46,13 +46,13 @@ class Row:
 
     @property
     def peak_bytes(self) -> int | None:
-        """What was charged to the capped group at most, page cache included; without a cap, the resident set's peak."""
+        """Peak memory: of the cgroup, including page cache; without a cap, the peak resident set."""
         if self.result is None:
             return None
-        return self.result.peak_rss_bytes if self.felt is None else self.felt.peak_bytes
+        return self.result.peak_rss_bytes if self.usage is None else self.usage.peak_bytes
 
     def differs_at(self, reference: Row | None) -> tuple[int, int] | None:
-        """Prompt and token at which the answers first differ from the reference's; `None` where they don't."""
+        """Prompt and token at which the answers first differ from the reference's; `None` if they are equal."""
         assert self.result is not None and reference is not None and reference.result is not None
         for prompt, (own, other) in enumerate(zip(self.result.answers, reference.result.answers, strict=True)):
             for at, (mine, theirs) in enumerate(zip(own.tokens, other.tokens, strict=True)):
@@ -67,7 +67,7 @@ class Row:
         return self.differs_at(reference) is None
 
     def as_dict(self, reference: Row | None) -> dict[str, Any]:
-        """Ready for JSON: figures in front, what was measured behind them."""
+        """For JSON: derived figures, then the measurements."""
         return {
             "name": self.name,
             "error": self.error,
@@ -76,18 +76,20 @@ class Row:
             "bytes_per_token": self.bytes_per_token,
             "peak_bytes": self.peak_bytes,
             "tokens_equal": self.tokens_equal(reference),
-            "cap": None if self.felt is None else asdict(self.felt) | {"felt": self.felt.felt, "at_once": self.at_once},
+            "cap": None
+            if self.usage is None
+            else asdict(self.usage) | {"felt": self.usage.reached, "at_once": self.at_once},
             "measured": None if self.result is None else asdict(self.result),
         }
 
 
 def mean(values: list[float]) -> float | None:
-    """`None` of nothing."""
+    """`None` for an empty list."""
     return sum(values) / len(values) if values else None
 
 
 def render(rows: list[Row], reference: Row | None) -> str:
-    """A table in Markdown, and a line for each engine that has no figures."""
+    """A Markdown table, and a line for each engine without figures."""
     cells = [[row.name, *_cells(row, reference)] for row in rows if row.result is not None]
     widths = [max(len(line[at]) for line in [COLUMNS, *cells]) for at in range(len(COLUMNS))]
 
@@ -118,9 +120,9 @@ def _cells(row: Row, reference: Row | None) -> list[str]:
 
 
 def _cap(row: Row) -> str:
-    if row.felt is None:
+    if row.usage is None:
         return "none"
-    return ("felt" if row.felt.felt else "not felt") + ("" if row.at_once else ", once loaded")
+    return ("reached" if row.usage.reached else "not reached") + ("" if row.at_once else ", after loading")
 
 
 def _same(row: Row, reference: Row | None) -> str:

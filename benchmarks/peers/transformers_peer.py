@@ -1,4 +1,4 @@
-"""transformers' own disk offload (accelerate): `device_map="auto"` with the cap's memory for weights."""
+"""transformers' disk offload (accelerate): `device_map="auto"`, weights limited to the cap less an overhead."""
 
 from __future__ import annotations
 

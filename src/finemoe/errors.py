@@ -49,3 +49,7 @@ class FinemoeWarning(UserWarning):
 
 class ReferenceModelError(FinemoeError, RuntimeError):
     """The reference model can't be built or found; the message says why, and what to do."""
+
+
+class BenchmarkError(FinemoeError):
+    """A benchmark can't go on: the process that it measures did not start, or failed a request."""

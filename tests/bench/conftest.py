@@ -1,4 +1,4 @@
-"""What tests of benchmarks share."""
+"""Fixtures of the benchmark's tests."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from tests.bench.rows import run_rows_here
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows run in this process."""
+    """Rows run in the test's process."""
     run_rows_here(monkeypatch)

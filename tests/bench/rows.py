@@ -1,4 +1,4 @@
-"""Rows of a benchmark without a process for each, which takes longer to start than a tiny row to measure."""
+"""Runs a benchmark's rows in the test's process: worker processes take longer to start than tiny rows to measure."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from pathlib import Path
 
 import pytest
 
-from finemoe.bench import worker_process as child
-from finemoe.bench.measurements import Answered, Measured, Order
+from finemoe.bench import worker_process
+from finemoe.bench.measurements import PromptsResult, RandomTokensResult, WorkerTask
 from finemoe.errors import FinemoeError
 
 
 def run_rows_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows run here, by what their processes run, and what they are given and give is JSON on its way as ever."""
+    """Replaces `run_worker` by the worker's functions in this process; tasks and results still pass through JSON."""
 
-    def run_order(order: Order, _scratch: Path, _timeout_s: float) -> Measured | Answered | str:
-        given = Order.from_dict(json.loads(json.dumps(asdict(order))))
+    def run_worker(task: WorkerTask, _scratch: Path, _timeout_s: float) -> RandomTokensResult | PromptsResult | str:
+        given = WorkerTask.from_dict(json.loads(json.dumps(asdict(task))))
         try:
-            result = asdict(child.measure_answers(given) if given.requests else child.measure(given))
+            result = asdict(
+                worker_process.measure_prompts(given) if given.requests else worker_process.measure_random_tokens(given)
+            )
         except FinemoeError as error:
             return f"{type(error).__name__}: {error}"
         finally:
             gc.collect()  # the model
         raw = json.loads(json.dumps(result))
-        return Answered.from_dict(raw) if given.requests else Measured.from_dict(raw)
+        return PromptsResult.from_dict(raw) if given.requests else RandomTokensResult.from_dict(raw)
 
-    monkeypatch.setattr("finemoe.bench.run.run_order", run_order)
-    monkeypatch.setattr(child, "unmap_idle_code", lambda: 0)  # it is not idle here
-    monkeypatch.setattr(child, "PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr("finemoe.bench.run.run_worker", run_worker)
+    monkeypatch.setattr(worker_process, "unmap_idle_code", lambda: 0)  # this process uses that code
+    monkeypatch.setattr(worker_process, "PROBE_BYTES", 1 << 20)

@@ -1,4 +1,4 @@
-"""The script that holds the simulator against the engine. How far they agree on a tiny model says nothing."""
+"""scripts/agreement.py, which compares the simulator with the engine. On a tiny model, only counts are compared."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_on_demand_both_count_the_same(tmp_path: Path) -> None:
+def test_engine_and_simulator_count_the_same_on_demand(tmp_path: Path) -> None:
     model, prompts, out = make_chat_model(tmp_path / "model"), tmp_path / "prompts.txt", tmp_path / "out.json"
     prompts.write_text("What is photosynthesis?\nName three colours.\nWho are you?\n", encoding="utf-8")
     chosen = ["--budgets", "50%", "--policies", "lru", "--new-tokens", "6", "--prompts-limit", "2", "--threads", "1"]
@@ -42,7 +42,7 @@ def test_on_demand_both_count_the_same(tmp_path: Path) -> None:
     assert "| 50% lru | " in done.stdout
 
 
-def test_bad_input_is_named_before_anything_runs(tmp_path: Path) -> None:
+def test_bad_input_is_refused_before_anything_runs(tmp_path: Path) -> None:
     lacking = run(str(tmp_path / "o.json"), "--prompts", "p", "--policies", "promoe")
     assert lacking.returncode == 2
     assert "--policies: promoe needs --predictors" in lacking.stderr

@@ -6,13 +6,13 @@ import sys
 import pytest
 
 from finemoe.bench import BenchConfig
-from finemoe.bench.measurements import subjects
+from finemoe.bench.measurements import variants
 from finemoe.errors import BudgetError, ConfigError
 
 
 def test_rows_are_all_budgets_of_all_policies_then_the_baselines() -> None:
     config = BenchConfig(expert_memory="25%, all", policy="lru,lfu", baselines="eager,disk-offload")
-    assert [subject.name for subject in subjects(config)] == [
+    assert [variant.name for variant in variants(config)] == [
         "finemoe lru 25%",
         "finemoe lru all",
         "finemoe lfu 25%",
@@ -23,11 +23,11 @@ def test_rows_are_all_budgets_of_all_policies_then_the_baselines() -> None:
 
 
 def test_baselines_can_be_left_out() -> None:
-    assert all(subject.kind == "finemoe" for subject in subjects(BenchConfig(baselines="none")))
+    assert all(variant.kind == "finemoe" for variant in variants(BenchConfig(baselines="none")))
 
 
 def test_a_budget_named_twice_is_measured_once() -> None:
-    assert len(subjects(BenchConfig(expert_memory="25%,25%", baselines="none"))) == 1
+    assert len(variants(BenchConfig(expert_memory="25%,25%", baselines="none"))) == 1
 
 
 def test_a_row_loads_as_the_settings_say() -> None:
@@ -50,7 +50,7 @@ def test_a_row_loads_as_the_settings_say() -> None:
         ({"replay_routing": "t", "map_store": "m"}, "--map-store"),
     ],
 )
-def test_a_bad_value_is_refused_by_the_name_of_its_flag(values: dict[str, object], flag: str) -> None:
+def test_a_bad_value_is_refused_naming_its_flag(values: dict[str, object], flag: str) -> None:
     with pytest.raises(ConfigError, match=flag):
         BenchConfig(**values)  # type: ignore[arg-type]
 
@@ -60,20 +60,20 @@ def test_every_budget_of_a_list_is_checked() -> None:
         BenchConfig(expert_memory="25%,120%")
 
 
-def test_settings_can_be_read_without_torch() -> None:
+def test_settings_import_no_torch() -> None:
     code = "import sys, finemoe.bench; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_maps_are_only_kept_where_a_file_is_named_and_a_policy_learns() -> None:
+def test_maps_are_kept_only_with_a_file_and_a_learning_policy() -> None:
     assert BenchConfig().load_config("25%", "finemoe").map_store == "none"
     named = BenchConfig(policy="lru,finemoe", map_store="m")
     assert [named.load_config("25%", policy).map_store for policy in named.policies] == ["none", "m"]
 
 
-def test_lossy_rows_stand_beside_exact_ones_and_say_so() -> None:
+def test_lossy_rows_are_named_as_such() -> None:
     config = BenchConfig(expert_memory="50%,all", expert_dtype="stored,int8", baselines="none")
-    rows = subjects(config)
+    rows = variants(config)
     assert [row.name for row in rows] == [
         "finemoe finemoe 50%", "finemoe finemoe all", "finemoe finemoe 50% int8", "finemoe finemoe all int8"
     ]  # fmt: skip
@@ -82,7 +82,7 @@ def test_lossy_rows_stand_beside_exact_ones_and_say_so() -> None:
     assert config.load_config("all", "lru", "int8").expert_dtype == "int8"
 
 
-def test_flags_of_perplexity_that_mean_nothing_are_refused() -> None:
+def test_perplexity_flags_without_effect_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"^--expert-dtype: 'int3' is not one of"):
         BenchConfig(expert_dtype="stored,int3")
     with pytest.raises(ConfigError, match=r"^--expert-dtype: ',' names no dtype"):

@@ -1,4 +1,4 @@
-"""What lossy rows are measured by."""
+"""Perplexity, and its comparison between lossy and exact rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_chat_model(tmp_path_factory.mktemp("chat"))
 
 
-def test_it_is_that_of_the_models_own_loss(folder: Path) -> None:
+def test_perplexity_is_the_exponential_of_the_models_loss(folder: Path) -> None:
     model = eager(folder)
     ids = tuple(range(3, 103))
     row = torch.tensor([ids])
@@ -34,7 +34,7 @@ def test_it_is_that_of_the_models_own_loss(folder: Path) -> None:
     assert perplexity(model, ids * 6) > 1  # in windows
 
 
-def test_the_text_is_cut_and_there_is_one_without_a_file(folder: Path, tmp_path: Path) -> None:
+def test_the_text_is_truncated_and_has_a_default(folder: Path, tmp_path: Path) -> None:
     checkpoint = locate(str(folder))
     cache = tmp_path / "book.txt"
     cache.write_text("so it goes " * 100)
@@ -59,15 +59,13 @@ def test_a_lossy_row_is_compared_with_the_exact_one(
         model=str(folder), expert_memory="50%", expert_dtype="stored,int4", baselines="none", prompt_tokens=16,
         context_tokens=4, new_tokens=4, perplexity_tokens=64, link_probe_mib=1, threads=1,
     )  # fmt: skip
-    said: list[str] = []
-    report = run_bench(config, said.append)
-    assert said[0] == "copy of the experts as int4 ..."
+    log: list[str] = []
+    report = run_bench(config, log.append)
+    assert log[0] == "copy of the experts as int4 ..."
     exact, lossy = report.rows
     assert (exact.error, lossy.error) == (None, None)
     assert exact.perplexity_ratio == 1
     assert lossy.perplexity_ratio not in {None, 1}
     assert (lossy.figure("pool_bytes") or 0) < 0.5 * (exact.figure("pool_bytes") or 0)
-    assert "LOSSY (--expert-dtype), their answers are not the checkpoint's own: finemoe finemoe 50% int4." in render(
-        report
-    )
+    assert "LOSSY (--expert-dtype), answers differ from the checkpoint's: finemoe finemoe 50% int4." in render(report)
     assert [row["lossy"] for row in json.loads(json.dumps(report.as_dict()))["rows"]] == [False, True]

@@ -1,4 +1,4 @@
-"""The arithmetic between what a process measures and what is shown."""
+"""Figures derived from measurements, and the comparison of rows."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from finemoe.bench.measurements import Measured, Order, Phase, Subject
-from finemoe.bench.report import NAMES, BenchReport, BenchRun, derive, summarise
+from finemoe.bench.measurements import Phase, RandomTokensResult, Variant, WorkerTask
+from finemoe.bench.report import RANDOM_TOKEN_FIGURES, BenchReport, BenchRun, random_token_figures, summarise
 from finemoe.bench.table import render
 
-EAGER = Subject("resident", implementation="eager")
-GROUPED = Subject("resident", implementation="grouped_mm")
-OURS = Subject("finemoe", budget="25%", policy="lfru")
-OFFLOAD = Subject("disk-offload", implementation="eager")
+EAGER = Variant("resident", implementation="eager")
+GROUPED = Variant("resident", implementation="grouped_mm")
+OURS = Variant("finemoe", budget="25%", policy="lfru")
+OFFLOAD = Variant("disk-offload", implementation="eager")
 
 
 def measured(
     *seconds: float, tokens: tuple[int, ...] = (1, 2, 3), logits: tuple[str, ...] = ("a", "b", "c")
-) -> Measured:
+) -> RandomTokensResult:
     decode = Phase(
         seconds, disk_bytes=None, accesses=10, hits=6, late=1, bytes_read=600, stall_s=0.5, stalled_bytes=400
     )
     prompt = Phase((2.0,), disk_bytes=None, bytes_read=1000)
-    return Measured(
+    return RandomTokensResult(
         load_s=1.0,
         prompt=prompt,
         decode=decode,
@@ -37,9 +37,9 @@ def measured(
     )
 
 
-def run(subject: Subject, result: Measured | None, repeat: int = 0) -> BenchRun:
-    error = None if result else "killed, perhaps for want of memory"
-    return BenchRun(subject, repeat, link_bytes_s=1000.0, cached_share=0.0, measured=result, error=error)
+def run(variant: Variant, result: RandomTokensResult | None, repeat: int = 0) -> BenchRun:
+    error = None if result else "killed, perhaps out of memory"
+    return BenchRun(variant, repeat, link_bytes_s=1000.0, cached_share=0.0, measured=result, error=error)
 
 
 def report(*runs: BenchRun) -> BenchReport:
@@ -47,17 +47,19 @@ def report(*runs: BenchRun) -> BenchReport:
     return BenchReport("m", {"cores": 2}, {}, True, (1e9, 2e9, 4e9), rows, fastest)
 
 
-def test_bandwidth_measured_between_tokens_goes_before_that_around_the_row() -> None:
+def test_bandwidth_between_tokens_takes_precedence_over_that_around_the_row() -> None:
     result = measured(0.1, 0.2, 0.9)
-    around = derive(result, link_bytes_s=1000)["link_utilisation"]
-    between = derive(replace(result, decode=replace(result.decode, link_bytes_s=500.0)), link_bytes_s=1000)
+    around = random_token_figures(result, link_bytes_s=1000)["link_utilisation"]
+    between = random_token_figures(
+        replace(result, decode=replace(result.decode, link_bytes_s=500.0)), link_bytes_s=1000
+    )
     assert around is not None
     assert between["link_utilisation"] == 2 * around
 
 
-def test_figures_are_what_their_names_say() -> None:
-    figures = derive(measured(0.1, 0.2, 0.9), link_bytes_s=1000)
-    assert set(figures) == set(NAMES)
+def test_figures_follow_from_the_measurements() -> None:
+    figures = random_token_figures(measured(0.1, 0.2, 0.9), link_bytes_s=1000)
+    assert set(figures) == set(RANDOM_TOKEN_FIGURES)
     expected = {
         "ttft_s": 2.0,
         "tpot_s": 0.2,
@@ -76,17 +78,20 @@ def test_figures_are_what_their_names_say() -> None:
 def test_the_kernels_count_of_bytes_is_preferred() -> None:
     result = measured(0.1, 0.2)
     counted = replace(result, decode=replace(result.decode, disk_bytes=1000))
-    assert derive(counted, 1000)["bytes_per_token"] == 500
+    assert random_token_figures(counted, 1000)["bytes_per_token"] == 500
 
 
-def test_a_resident_model_has_neither_stall_nor_link() -> None:
-    figures = derive(replace(measured(0.1, 0.2), pool_bytes=0), 1000)
+def test_resident_rows_have_neither_stall_nor_link() -> None:
+    figures = random_token_figures(replace(measured(0.1, 0.2), pool_bytes=0), 1000)
     assert figures["stall_share"] is figures["link_utilisation"] is figures["prompt_link_utilisation"] is None
 
 
-def test_no_utilisation_is_made_of_a_stall_too_short_to_measure() -> None:
+def test_a_stall_too_short_to_measure_has_no_utilisation() -> None:
     result = measured(0.1, 0.2)
-    assert derive(replace(result, decode=replace(result.decode, stall_s=0.001)), 1000)["link_utilisation"] is None
+    assert (
+        random_token_figures(replace(result, decode=replace(result.decode, stall_s=0.001)), 1000)["link_utilisation"]
+        is None
+    )
 
 
 def test_ratios_are_taken_within_a_repeat() -> None:
@@ -102,13 +107,13 @@ def test_ratios_are_taken_within_a_repeat() -> None:
     assert rows[1].tpot_ratio == 1.0
 
 
-def test_the_fastest_resident_row_is_the_one_compared_with() -> None:
+def test_ratios_are_to_the_fastest_resident_row() -> None:
     made = report(run(EAGER, measured(0.4, 0.4)), run(GROUPED, measured(0.2, 0.2)), run(OURS, measured(0.1, 0.1)))
     assert made.fastest_resident == "transformers grouped_mm"
     assert made.rows[2].tpot_ratio == 0.5
 
 
-def test_tokens_are_compared_with_eager_as_far_as_a_row_went() -> None:
+def test_tokens_are_compared_with_eager_up_to_a_rows_length() -> None:
     rows = report(
         run(EAGER, measured(0.1, 0.1)),
         run(OFFLOAD, measured(0.1, tokens=(1, 2), logits=("a", "b"))),
@@ -126,16 +131,16 @@ def test_one_wrong_run_makes_a_row_wrong() -> None:
     assert rows[1].tokens_equal is False
 
 
-def test_without_eager_nothing_is_said_about_tokens() -> None:
+def test_without_eager_tokens_are_not_compared() -> None:
     assert report(run(OURS, measured(0.1, 0.1))).rows[0].tokens_equal is None
 
 
 def test_a_failed_row_has_its_error_and_the_others_their_figures() -> None:
     made = report(run(EAGER, None), run(OURS, measured(0.1, 0.1)))
     assert made.fastest_resident is None
-    assert made.rows[0].error == "killed, perhaps for want of memory"
+    assert made.rows[0].error == "killed, perhaps out of memory"
     text = render(made)
-    assert "transformers eager: killed, perhaps for want of memory" in text
+    assert "transformers eager: killed, perhaps out of memory" in text
     assert "100.0" in text
     raw = json.loads(json.dumps(made.as_dict()))
     assert raw["rows"][0]["tpot_s"] is None
@@ -143,13 +148,13 @@ def test_a_failed_row_has_its_error_and_the_others_their_figures() -> None:
     assert raw["rows"][1]["runs"][0]["measured"]["decode"]["hits"] == 6
 
 
-def test_wrong_tokens_stand_out_in_the_table() -> None:
+def test_wrong_tokens_are_marked_in_the_table() -> None:
     made = report(run(EAGER, measured(0.1, 0.1)), run(OURS, measured(0.1, 0.1, tokens=(7,))))
     assert "NO" in render(made)
 
 
-def test_orders_and_results_survive_json() -> None:
-    order = Order(OURS, {"model": "m"}, (1, 2), (3,), 4, 0)
-    assert Order.from_dict(json.loads(json.dumps(asdict(order)))) == order
+def test_tasks_and_results_survive_json() -> None:
+    task = WorkerTask(OURS, {"model": "m"}, (1, 2), (3,), 4, 0)
+    assert WorkerTask.from_dict(json.loads(json.dumps(asdict(task)))) == task
     result = measured(0.1, 0.2)
-    assert Measured.from_dict(json.loads(json.dumps(asdict(result)))) == result
+    assert RandomTokensResult.from_dict(json.loads(json.dumps(asdict(result)))) == result

@@ -1,4 +1,4 @@
-"""A whole benchmark on a tiny checkpoint: every row in a process of its own."""
+"""A complete benchmark on a tiny checkpoint."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from finemoe.bench import BenchConfig
-from finemoe.bench.measurements import Order, Subject
-from finemoe.bench.run import run_bench, run_order
+from finemoe.bench.measurements import Variant, WorkerTask
+from finemoe.bench.run import run_bench, run_worker
 from finemoe.bench.table import render
 from finemoe.cli import main
 from finemoe.errors import BudgetError, CheckpointError, ConfigError
@@ -23,20 +23,20 @@ def settings(folder: Path, **values: object) -> BenchConfig:
     return BenchConfig(model=str(folder), threads=1, **small | values)  # type: ignore[arg-type]
 
 
-def no_maps(folder: Path) -> str:
-    """A file that a row of a policy that learns fails on, and others do not read."""
+def invalid_map_file(folder: Path) -> str:
+    """A file that rows of learning policies fail on, and other rows do not read."""
     (folder / "maps").write_text("no maps")
     return str(folder / "maps")
 
 
 @pytest.mark.slow
-def test_rows_are_measured_and_agree_and_one_that_fails_does_not_stop_the_others(tiny: Make, tmp_path: Path) -> None:
+def test_rows_agree_and_a_failing_one_does_not_stop_the_others(tiny: Make, tmp_path: Path) -> None:
     log: list[str] = []
     config = settings(
         tiny(dtype="bfloat16"),
         expert_memory="50%",
         policy="finemoe,lru",
-        map_store=no_maps(tmp_path),
+        map_store=invalid_map_file(tmp_path),
         baselines="eager,disk-offload",
     )
     report = run_bench(config, log.append)
@@ -57,13 +57,13 @@ def test_rows_are_measured_and_agree_and_one_that_fails_does_not_stop_the_others
 
 
 @pytest.mark.usefixtures("in_process")
-def test_disk_offload_alone_has_no_memory_to_match(tiny: Make, tmp_path: Path) -> None:
-    report = run_bench(settings(tiny(), map_store=no_maps(tmp_path), baselines="disk-offload"), lambda _: None)
+def test_disk_offload_needs_a_finemoe_row(tiny: Make, tmp_path: Path) -> None:
+    report = run_bench(settings(tiny(), map_store=invalid_map_file(tmp_path), baselines="disk-offload"), lambda _: None)
     assert "no finemoe row" in (report.rows[-1].error or "")
 
 
 @pytest.mark.parametrize("expert_dtype", ["stored", "int8"])
-def test_a_budget_that_no_row_could_load_with_is_refused_before_anything_runs(tiny: Make, expert_dtype: str) -> None:
+def test_an_impossible_budget_is_refused_before_any_row_runs(tiny: Make, expert_dtype: str) -> None:
     config = settings(tiny(dtype="bfloat16"), expert_memory="50%,1B", expert_dtype=expert_dtype, baselines="none")
     log: list[str] = []
     with pytest.raises(BudgetError, match=r"^--expert-memory: 1B .* at least"):
@@ -72,21 +72,21 @@ def test_a_budget_that_no_row_could_load_with_is_refused_before_anything_runs(ti
 
 
 @pytest.mark.usefixtures("in_process", "own_process")
-def test_a_failed_row_is_shown_and_told_by_the_exit_status(
+def test_a_failed_row_is_reported_and_sets_the_exit_status(
     tiny: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ["--new-tokens", "2", "--link-probe-mib", "1", "--baselines", "none", "--expert-memory", "50%"]
     given = ["bench", "--model", str(tiny()), *small, "--json"]
-    assert main([*given, "--policy", "lru,finemoe", "--map-store", no_maps(tmp_path)]) == 1
+    assert main([*given, "--policy", "lru,finemoe", "--map-store", invalid_map_file(tmp_path)]) == 1
     errors = [row["error"] for row in json.loads(capsys.readouterr().out)["rows"]]
     assert errors[0] is None
     assert "--map-store: " in errors[1]
     assert main([*given, "--policy", "lru"]) == 0
 
 
-def test_a_row_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
-    order = Order(Subject("finemoe", "all", "lfru"), {"model": str(tmp_path)}, (1,), (1,), 2, 1)
-    assert run_order(order, tmp_path, timeout_s=0.01) == "took longer than 0 s"
+def test_a_row_is_stopped_at_the_timeout(tmp_path: Path) -> None:
+    task = WorkerTask(Variant("finemoe", "all", "lfru"), {"model": str(tmp_path)}, (1,), (1,), 2, 1)
+    assert run_worker(task, tmp_path, timeout_s=0.01) == "took longer than 0 s"
 
 
 def test_a_missing_model_is_refused(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_all_rows_replay_the_same_routing(tiny: Make, tmp_path: Path) -> None:
     assert ours[0].logits != ours[1].logits
 
 
-def test_routing_of_another_shape_is_refused_before_anything_runs(tiny: Make, tmp_path: Path) -> None:
+def test_routing_of_another_shape_is_refused_before_any_row_runs(tiny: Make, tmp_path: Path) -> None:
     make_trace(tmp_path / "trace", 1, make_header(("weights",), layers=1, experts=3))
     with pytest.raises(ConfigError, match=r"--replay-routing: .* routes to 2 of 3"):
         run_bench(settings(tiny(), replay_routing=str(tmp_path / "trace")), lambda _: None)

@@ -1,4 +1,4 @@
-"""The script that says where a token's time goes: its parts are all of it, and nothing twice."""
+"""The profile of a decoded token: its parts add up to the whole, and none is counted twice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "where_time_goes.py"
 PARTS = {"arithmetic", "waiting", "listening", "routing", "rows", "handing out", "parameters"}
 
 
-def test_the_parts_of_a_token_are_told(tmp_path: Path) -> None:
+def test_the_parts_of_a_token_add_up(tmp_path: Path) -> None:
     make_chat_model(tmp_path / "tiny")
     (tmp_path / "prompts.txt").write_text("one two three\nfour five\n")
     command = [sys.executable, str(SCRIPT), "--model", str(tmp_path / "tiny"), "--expert-memory", "50%"]

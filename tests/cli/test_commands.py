@@ -365,7 +365,7 @@ def test_plan_has_a_row_for_each_budget(capsys: Capture, model: str) -> None:
     assert rows[1]["tok_s_local"] <= rows[2]["tok_s_local"]
     assert [row["raised"] for row in rows] == [True, False, False]
     assert main(["plan", "--model", model, "--expert-memory", "10%"]) == 0
-    assert "* less was asked for; this is the least that a load accepts" in capsys.readouterr().out
+    assert "* raised to the smallest budget that loads" in capsys.readouterr().out
 
 
 def test_a_conversation_remembers_and_forgets(capsys: Capture, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

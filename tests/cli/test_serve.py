@@ -105,9 +105,6 @@ def test_bad_input_is_refused_before_a_model_is_loaded(capsys: Capture, monkeypa
         )
     assert refused(capsys, "serve", *where, "--port", "70000").startswith("--port: 70000")
     assert refused(capsys, "serve", *where, "--request-timeout-s", "nan").startswith("--request-timeout-s: nan")
-    assert refused(capsys, "serve", *where, "--schedule", "overlap", "--policy", "lru") == (
-        "--schedule: --policy lru does not foresee what a prompt uses; give --policy finemoe, or fifo"
-    )
     assert refused(capsys, "serve", *where, "--api-key-file", "/no/key").startswith("--api-key-file: ")
     assert refused(capsys, "serve", *where, "--port", "0").startswith("--model: ")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else object())
@@ -116,7 +113,7 @@ def test_bad_input_is_refused_before_a_model_is_loaded(capsys: Capture, monkeypa
 
 def test_every_setting_is_a_flag_and_documented(capsys: Capture) -> None:
     with pytest.raises(SystemExit):
-        main(["serve", "--help"])
+        main(["serve", "--help-all"])
     output = " ".join(capsys.readouterr().out.split())
     for field in [*fields(LoadConfig), *fields(ServeConfig)]:
         assert "--" + field.name.replace("_", "-") in output

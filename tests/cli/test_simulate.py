@@ -1,4 +1,4 @@
-"""`finemoe simulate`, as a user meets it."""
+"""The command `finemoe simulate`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 from finemoe.cli import INTERRUPTED, main
 from finemoe.policy import BOUNDS, FACTORIES
-from finemoe.sim.config import SimulateConfig
+from finemoe.sim.config import MACHINE_FIELDS, SimulateConfig
 from tests.cli.test_commands import Capture, answered, refused
 from tests.sim.by_hand import request, write_trace
 from tests.sim.traces import EXPERTS, LAYERS, make_trace
@@ -43,7 +43,7 @@ def ids_only(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_trace(path, [request(ids) for _ in range(4)]).path)
 
 
-def test_json_is_the_only_thing_on_standard_output(capsys: Capture, trace: str) -> None:
+def test_json_is_the_only_output(capsys: Capture, trace: str) -> None:
     document = answered(capsys, "simulate", trace, "--policy", "lru,oracle", "--json", "-", *ALONE)
     assert set(document) == {"trace", "model", "layers", "experts", "settings", "left_out", "rows"}
     assert (document["trace"], document["layers"], document["experts"]) == (trace, LAYERS, EXPERTS)
@@ -56,7 +56,7 @@ def test_json_is_the_only_thing_on_standard_output(capsys: Capture, trace: str) 
         assert row["time_per_layer"] >= 1 + row["stall_per_layer"] - 1e-9
 
 
-def test_json_goes_to_a_file_and_the_table_to_people(capsys: Capture, trace: str, tmp_path: Path) -> None:
+def test_json_goes_to_a_file_and_the_table_to_standard_output(capsys: Capture, trace: str, tmp_path: Path) -> None:
     out = tmp_path / "it.json"
     out.write_text("the old one")
     assert main(["simulate", trace, "--json", str(out), *ALONE]) == 0
@@ -66,7 +66,7 @@ def test_json_goes_to_a_file_and_the_table_to_people(capsys: Capture, trace: str
     assert [line.split()[0] for line in output.splitlines()] == ["policy", *(row["policy"] for row in rows)]
 
 
-def test_rows_come_by_budget_then_link_then_policy(capsys: Capture, trace: str) -> None:
+def test_rows_are_ordered_by_budget_link_ratio_and_policy(capsys: Capture, trace: str) -> None:
     flags = "--policy", "lfu,lru", "--expert-memory", "50%,25%", "--link-ratio", "4,1", "--json"
     rows = answered(capsys, "simulate", trace, *flags, *ALONE)["rows"]
     assert [(row["expert_memory"], row["link_ratio"], row["policy"]) for row in rows] == [
@@ -74,7 +74,7 @@ def test_rows_come_by_budget_then_link_then_policy(capsys: Capture, trace: str) 
     ]
 
 
-def test_equal_seeds_give_equal_rows_and_others_do_not(capsys: Capture, trace: str) -> None:
+def test_rows_depend_on_the_seed_only(capsys: Capture, trace: str) -> None:
     rows = [
         answered(capsys, "simulate", trace, "--store-split", "0.5", "--seed", seed, "--json", *ALONE)["rows"]
         for seed in ("1", "1", "2")
@@ -82,7 +82,7 @@ def test_equal_seeds_give_equal_rows_and_others_do_not(capsys: Capture, trace: s
     assert rows[0] == rows[1] != rows[2]
 
 
-def test_what_can_not_run_is_left_out_and_the_rest_runs(capsys: Capture, ids_only: str) -> None:
+def test_policies_without_their_inputs_are_left_out(capsys: Capture, ids_only: str) -> None:
     assert main(["simulate", ids_only, "--policy", "all", "--json", *ALONE]) == 0
     output, errors = capsys.readouterr()
     document = json.loads(output)
@@ -91,15 +91,71 @@ def test_what_can_not_run_is_left_out_and_the_rest_runs(capsys: Capture, ids_onl
     assert {row["policy"] for row in document["rows"]} == {
         name for name, kind in (FACTORIES | BOUNDS).items() if not kind.needs
     }
-    assert "not enough for any" in refused(capsys, "simulate", ids_only, "--policy", "expert-map", *ALONE)
+    assert "lacks what each" in refused(capsys, "simulate", ids_only, "--policy", "expert-map", *ALONE)
 
 
-def test_hardware_gives_the_link_ratio_and_says_so(capsys: Capture, trace: str) -> None:
-    flags = "--hardware", "rtx3090-pcie4", "--shape", "mixtral-8x7b", "--policy", "lru", *ALONE
-    assert main(["simulate", trace, *flags, "--json"]) == 0
-    output, errors = capsys.readouterr()
-    assert json.loads(output)["rows"][0]["link_ratio"] == pytest.approx(16.74, abs=0.01)
-    assert "mixtral-8x7b on rtx3090-pcie4: link ratio 16.7" in errors
+def test_a_machine_preset_gives_the_link_ratio(capsys: Capture, trace: str) -> None:
+    for flag in ("--machine", "--hardware"):
+        flags = flag, "rtx3090-pcie4", "--shape", "mixtral-8x7b", "--policy", "lru", *ALONE
+        assert main(["simulate", trace, *flags, "--json"]) == 0
+        output, errors = capsys.readouterr()
+        assert json.loads(output)["rows"][0]["link_ratio"] == pytest.approx(16.74, abs=0.01)
+        assert "mixtral-8x7b on rtx3090-pcie4: link ratio 16.7" in errors
+
+
+MACHINE = {
+    "link_ratio": 1.25, "chunks": 4, "tokens_per_unit": 2, "before_gate": 0.4, "gap": 1, "lag": 0.3, "begin_lag": None,
+    "prefetch_slowdown": 1.5, "compute_spread": 0.1, "link_spread": 0.2, "lag_spread": 0.3,
+}  # fmt: skip
+AS_FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in MACHINE.items() if value is not None]
+
+
+def test_a_machine_file_equals_its_flags(capsys: Capture, trace: str, tmp_path: Path) -> None:
+    (tmp_path / "machine.json").write_text(json.dumps(MACHINE))
+    given = {name: value for name, value in MACHINE.items() if value is not None}
+    (tmp_path / "machine.toml").write_text("".join(f"{name} = {value}\n" for name, value in given.items()))
+    flags = "--policy", "lru,finemoe", "--json", *ALONE
+    expected = answered(capsys, "simulate", trace, *flags, *AS_FLAGS)
+    assert set(MACHINE) == set(MACHINE_FIELDS)
+    for name in ("machine.json", "machine.toml"):
+        assert answered(capsys, "simulate", trace, *flags, "--machine", str(tmp_path / name)) == expected
+    assert {name: expected["settings"][name] for name in given} == given | {"link_ratio": "1.25"}
+
+
+def test_a_flag_overrides_the_machine_file(capsys: Capture, trace: str, tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(MACHINE))
+    for flags, ratio in (
+        (["--link-ratio", "3"], 3),
+        (["--hardware", "rtx3090-pcie4", "--shape", "mixtral-8x7b"], pytest.approx(16.74, abs=0.01)),
+    ):
+        given = ["--machine", str(path), "--gap", "0", "--policy", "lru", *flags, "--json", *ALONE]
+        (row,) = answered(capsys, "simulate", trace, *given)["rows"]
+        assert (row["link_ratio"], row["gap"], row["before_gate"]) == (ratio, 0, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "can't be read as JSON"),
+        ("[1]", "is not an object of link_ratio"),
+        ('{"speed": 1}', "'speed' is not one of link_ratio"),
+        ('{"seed": 1}', "'seed' is not one of"),
+        ('{"gap": "long"}', "gap: 'long' is not a number"),
+        ('{"gap": true}', "gap: True is not a number"),
+        ('{"chunks": 2.5}', "chunks: 2.5 is not a whole number"),
+        ('{"gap": -1}', "--gap: -1 is not a number of at least 0"),
+        ('{"link_ratio": NaN}', "--link-ratio: 'nan' is not a number"),
+    ],
+)
+def test_a_bad_machine_file_is_refused_in_one_line(
+    capsys: Capture, trace: str, text: str, named: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "machine.json"
+    path.write_text(text)
+    message = refused(capsys, "simulate", trace, "--machine", str(path), *ALONE)
+    assert f"--machine: {path}" in message
+    assert named in message
 
 
 def test_a_plot_is_drawn(capsys: Capture, trace: str, tmp_path: Path) -> None:
@@ -113,7 +169,7 @@ def test_a_plot_is_drawn(capsys: Capture, trace: str, tmp_path: Path) -> None:
 
 def test_every_setting_is_a_flag_with_its_default(capsys: Capture) -> None:
     with pytest.raises(SystemExit):
-        main(["simulate", "--help"])
+        main(["simulate", "--help-all"])
     output = " ".join(capsys.readouterr().out.split())
     for field in fields(SimulateConfig):
         assert "--" + field.name.replace("_", "-") in output
@@ -133,7 +189,7 @@ def test_every_setting_is_a_flag_with_its_default(capsys: Capture) -> None:
         (["TRACE", "--expert-memory", "101%"], "--expert-memory"),
         (["TRACE", "--expert-memory", "often"], "--expert-memory"),
         (["TRACE", "--expert-memory", "2GiB"], "give shares"),
-        (["TRACE", "--expert-memory", "25%,1%"], "1% of 32 experts is not one for each device; 3.2% is"),
+        (["TRACE", "--expert-memory", "25%,1%"], "1% of 32 experts is less than one per device; 3.2% is"),
         (["TRACE", "--expert-memory", "25%", "--devices", "9"], "28.2% is"),
         (["TRACE", "--devices", "0"], "--devices"),
         (["TRACE", "--devices", "257"], "--devices"),
@@ -165,6 +221,11 @@ def test_every_setting_is_a_flag_with_its_default(capsys: Capture) -> None:
         (["TRACE", "--store", "TRACE", "--store-split", "0.7"], "--store-split: contradicts --store"),
         (["TRACE", "--prefetch-slowdown", "0"], "--prefetch-slowdown: 0.0 is not a number above 0"),
         (["TRACE", "--workers", "0"], "--workers"),
+        (["TRACE", "--machine", "abacus"], "--machine: 'abacus' is neither a file nor one of rtx3090-pcie4"),
+        (["TRACE", "--machine", "."], "--machine: . can't be read"),
+        (["TRACE", "--machine", "h100-pcie5"], "--shape"),
+        (["TRACE", "--machine", "disk", "--hardware", "disk", "--shape", "gpt-oss-20b"], "--hardware: contradicts"),
+        (["TRACE", "--machine", "h100-pcie5", "--shape", "gpt-oss-20b", "--link-ratio", "1"], "--link-ratio"),
         (["TRACE", "--hardware", "h100-pcie5"], "--shape"),
         (["TRACE", "--shape", "gpt-oss-20b"], "--hardware"),
         (["TRACE", "--hardware", "abacus", "--shape", "gpt-oss-20b"], "--hardware"),
@@ -204,7 +265,7 @@ def test_a_plot_without_matplotlib_names_the_extra(
     assert "pip install 'finemoe[plots]'" in message
 
 
-def test_a_file_that_can_not_be_written_leaves_nothing_behind(
+def test_an_unwritable_file_leaves_nothing_behind(
     capsys: Capture, trace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> Any:
@@ -218,7 +279,7 @@ def test_a_file_that_can_not_be_written_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_needs_no_torch(trace: str) -> None:
+def test_the_command_imports_no_torch(trace: str) -> None:
     command = f"main(['simulate', {trace!r}, '--workers', '1'])"
     check = f"import sys; from finemoe.cli import main; {command}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False, capture_output=True).returncode == 0
@@ -228,9 +289,9 @@ PROGRAM = "import sys; from finemoe.cli import main; sys.exit(main(sys.argv[1:])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("everyone", [False, True], ids=["kill", "terminal"])
-def test_ctrl_c_ends_a_run_and_its_processes_in_silence(tmp_path: Path, everyone: bool) -> None:
-    """A terminal sends it to every process of the group, `kill` to one."""
+@pytest.mark.parametrize("to_group", [False, True], ids=["kill", "terminal"])
+def test_ctrl_c_ends_a_run_and_its_processes_quietly(tmp_path: Path, to_group: bool) -> None:
+    """A terminal signals every process of the group, `kill` only one."""
     path = make_trace(tmp_path, requests=4, iterations=20_000).path
     flags = ["--policy", "expert-map,deepspeed", "--expert-memory", "25%,50%", "--workers", "2", "--store-split", "0"]
     process = subprocess.Popen(
@@ -244,7 +305,7 @@ def test_ctrl_c_ends_a_run_and_its_processes_in_silence(tmp_path: Path, everyone
         children = psutil.Process(process.pid).children()
         workers = [each for each in children if "spawn_main" in " ".join(each.cmdline())]
     time.sleep(0.3)
-    (os.killpg if everyone else os.kill)(process.pid, signal.SIGINT)
+    (os.killpg if to_group else os.kill)(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED, errors
     assert output == ""

@@ -168,7 +168,7 @@ def test_a_trace_is_said_to_keep_requests_only_if_it_does(
     monkeypatch.setattr(TraceWriter, "_assemble", full)
     assert main(record(model, prompts, tmp_path / "it.trace", "--limit", "2")) == 2
     errors = capsys.readouterr().err
-    assert "the finished requests wait in" in errors
+    assert "the finished requests are in" in errors
     assert "holds the" not in errors
 
 
@@ -225,7 +225,7 @@ def test_a_trace_that_a_killed_recording_has_not_written_yet_says_what_waits(cap
     writer._spool.close()  # and no more, as by a kill
     error = refused(capsys, "trace", "info", str(out))
     assert "there is no such trace, but 2 finished requests" in error
-    assert f"finemoe record --append --out {out} takes them up" in error
+    assert f"finemoe record --append --out {out} resumes it" in error
     with TraceWriter(out, header, append=True) as again:
         assert len(again) == 2
     assert len(open_trace(out)) == 2

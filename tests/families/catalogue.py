@@ -1,8 +1,8 @@
-"""Which families there are: read from the installed transformers, not from a list kept here.
+"""Lists the mixture-of-experts families of the installed transformers.
 
-A *family* is a `model_type` whose text-generating class lives in a modelling file that has routed experts. Modelling
-files are recognised by the decorator that dispatches experts; the few with routed experts and no decorator are named
-below. Nothing is imported to find them: importing every modelling file takes ten seconds.
+A *family* is a `model_type` whose text-generating class is in a modelling file with routed experts. Modelling files are
+recognised by the decorator that dispatches experts; the few with routed experts and no decorator are listed below.
+Files are searched as text: importing every one takes ten seconds.
 """
 
 import importlib
@@ -24,8 +24,8 @@ UNDECORATED = frozenset(
     {"dbrx", "doge", "jetmoe", "llama4", "longcat_flash", "nllb_moe", "step3p7", "switch_transformers"}
 )
 
-# Looked through in this order; the first class found for a model type is the family's. The multimodal class goes before
-# the text-only one: its checkpoints are the ones that exist, and the text model has a model type of its own.
+# Searched in this order; the first class found for a model type is the family's. The multimodal class comes before the
+# text-only one: published checkpoints are of the former, and the text model has a model type of its own.
 MAPPINGS: tuple[Mapping[str, Any], ...] = (
     modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -37,7 +37,7 @@ MAPPINGS: tuple[Mapping[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family's model class is: no class is imported until it is asked for."""
+    """A family and the place of its model class, which is imported on use."""
 
     name: str
     module: str

@@ -1,4 +1,4 @@
-"""What the tests of the families share."""
+"""Fixtures of the tests of families."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Sums in one order; and the models are too small for more."""
+    """A fixed order of summation; the models are too small to gain from more threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -18,5 +18,5 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def no_progress() -> None:
-    """A bar for each of several hundred loads hides what failed."""
+    """Progress bars of several hundred loads would hide the failures."""
     logging.disable_progress_bar()

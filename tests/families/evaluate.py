@@ -1,6 +1,6 @@
-"""What a model answers: logits of a left-padded batch, of cached decode steps after it, and of `generate`.
+"""Computes a model's answers: logits of a left-padded batch, of cached decode steps after it, and of `generate`.
 
-The same function runs the reference and the engine, so that their answers can be compared bit by bit.
+The same function runs the reference and the offloaded model, so that their answers can be compared bit by bit.
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ NEW_TOKENS = 4
 
 def prompts(seed: int = 1) -> dict[str, torch.Tensor]:
     """Three prompts of different lengths, padded on the left."""
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     ids = torch.zeros(len(PROMPT_LENGTHS), max(PROMPT_LENGTHS), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, length in enumerate(PROMPT_LENGTHS):
-        ids[row, -length:] = torch.randint(3, SPECIAL, (length,), generator=draw)
+        ids[row, -length:] = torch.randint(3, SPECIAL, (length,), generator=generator)
         mask[row, -length:] = 1
     return {"input_ids": ids, "attention_mask": mask}
 
@@ -49,8 +49,8 @@ def _decode(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
     token = prefill[:, -1].argmax(-1, keepdim=True)
     for _ in range(DECODE_STEPS):
         mask = torch.cat([mask, torch.ones_like(token)], dim=1)
-        where = mask.sum(-1, keepdim=True) - 1
-        step = {"input_ids": token, "attention_mask": mask, "position_ids": where}
+        position = mask.sum(-1, keepdim=True) - 1
+        step = {"input_ids": token, "attention_mask": mask, "position_ids": position}
         out = model(**step, past_key_values=out.past_key_values, use_cache=True)
         steps.append(out.logits[:, -1])
         token = steps[-1].argmax(-1, keepdim=True)
@@ -58,7 +58,7 @@ def _decode(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def _generate(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The logits `generate` saw, greedily, without an end token."""
+    """The logits of greedy `generate`, without an end-of-sequence token."""
     options: dict[str, Any] = {
         "do_sample": False,
         "eos_token_id": None,

@@ -1,4 +1,4 @@
-"""Load a tiny model of a family with its experts offloaded; compare it with transformers' eager path, bit by bit."""
+"""Loads a tiny model of a family with offloaded experts, and compares it with transformers' eager path, bit by bit."""
 
 import re
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ SHARD = "200KB"  # several files per checkpoint
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a family fares: `why` says what is refused, where answers first differ, or how transformers itself fails."""
+    """A family's support; `why` is the reason of a refusal, the first difference, or transformers' own error."""
 
     status: Literal["exact", "refused", "different", "unusable"]
     why: str = ""
 
 
 def examine(family: str, dtype: torch.dtype, folder: Path) -> Verdict:
-    """Save a tiny model to `folder`; compare at the least expert memory, at half and with all experts resident."""
+    """Saves a tiny model to `folder`, and compares it with the smallest budget, half of the experts, and all."""
     try:
         built = build(family, dtype)
     except (RuntimeError, ValueError) as error:
@@ -37,7 +37,7 @@ def examine(family: str, dtype: torch.dtype, folder: Path) -> Verdict:
 
 
 def compare(model_class: type[PreTrainedModel], folder: Path, dtype: torch.dtype) -> Verdict:
-    """Compare on the checkpoint in `folder`, whoever wrote it."""
+    """Compares the checkpoint in `folder`, offloaded and not."""
     try:
         budgets = (least_memory(folder, dtype), "50%", "all")
     except UnsupportedModelError as refusal:
@@ -55,19 +55,19 @@ def compare(model_class: type[PreTrainedModel], folder: Path, dtype: torch.dtype
                     return Verdict("different", f"{name} at {budget}, {dtype}: by up to {gap:.3g}")
             model.finemoe.check_integrity()
             stats = model.finemoe.stats()
-            if not stats.accesses or stats.resident > stats.slots:  # a prefetch may be on its way into every slot
+            if not stats.accesses or stats.resident > stats.slots:  # all slots may have prefetches in flight
                 return Verdict("different", f"{stats.accesses} accesses, {stats.resident} resident of {stats.slots}")
     return Verdict("exact")
 
 
 def unusable(error: Exception) -> Verdict:
-    """Without finemoe, this transformers fails."""
+    """The verdict if this transformers fails without finemoe."""
     first_line, _, _ = str(error).partition("\n")
     return Verdict("unusable", f"transformers {transformers.__version__}: {first_line}")
 
 
 def least_memory(folder: Path, dtype: torch.dtype) -> str:
-    """The smallest budget that loads, as the refusal of a smaller one names it."""
+    """The smallest budget that loads, from the error message for a smaller one."""
     try:
         finemoe.load(folder, expert_memory="1B", dtype=dtype).close()
     except BudgetError as refusal:
@@ -75,4 +75,4 @@ def least_memory(folder: Path, dtype: torch.dtype) -> str:
         if named is None:
             raise
         return f"{named[1]}B"
-    raise AssertionError("one byte was enough")
+    raise AssertionError("a budget of one byte was accepted")

@@ -1,7 +1,7 @@
-"""Tiny models with random weights, one per family.
+"""Builds tiny models with random weights, one per family.
 
-The weights are made so that errors show: experts are large enough to matter in the logits, and router weights are
-spread so that many experts are hit. A configuration is first built on the meta device and refused if it is not small.
+The weights make errors visible: experts are large enough to affect the logits, and router weights are spread so that
+many experts are used. A configuration is first built on the meta device, and must be small.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ UNBUILDABLE = {
 
 
 def why_not(family: str) -> str | None:
-    """Why no tiny model of `family` can be built; None when one can."""
+    """The reason why no tiny model of `family` can be built; `None` if one can."""
     return UNBUILDABLE.get(family)
 
 
@@ -41,7 +41,7 @@ def build(family: str, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
     config = tiny_config(found.config_class(), OVERRIDES.get(family, {}))
     model = model_class(config)
     _spread(model)
-    for tensor in [*model.parameters(), *model.buffers()]:  # `model.to` would also cut complex numbers to reals
+    for tensor in [*model.parameters(), *model.buffers()]:  # `model.to` would also cast complex to real
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     model.eval()
@@ -57,7 +57,7 @@ def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @torch.no_grad()
 def _spread(model: nn.Module) -> None:
-    """Scale experts to unit gain and routers to logits of a few units; make the routers' correction biases matter."""
+    """Scales experts to unit gain and routers to logits of a few units, and sets the routers' correction biases."""
     for _, experts in experts_modules(model):
         for parameter in experts.parameters():
             if parameter.dim() == 3:

@@ -1,4 +1,4 @@
-"""What single families need beyond the generic rule, by family."""
+"""Config values that single families need besides the generic ones in `shrink`."""
 
 from collections.abc import Mapping
 from typing import Any

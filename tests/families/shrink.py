@@ -1,9 +1,9 @@
-"""Make any configuration tiny by the names of its fields.
+"""Makes any configuration tiny by the names of its fields.
 
-`SIZES` gives the small value of every field name that sets a size, whatever the family; what a family needs beyond that
-is in `tests.families.overrides`. A field that a configuration leaves at `None` keeps `None` ("not used"), except the
-sizes of experts, which some families leave open. Lists with one entry per layer go back to `None`, so that the
-configuration derives them again for the small number of layers.
+`SIZES` has the small value of every field name that sets a size, in any family; other values that a family needs are in
+`tests.families.overrides`. A field whose default is `None` ("not used") keeps it, except the sizes of experts, which
+some families leave open. Lists with one entry per layer are set to `None`, so that the configuration derives them for
+the small number of layers.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ EXPERT_SIZES: Mapping[str, int] = {
 
 SIZES: Mapping[str, int | float] = {
     **EXPERT_SIZES,
-    # the trunk
+    # the model as a whole
     "vocab_size": VOCABULARY,
     **dict.fromkeys(("hidden_size", "d_model", "text_hidden_size", "out_hidden_size", "projector_hidden_size"), 64),
     **dict.fromkeys(("num_hidden_layers", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), LAYERS),
@@ -90,7 +90,7 @@ SIZES: Mapping[str, int | float] = {
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "mamba_dt_rank"), 16),
     **dict.fromkeys(("mamba_chunk_size", "chunk_size", "block_size"), 8),
     "n_groups": 1,
-    # images and sound: built, never fed
+    # images and sound: built, but not used
     **dict.fromkeys(("depth", "num_code_groups"), 2),
     "patch_size": 14,
     "image_size": 28,
@@ -117,12 +117,12 @@ PER_LAYER = frozenset(
 
 
 def tiny_config(config_class: type[PreTrainedConfig], overrides: Mapping[str, Any]) -> PreTrainedConfig:
-    """A small configuration. Dotted keys of `overrides` reach into sub-configurations (`text_config.hidden_size`)."""
+    """A small configuration. Dotted keys of `overrides` are for sub-configurations (`text_config.hidden_size`)."""
     return config_class(**_tiny(config_class(), overrides))
 
 
 def _attends_to_latents(default: PreTrainedConfig) -> bool:
-    """Latent attention expands its keys to all heads: the two counts of heads must agree."""
+    """Whether it has multi-head latent attention, which needs equal numbers of query and key heads."""
     return "kv_lora_rank" in {field.name for field in dataclasses.fields(default)}
 
 
@@ -133,7 +133,7 @@ def _tiny(default: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[str, 
     for field in dataclasses.fields(default):
         name, value = field.name, getattr(default, field.name, None)
         if isinstance(value, PreTrainedConfig):
-            inner = {key.partition(".")[2]: wanted for key, wanted in overrides.items() if key.startswith(f"{name}.")}
+            inner = {key.partition(".")[2]: item for key, item in overrides.items() if key.startswith(f"{name}.")}
             values[name] = {"model_type": value.model_type, **_tiny(value, inner)}
         elif name in PER_LAYER:
             values[name] = None
@@ -144,4 +144,4 @@ def _tiny(default: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[str, 
             values[name] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}.get(name, special)
     if _attends_to_latents(default):
         values["num_key_value_heads"] = SIZES["num_attention_heads"]
-    return values | {key: wanted for key, wanted in overrides.items() if "." not in key}
+    return values | {key: value for key, value in overrides.items() if "." not in key}

@@ -1,4 +1,4 @@
-"""Every family that transformers ships answers exactly as it does unoffloaded, or is refused in one line."""
+"""Every family that transformers ships gives exactly its eager answers when offloaded, or a one-line error."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_family_is_exact_or_refused_as_documented(family: str, dtype: torch.dtyp
     assert "\n" not in verdict.why
     if rows.version == transformers.__version__:
         assert rows.status[family] == verdict.status, (
-            f"{family} is {verdict.status}; write {PAGE.name} anew: {verdict.why}"
+            f"{family} is {verdict.status}; run python -m tests.families.page to update {PAGE.name}: {verdict.why}"
         )
 
 

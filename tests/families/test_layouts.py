@@ -1,4 +1,4 @@
-"""Checkpoints as publishers lay them out, where that is not what `save_pretrained` writes."""
+"""Checkpoint layouts that are published but not written by `save_pretrained`."""
 
 from collections.abc import Callable
 from itertools import permutations
@@ -20,7 +20,7 @@ Tensors = dict[str, Tensor]
 
 
 def rewrite(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
-    """Put all tensors of a checkpoint, changed, into one file."""
+    """Writes all tensors of a checkpoint, changed, into one file."""
     tensors: Tensors = {}
     for path in folder.glob("*.safetensors"):
         tensors |= load_file(path)
@@ -30,7 +30,7 @@ def rewrite(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
 
 
 def saved(family: str, dtype: torch.dtype, folder: Path, **options: Any) -> type[PreTrainedModel]:
-    """A tiny model in `folder`, in several files."""
+    """Saves a tiny model to `folder`, in several files."""
     if family not in FAMILIES:
         pytest.skip(f"{family} came after transformers {transformers.__version__}")
     model = build(family, dtype)
@@ -47,14 +47,14 @@ def test_experts_stacked_under_their_own_names(family: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("stored", "wanted"), [*permutations((torch.float32, torch.bfloat16, torch.float16), 2)], ids=str
+    ("stored", "computed"), [*permutations((torch.float32, torch.bfloat16, torch.float16), 2)], ids=str
 )
 @pytest.mark.parametrize("family", ["gpt_oss", "inkling2", "mixtral", "nemotron_h"])
 def test_checkpoint_stored_in_another_type(
-    family: str, stored: torch.dtype, wanted: torch.dtype, tmp_path: Path
+    family: str, stored: torch.dtype, computed: torch.dtype, tmp_path: Path
 ) -> None:
     kind = saved(family, stored, tmp_path)
-    verdict = compare(kind, tmp_path, wanted)
+    verdict = compare(kind, tmp_path, computed)
     assert verdict.status == "exact", verdict.why
 
 

@@ -1,7 +1,7 @@
-"""A device whose streams run late, at random, and which tells of every access that nothing puts in order.
+"""A simulated device: streams with random delays, and a race detector for slots.
 
-Each stream is a thread that sleeps before what it does. Beside that, vector clocks follow what is known to be over
-where: an access is a race if the events do not order it, even where it went well this time.
+Each stream is a thread that sleeps at random before its work. Vector clocks follow which copies and kernels are known
+to be over on the host and on each stream: an access that events do not order is a race, even if it went well this time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class Clock(NamedTuple):
-    """How many copies and kernels are known to be over."""
+    """A vector clock: numbers of copies and kernels that are known to be over."""
 
     copies: int = 0
     kernels: int = 0
@@ -45,7 +45,7 @@ class SimulatedEvent:
         return self.fired.is_set()
 
     def wait(self) -> None:
-        assert self.fired.wait(20), "an event that never comes"
+        assert self.fired.wait(20), "the event never fired"
         self._device.host_saw(self)
 
     def since_s(self, earlier: SimulatedEvent) -> float:
@@ -66,7 +66,7 @@ class Stream:
     def close(self) -> None:
         self._work.put(None)
         self._thread.join(20)
-        assert not self._thread.is_alive(), "a stream that never ends"
+        assert not self._thread.is_alive(), "the stream never ended"
 
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
@@ -76,7 +76,7 @@ class Stream:
 
 
 class SimulatedDevice:
-    """A `Device`. `launch` is a kernel that reads a slot; `faults` are the races, and what kernels found wrong."""
+    """A `Device`. `launch` runs a kernel that reads a slot; `faults` are races, and checks of kernels that failed."""
 
     def __init__(self, seed: int, slot_bytes: int, longest_s: float = 0.0005) -> None:
         self.torch_device = torch.device("cpu")
@@ -87,8 +87,8 @@ class SimulatedDevice:
         self._copies = Stream(seed, longest_s)
         self._kernels = Stream(seed + 1, longest_s)
         self._base = 0
-        self._written: dict[int, int] = {}  # by slot, the last copy into it
-        self._read: defaultdict[int, list[int]] = defaultdict(list)  # by slot, kernels since
+        self._written: dict[int, int] = {}  # by slot: the last copy into it
+        self._read: defaultdict[int, list[int]] = defaultdict(list)  # by slot: kernels since then
 
     def available_bytes(self) -> int:
         return 1 << 40
@@ -126,13 +126,13 @@ class SimulatedDevice:
 
         self._kernels.put(run)
 
-    def mark_copies(self) -> SimulatedEvent:
+    def record_copies(self) -> SimulatedEvent:
         with self._lock:
             event = SimulatedEvent(self, self._copying.after(self._host))
             self._copies.put(event.fire)
             return event
 
-    def mark_compute(self) -> SimulatedEvent:
+    def record_compute(self) -> SimulatedEvent:
         with self._lock:
             event = SimulatedEvent(self, self._computing.after(self._host))
             self._kernels.put(event.fire)
@@ -149,7 +149,7 @@ class SimulatedDevice:
             self._kernels.put(lambda: event.fired.wait(20))
 
     def read_back(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        self.mark_compute().wait()
+        self.record_compute().wait()
         return list(tensors)
 
     def upload(self, tensor: Tensor) -> Tensor:

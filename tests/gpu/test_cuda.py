@@ -1,4 +1,7 @@
-"""On a real GPU: the answers are those of the whole model on it, whatever is resident and however late copies are."""
+"""On a real GPU, output equals the full model's, whatever is resident and however late copies are.
+
+Run with `FINEMOE_TEST_GPU=1 pytest -m gpu tests/gpu`; skipped without a CUDA device.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from finemoe.errors import BudgetError
 from finemoe.gpu.device import CudaDevice
 from tests.tiny import Make, eager, prompt
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and FINEMOE_TEST_GPU=1"),
+]
 CASES = [("mixtral", "float32"), ("mixtral", "bfloat16"), ("gpt_oss", "bfloat16"), ("nemotron_h", "bfloat16")]
 
 
@@ -35,44 +41,44 @@ def answer(model: Any, new_tokens: int = 12) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 @pytest.mark.parametrize("memory", ["50%", "all"])
-def test_eager_answers_are_those_of_the_whole_model(tiny: Make, case: tuple[str, str], memory: str) -> None:
+def test_eager_output_equals_the_full_models(tiny: Make, case: tuple[str, str], memory: str) -> None:
     folder = tiny(*case)
-    whole = eager(folder).cuda()
+    full = eager(folder).cuda()
     with finemoe.load(folder, device="cuda", expert_memory=memory, expert_kernel="eager", verify=True) as model:
         for batch in (1, 2, 3):
-            assert torch.equal(logits(model, batch), logits(whole, batch))
-        assert torch.equal(answer(model), answer(whole))
+            assert torch.equal(logits(model, batch), logits(full, batch))
+        assert torch.equal(answer(model), answer(full))
         model.finemoe.check_integrity()
 
 
-def test_grouped_answers_are_those_of_the_whole_model(tiny: Make) -> None:
+def test_grouped_output_equals_the_full_models(tiny: Make) -> None:
     folder = tiny("mixtral", "bfloat16")
-    whole = eager(folder).cuda()
-    whole.set_experts_implementation("grouped_mm")
+    full = eager(folder).cuda()
+    full.set_experts_implementation("grouped_mm")
     with finemoe.load(folder, device="cuda", expert_memory="60%", expert_kernel="grouped_mm") as model:
         for batch in (1, 2, 3):
-            assert torch.equal(logits(model, batch), logits(whole, batch))
+            assert torch.equal(logits(model, batch), logits(full, batch))
 
 
 @pytest.mark.parametrize("kernel", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("policy", ["lru", "finemoe", "mixtral-offloading"])
-def test_answers_do_not_depend_on_what_is_resident(tiny: Make, kernel: str, policy: str) -> None:
+def test_output_does_not_depend_on_residency(tiny: Make, kernel: str, policy: str) -> None:
     folder = tiny("mixtral", "bfloat16")
     options: Any = {"device": "cuda", "expert_kernel": kernel, "policy": policy}
     with finemoe.load(folder, expert_memory="all", **options) as model:
         expected = [logits(model, batch) for batch in (1, 2, 3)]
     with finemoe.load(folder, expert_memory="45%", host_memory="60%", **options) as model:
-        draw = random.Random(0)
+        generator = random.Random(0)
         for _ in range(30):
-            batch = draw.randrange(3)
-            if draw.random() < 0.2:
+            batch = generator.randrange(3)
+            if generator.random() < 0.2:
                 model.finemoe.evict_all()
             assert torch.equal(logits(model, batch + 1), expected[batch])
         model.finemoe.check_integrity()
         assert model.finemoe.stats().stall_s >= 0
 
 
-def test_copies_and_kernels_wait_for_each_other() -> None:
+def test_events_order_copies_and_kernels() -> None:
     device = CudaDevice(0)
     size = 1 << 24
     host = torch.zeros(8 * size, dtype=torch.uint8)
@@ -84,18 +90,18 @@ def test_copies_and_kernels_wait_for_each_other() -> None:
         slot = device.allocate(size)
         busy = torch.randn(4096, 4096, device="cuda")
         sums = []
-        used = device.mark_compute()
+        used = device.record_compute()
         for step in range(40):
             device.copies_wait(used)
             device.copy(slot, parts[step % 8])
-            device.compute_wait(device.mark_copies())
+            device.compute_wait(device.record_copies())
             if step % 3 == 0:
                 busy = (busy @ busy).clamp_(-1, 1)  # the compute stream falls behind
             sums.append(slot.to(torch.int64).sum())
-            used = device.mark_compute()
+            used = device.record_compute()
         read = device.read_back([torch.stack(sums)])[0]
         assert read.tolist() == [step % 8 * size for step in range(40)]
-        later, earlier = device.mark_copies(), used
+        later, earlier = device.record_copies(), used
         later.wait()
         earlier.wait()
         assert later.done()
@@ -105,13 +111,13 @@ def test_copies_and_kernels_wait_for_each_other() -> None:
         device.unpin(host)
 
 
-def test_what_does_not_fit_is_refused_in_one_line(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_beyond_the_memory_is_refused_in_one_line(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CudaDevice, "available_bytes", lambda _: 1 << 10)
     with pytest.raises(BudgetError, match=r"--expert-memory: .* do not fit on cuda:0"):
         finemoe.load(tiny("mixtral"), device="cuda", expert_memory="50%")
 
 
-def test_closing_gives_the_memory_back(tiny: Make) -> None:
+def test_close_frees_the_memory(tiny: Make) -> None:
     gc.collect()
     before = torch.cuda.memory_allocated()
     model = finemoe.load(tiny("mixtral"), device="cuda", expert_memory="50%")
@@ -123,15 +129,15 @@ def test_closing_gives_the_memory_back(tiny: Make) -> None:
     assert torch.cuda.memory_allocated() <= before + (1 << 20)
 
 
-def test_devices_that_are_not_there_are_refused(tiny: Make) -> None:
+def test_missing_devices_are_refused(tiny: Make) -> None:
     with pytest.raises(finemoe.FinemoeError, match="there is no cuda:63"):
         finemoe.load(tiny("mixtral"), device="cuda:63")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_answer_as_one(tiny: Make) -> None:
+def test_two_gpus_give_the_output_of_one(tiny: Make) -> None:
     folder: Path = tiny("mixtral", "bfloat16")
-    whole = eager(folder).cuda()
+    full = eager(folder).cuda()
     with finemoe.load(folder, device="cuda:0,cuda:1", expert_memory="60%", expert_kernel="eager") as model:
-        assert torch.equal(logits(model, 2), logits(whole, 2))
-        assert torch.equal(answer(model), answer(whole))
+        assert torch.equal(logits(model, 2), logits(full, 2))
+        assert torch.equal(answer(model), answer(full))

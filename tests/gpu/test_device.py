@@ -1,4 +1,4 @@
-"""What `--device` may say, and what goes with it."""
+"""Values of `--device`, and settings that need or exclude a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from finemoe.bench.config import BenchConfig
 from finemoe.config import LoadConfig
 from finemoe.errors import ConfigError
-from finemoe.gpu.device import names_devices, open_devices
+from finemoe.gpu.device import cuda_indices, open_devices
 
 
 @pytest.fixture
@@ -21,11 +21,11 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize(
-    ("device", "named"),
+    ("device", "indices"),
     [("cpu", ()), ("auto", (0,)), ("cuda", (0,)), ("cuda:1", (1,)), ("cuda:1,cuda:0", (1, 0))],
 )
-def test_devices_are_found_by_name(device: str, named: tuple[int, ...]) -> None:
-    assert names_devices(device) == named
+def test_devices_are_found_by_name(device: str, indices: tuple[int, ...]) -> None:
+    assert cuda_indices(device) == indices
 
 
 def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +38,7 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused(monkeypatch: pytest.M
 @pytest.mark.usefixtures("two_gpus")
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="--device: there is no cuda:2; this machine has 2, from cuda:0 on"):
-        names_devices("cuda:0,cuda:2")
+        cuda_indices("cuda:0,cuda:2")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         ({"expert_kernel": "fast"}, "--expert-kernel: 'fast' is not one of auto, eager, grouped_mm"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_exclude_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LoadConfig(**settings)
 

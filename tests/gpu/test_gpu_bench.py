@@ -1,4 +1,4 @@
-"""The GPU benchmark runs from end to end, at tiny sizes on the CPU."""
+"""`scripts/gpu_bench.py` end to end, at tiny sizes on the CPU."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_dry_run_measures_every_row_under_the_same_routing(tmp_path: Path) -> 
     assert not (tmp_path / "models" / "tiny").exists()
 
 
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+def test_without_a_gpu_it_is_refused(tmp_path: Path) -> None:
     done = run(str(tmp_path / "bench.json"))
     assert done.returncode == 2
     assert "torch finds no CUDA device here; --dry-run tries the script without one" in done.stderr

@@ -1,4 +1,4 @@
-"""The way to a GPU, from the files to the answer, with devices that are the CPU: the same code, the same bits."""
+"""Models on devices, end to end, with `CpuDevice`s: the same code as on GPUs, and the same bits as the full model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Load = Callable[..., Any]
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    """`finemoe.load` on `cuda` devices that are the CPU."""
+    """`finemoe.load` with `CpuDevice`s in place of `cuda` ones."""
 
     def opened(device: str) -> list[CpuDevice]:
         return [CpuDevice() for _ in device.split(",")] if device.startswith("cuda") else []
@@ -37,13 +37,13 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Load:
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 @pytest.mark.parametrize("device", ["cuda", "cuda:0,cuda:1,cuda:2"])
-def test_answers_are_those_of_the_whole_model(load: Load, tiny: Make, case: tuple[str, str], device: str) -> None:
+def test_output_equals_the_full_models(load: Load, tiny: Make, case: tuple[str, str], device: str) -> None:
     folder = tiny(*case)
-    whole = eager(folder)
+    full = eager(folder)
     with load(folder, device, expert_memory="60%", expert_kernel="eager") as model:
         for _ in range(2):
-            assert torch.equal(logits(model, batch=2), logits(whole, batch=2))
-            assert torch.equal(answer(model), answer(whole))
+            assert torch.equal(logits(model, batch=2), logits(full, batch=2))
+            assert torch.equal(answer(model), answer(full))
         model.finemoe.check_integrity()
         stats = model.finemoe.stats()
     assert stats.expert_kernel == "eager"
@@ -62,14 +62,14 @@ def test_policies_prefetch_over_the_link(load: Load, tiny: Make, policy: str) ->
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_grouped_matmuls_are_those_of_the_whole_model(load: Load, tiny: Make, case: tuple[str, str]) -> None:
+def test_grouped_output_equals_the_full_models(load: Load, tiny: Make, case: tuple[str, str]) -> None:
     folder = tiny(*case)
-    whole = eager(folder)
-    whole.set_experts_implementation("grouped_mm")
+    full = eager(folder)
+    full.set_experts_implementation("grouped_mm")
     with load(folder, expert_memory="60%", expert_kernel="grouped_mm") as model:
         assert model.finemoe.stats().expert_kernel == "grouped_mm"
         for _ in range(2):
-            assert torch.equal(logits(model, batch=2), logits(whole, batch=2))
+            assert torch.equal(logits(model, batch=2), logits(full, batch=2))
 
 
 def test_the_host_tier_may_be_smaller_than_the_model(load: Load, tiny: Make) -> None:
@@ -82,7 +82,7 @@ def test_the_host_tier_may_be_smaller_than_the_model(load: Load, tiny: Make) -> 
     assert stats.disk_bytes > stats.expert_bytes  # what was dropped was read again
 
 
-def test_another_dtype_is_converted_on_the_way(load: Load, tiny: Make) -> None:
+def test_another_dtype_is_converted_in_the_host_tier(load: Load, tiny: Make) -> None:
     folder = tiny("mixtral", "float32")
     with load(folder, expert_memory="60%", dtype="bfloat16", expert_kernel="eager") as model:
         assert torch.equal(logits(model, batch=2), logits(eager(folder, "bfloat16"), batch=2))
@@ -91,7 +91,7 @@ def test_another_dtype_is_converted_on_the_way(load: Load, tiny: Make) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["eager", "grouped_mm"])
-def test_answers_do_not_depend_on_the_budget(load: Load, tiny: Make, kernel: str) -> None:
+def test_output_does_not_depend_on_the_budget(load: Load, tiny: Make, kernel: str) -> None:
     folder = tiny("mixtral", "bfloat16")
     with load(folder, expert_memory="all", expert_kernel=kernel) as model:
         expected = logits(model, batch=3)
@@ -101,14 +101,14 @@ def test_answers_do_not_depend_on_the_budget(load: Load, tiny: Make, kernel: str
             assert torch.equal(logits(model, batch=3), expected)
 
 
-def test_a_model_that_is_closed_frees_its_threads(load: Load, tiny: Make) -> None:
+def test_close_ends_all_threads(load: Load, tiny: Make) -> None:
     before = {thread.name for thread in threading.enumerate()}
     model = load(tiny("mixtral"), expert_memory="60%")
-    assert {"finemoe-link-0", "finemoe-stage"} <= {thread.name for thread in threading.enumerate()}
+    assert {"finemoe-copy-0", "finemoe-host-tier"} <= {thread.name for thread in threading.enumerate()}
     model.close()
     model.close()
     left = {thread.name for thread in threading.enumerate()} - before
-    assert not any(name.startswith(("finemoe-link", "finemoe-stage", "finemoe-reader")) for name in left)
+    assert not any(name.startswith(("finemoe-copy-0", "finemoe-host-tier", "finemoe-reader")) for name in left)
 
 
 @pytest.mark.parametrize(
@@ -119,12 +119,12 @@ def test_a_model_that_is_closed_frees_its_threads(load: Load, tiny: Make) -> Non
         ({"link_bandwidth": "1GB"}, "--link-bandwidth: is for experiments on the CPU; give --device cpu too"),
     ],
 )
-def test_what_can_not_be_is_refused(load: Load, tiny: Make, options: dict[str, Any], message: str) -> None:
+def test_impossible_settings_are_refused(load: Load, tiny: Make, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(tiny("mixtral"), **options)
 
 
-def test_a_device_without_room_is_refused(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_enough_memory_is_refused(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("finemoe.model.load")
     monkeypatch.setattr(module, "open_devices", lambda _: [CpuDevice(memory_bytes=1 << 10)])
     with pytest.raises(BudgetError, match=r"--expert-memory: .* do not fit on cpu, where 1.0 KiB are available"):
@@ -141,39 +141,39 @@ def test_memory_that_can_not_be_pinned_is_refused(load: Load, tiny: Make, monkey
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "jamba", "phimoe", "qwen3_next"])
-def test_families_of_every_layout_answer_as_on_the_cpu(load: Load, tiny: Make, family: str) -> None:
+def test_output_of_every_layout_equals_the_full_models(load: Load, tiny: Make, family: str) -> None:
     folder = tiny(family)
     with load(folder, expert_memory="60%", expert_kernel="eager") as model:
         assert torch.equal(logits(model, batch=2), logits(eager(folder), batch=2))
 
 
-def never_the_first_expert(tensors: dict[str, torch.Tensor]) -> None:
-    """No token is routed to expert 0: its gate says what the least likely ones say, whatever the hidden state."""
+def never_route_to_the_first_expert(tensors: dict[str, torch.Tensor]) -> None:
+    """Sets expert 0's gate weights so that no token is routed to it."""
     for name, tensor in tensors.items():
         if name.endswith("gate.weight"):
             tensor[0] = -tensor[1:].sum(0)
 
 
 @pytest.mark.parametrize("policy", ["lru", "finemoe"])
-def test_once_all_experts_are_there_nothing_is_read_back(
+def test_nothing_is_read_back_once_all_experts_are_resident(
     load: Load, tiny: Make, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = edited(tiny("mixtral", "bfloat16"), tmp_path, never_the_first_expert)
-    whole = eager(folder)
-    whole.set_experts_implementation("grouped_mm")
-    expected = [logits(whole, batch=batch) for batch in (1, 2, 3)]
+    folder = edited(tiny("mixtral", "bfloat16"), tmp_path, never_route_to_the_first_expert)
+    full = eager(folder)
+    full.set_experts_implementation("grouped_mm")
+    expected = [logits(full, batch=batch) for batch in (1, 2, 3)]
     with load(folder, expert_memory="all", policy=policy) as model:
-        for _ in range(2):  # emptied in between
+        for _ in range(2):  # with an empty pool each
             for _ in range(1000):
-                for batch, right in zip((1, 2, 3), expected, strict=True):
-                    assert torch.equal(logits(model, batch=batch), right)
+                for batch, expected_logits in zip((1, 2, 3), expected, strict=True):
+                    assert torch.equal(logits(model, batch=batch), expected_logits)
                 if model.finemoe.stats().resident == model.finemoe.stats().experts:
-                    break  # the idle link has brought in what no token needed
+                    break  # the idle link has loaded what no token needed
             model.finemoe.reset_stats()
             with monkeypatch.context() as patched:
                 patched.setattr(CpuDevice, "read_back", None)
-                for batch, right in zip((1, 2, 3), expected, strict=True):
-                    assert torch.equal(logits(model, batch=batch), right)
+                for batch, expected_logits in zip((1, 2, 3), expected, strict=True):
+                    assert torch.equal(logits(model, batch=batch), expected_logits)
             stats = model.finemoe.stats()
             assert (stats.hit_rate, stats.misses) == (1, 0)
             assert stats.hits > stats.layers
@@ -181,12 +181,12 @@ def test_once_all_experts_are_there_nothing_is_read_back(
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0,cuda:1"])
-def test_modules_that_only_run_by_their_own_forward_do(
+def test_a_module_without_an_accumulator_runs_by_its_own_forward(
     load: Load, tiny: Make, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("finemoe.model.loader"), "choose_path", lambda *_: None)
+    monkeypatch.setattr(importlib.import_module("finemoe.model.loader"), "choose_accumulator", lambda *_: None)
     folder = tiny("mixtral", "bfloat16")
-    if "," in device:  # a module's own forward has all of its experts on one device
+    if "," in device:  # a module's own forward needs all experts on one device
         with pytest.raises(ConfigError, match="--device: this model's experts run by their own code, on one device"):
             load(folder, device)
         return
@@ -195,15 +195,13 @@ def test_modules_that_only_run_by_their_own_forward_do(
         assert torch.equal(answer(model), answer(eager(folder)))
 
 
-def test_experts_that_are_counted_one_by_one_are_read_back(
-    load: Load, tiny: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_counting_every_expert_needs_the_routing(load: Load, tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(tiny("mixtral", "bfloat16"), expert_memory="all") as model:
         for _ in range(1000):
             logits(model)
             if model.finemoe.stats().resident == model.finemoe.stats().experts:
                 break
-        model.finemoe._engine.cache_manager.watch()
+        model.finemoe._engine.cache_manager.enable_expert_counts()
         monkeypatch.setattr(CpuDevice, "read_back", None)
         with pytest.raises(TypeError):
             logits(model)

@@ -1,4 +1,4 @@
-"""A tiny chat model, whole and offloaded, shared by tests that do not break it."""
+"""A tiny chat model, eager and offloaded, shared by tests that leave it intact."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(chat_folder: Path) -> Any:
+def eager_model(chat_folder: Path) -> Any:
     return eager(chat_folder)
 
 
 @pytest.fixture(scope="module")
 def shared(chat_folder: Path) -> Iterator[Any]:
-    with finemoe.load(chat_folder, expert_memory="40%", policy="lfru") as model:  # on demand: nothing moves by itself
+    with finemoe.load(chat_folder, expert_memory="40%", policy="lfru") as model:  # on demand: no prefetches
         yield model
 
 
 @pytest.fixture
 def offloaded(shared: Any) -> Iterator[Any]:
-    """Starts with an empty pool, and must leave it sound."""
+    """Starts with an empty pool; afterwards its bookkeeping must be consistent."""
     shared.finemoe.evict_all()
     shared.finemoe.reset_stats()
     yield shared

@@ -1,4 +1,4 @@
-"""`model.finemoe.experts()`: every expert's place and counts, all of one moment."""
+"""`model.finemoe.experts()`: a consistent snapshot of every expert's state and counts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finemoe.metrics import ABSENT, IN_USE, RESIDENT
 from tests.tiny import Make, answer, eager
 
 
-def test_counts_and_places_are_those_of_the_stats(offloaded: Any) -> None:
+def test_counts_and_states_agree_with_the_stats(offloaded: Any) -> None:
     offloaded.finemoe.watch()
     answer(offloaded, new_tokens=8)
     stats, experts = offloaded.finemoe.stats(), offloaded.finemoe.experts()
@@ -26,7 +26,7 @@ def test_counts_and_places_are_those_of_the_stats(offloaded: Any) -> None:
     assert not experts.pinned.any()
 
 
-def test_layers_alike_share_what_they_make_of_a_slot(offloaded: Any) -> None:
+def test_equal_layers_share_views_of_slots(offloaded: Any) -> None:
     answer(offloaded, new_tokens=8)
     layers = offloaded.finemoe._layers
     assert all(layer._views is layers[0]._views for layer in layers)
@@ -34,14 +34,14 @@ def test_layers_alike_share_what_they_make_of_a_slot(offloaded: Any) -> None:
     assert 0 < len(layers[0]._views) <= offloaded.finemoe.stats().slots * len(places)
 
 
-def test_what_the_layer_under_way_uses_is_in_use(offloaded: Any) -> None:
+def test_experts_of_the_running_layer_are_in_use(offloaded: Any) -> None:
     offloaded.finemoe.watch()
-    seen = []
-    inside = offloaded.finemoe._engine.serve
+    snapshots = []
+    original = offloaded.finemoe._engine.serve
 
     def serve(event: Any) -> Any:
-        for item in inside(event):
-            seen.append((event.layer, item[0], offloaded.finemoe.experts()))
+        for item in original(event):
+            snapshots.append((event.layer, item[0], offloaded.finemoe.experts()))
             yield item
 
     offloaded.finemoe._engine.serve = serve
@@ -49,13 +49,13 @@ def test_what_the_layer_under_way_uses_is_in_use(offloaded: Any) -> None:
         answer(offloaded, new_tokens=2)
     finally:
         del offloaded.finemoe._engine.serve
-    assert seen
-    for at, expert, experts in seen:
-        assert experts.state[at, expert] == IN_USE
-        assert experts.pinned[at].any() and experts.pinned.sum() == experts.pinned[at].sum()
+    assert snapshots
+    for layer, expert, experts in snapshots:
+        assert experts.state[layer, expert] == IN_USE
+        assert experts.pinned[layer].any() and experts.pinned.sum() == experts.pinned[layer].sum()
 
 
-def test_an_emptied_pool_is_absent_and_a_reset_counts_anew(offloaded: Any) -> None:
+def test_experts_are_absent_after_evict_all_and_counts_are_zero_after_a_reset(offloaded: Any) -> None:
     offloaded.finemoe.watch()
     answer(offloaded)
     offloaded.finemoe.reset_stats()
@@ -71,7 +71,7 @@ def test_a_snapshot_does_not_change_afterwards(offloaded: Any) -> None:
     assert not before.state.any() and not before.misses.any()
 
 
-def test_what_was_not_asked_for_is_not_counted(tiny: Make) -> None:
+def test_nothing_is_counted_before_watch(tiny: Make) -> None:
     with finemoe.load(tiny()) as model:
         answer(model)
         with pytest.raises(ConfigError, match="call watch"):
@@ -79,26 +79,26 @@ def test_what_was_not_asked_for_is_not_counted(tiny: Make) -> None:
         assert model.finemoe._engine.cache_manager.expert_counts is None
 
 
-def test_snapshots_taken_all_the_while_change_no_answer(tiny: Make) -> None:
+def test_concurrent_snapshots_change_no_answer(tiny: Make) -> None:
     folder: Path = tiny()
     with finemoe.load(folder, expert_memory="50%", policy="finemoe", io="buffered") as model:
         model.finemoe.watch()
-        done, broken = threading.Event(), []
+        done, inconsistent = threading.Event(), []
 
-        def look() -> None:
+        def take_snapshots() -> None:
             while not done.is_set():
                 experts = model.finemoe.experts()
                 accesses = experts.hits.sum() + experts.late.sum() + experts.misses.sum()
                 if (experts.state != ABSENT).sum() > model.finemoe.stats().slots or accesses < 0:
-                    broken.append(experts)
+                    inconsistent.append(experts)
 
-        looking = threading.Thread(target=look)
-        looking.start()
+        thread = threading.Thread(target=take_snapshots)
+        thread.start()
         try:
             found = answer(model, new_tokens=12)
         finally:
             done.set()
-            looking.join()
-        assert not broken
+            thread.join()
+        assert not inconsistent
         assert found.tolist() == answer(eager(folder), new_tokens=12).tolist()
         model.finemoe.check_integrity()

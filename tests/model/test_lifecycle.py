@@ -1,4 +1,4 @@
-"""From load to close, and what is refused on the way."""
+"""Loading and closing, and the errors of loading."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from finemoe.store import slot_pool as pool
 from tests.tiny import Make, answer, configured, eager, experts_modules, logits
 
 
-def readers() -> int:
+def reader_threads() -> int:
     return sum(thread.name.startswith("finemoe-reader") for thread in threading.enumerate())
 
 
 def refused(error: type[FinemoeError], *arguments: Any, **options: Any) -> str:
-    """The one line with which a load is refused; whatever it had taken is given back."""
-    before = readers()
+    """The one-line message of a load that must fail; checks that it frees everything."""
+    before = reader_threads()
     original = modeling_utils.convert_and_load_state_dict_in_model
     with pytest.raises(error) as caught:
         finemoe.load(*arguments, **options)
-    assert readers() == before
+    assert reader_threads() == before
     assert modeling_utils.convert_and_load_state_dict_in_model is original
     message = str(caught.value)
     assert "\n" not in message
     return message
 
 
-def test_a_loaded_model_is_still_its_own_class(chat_folder: Path) -> None:
+def test_a_loaded_model_is_an_instance_of_its_transformers_class(chat_folder: Path) -> None:
     with finemoe.load(chat_folder) as model:
         assert isinstance(model, MixtralForCausalLM)
         assert type(model).__name__ == "MixtralForCausalLM"
@@ -47,7 +47,7 @@ def test_a_loaded_model_is_still_its_own_class(chat_folder: Path) -> None:
         assert "MixtralExperts" in repr(model)
 
 
-def test_the_experts_are_not_parameters_any_more(chat_folder: Path) -> None:
+def test_expert_weights_are_no_parameters(chat_folder: Path) -> None:
     with finemoe.load(chat_folder) as model:
         assert not [name for name, _ in model.named_parameters() if "gate_up_proj" in name]
         for module in experts_modules(model):
@@ -56,33 +56,33 @@ def test_the_experts_are_not_parameters_any_more(chat_folder: Path) -> None:
 
 
 def test_close_frees_threads_and_files_and_refuses_further_use_in_one_line(chat_folder: Path) -> None:
-    before = readers()
+    before = reader_threads()
     model = finemoe.load(chat_folder, reader_threads=3)
-    assert readers() == before + 3
+    assert reader_threads() == before + 3
     model.close()
     model.close()
-    assert readers() == before
+    assert reader_threads() == before
     with pytest.raises(FinemoeError, match=r"^this model was closed: .*load it again$"):
         answer(model)
     assert model.finemoe.stats().accesses == 0
 
 
-def test_a_with_block_closes_even_when_it_is_left_by_an_error(chat_folder: Path) -> None:
-    before = readers()
-    with pytest.raises(RuntimeError, match="on the way"), finemoe.load(chat_folder):
-        raise RuntimeError("on the way")
-    assert readers() == before
+def test_a_with_block_closes_after_an_error(chat_folder: Path) -> None:
+    before = reader_threads()
+    with pytest.raises(RuntimeError, match="in the block"), finemoe.load(chat_folder):
+        raise RuntimeError("in the block")
+    assert reader_threads() == before
 
 
-def test_a_model_that_nobody_holds_frees_its_threads(chat_folder: Path) -> None:
-    before = readers()
+def test_an_unreferenced_model_frees_its_threads(chat_folder: Path) -> None:
+    before = reader_threads()
     model = finemoe.load(chat_folder)
     answer(model)
-    gone = weakref.ref(model)
+    reference = weakref.ref(model)
     del model
     gc.collect()
-    assert gone() is None
-    assert readers() == before
+    assert reference() is None
+    assert reader_threads() == before
 
 
 def test_close_waits_for_a_running_layer_and_ends_the_generation(chat_folder: Path) -> None:
@@ -93,7 +93,7 @@ def test_close_waits_for_a_running_layer_and_ends_the_generation(chat_folder: Pa
     def generate() -> None:
         try:
             model.generate(torch.ones(1, 1, dtype=torch.long), max_new_tokens=400, eos_token_id=None, pad_token_id=0)
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it is looked at below
+        except BaseException as error:  # noqa: BLE001 - its type is checked below
             outcome.append(error)
         else:
             outcome.append(None)
@@ -101,11 +101,11 @@ def test_close_waits_for_a_running_layer_and_ends_the_generation(chat_folder: Pa
     layer = experts_modules(model)[0].finemoe_layer
     run = layer.run
 
-    def noted(*arguments: Any) -> Any:
+    def signalled(*arguments: Any) -> Any:
         started.set()
         return run(*arguments)
 
-    layer.run = noted
+    layer.run = signalled
     thread = threading.Thread(target=generate, daemon=True)
     thread.start()
     assert started.wait(60)
@@ -115,7 +115,7 @@ def test_close_waits_for_a_running_layer_and_ends_the_generation(chat_folder: Pa
     assert isinstance(outcome[0], FinemoeError), outcome
 
 
-def test_saving_is_refused_with_a_way_out(chat_folder: Path, tmp_path: Path) -> None:
+def test_saving_is_refused_with_an_alternative(chat_folder: Path, tmp_path: Path) -> None:
     with finemoe.load(chat_folder) as model:
         with pytest.raises(FinemoeError, match=r"^an offloaded model can't be saved.*load it with transformers"):
             model.save_pretrained(tmp_path)
@@ -139,7 +139,7 @@ def test_experts_outside_the_registry_are_refused(tiny: Make, family: str) -> No
     assert "are not covered by transformers' experts registry" in refused(UnsupportedModelError, tiny(family))
 
 
-def test_an_unknown_model_type_is_refused_with_transformers_version(chat_folder: Path, tmp_path: Path) -> None:
+def test_an_unknown_model_type_is_refused_with_the_version_of_transformers(chat_folder: Path, tmp_path: Path) -> None:
     folder = configured(chat_folder, tmp_path, model_type="not_yet_made")
     message = refused(CheckpointError, folder)
     assert f"{folder / 'config.json'}: transformers 5." in message
@@ -147,7 +147,7 @@ def test_an_unknown_model_type_is_refused_with_transformers_version(chat_folder:
 
 
 @pytest.mark.parametrize("model_type", [None, [], {}, 7])
-def test_a_model_type_that_is_no_name_is_refused(chat_folder: Path, tmp_path: Path, model_type: object) -> None:
+def test_an_invalid_model_type_is_refused(chat_folder: Path, tmp_path: Path, model_type: object) -> None:
     folder = configured(chat_folder, tmp_path, model_type=model_type)
     assert "config.json" in refused(CheckpointError, folder)
 
@@ -170,9 +170,7 @@ def test_a_damaged_config_is_named(chat_folder: Path, tmp_path: Path, content: s
     "changes",
     [{"hidden_size": "wide"}, {"num_attention_heads": 0}, {"num_hidden_layers": -1}, {"num_experts_per_tok": 99}],
 )
-def test_a_config_that_contradicts_itself_or_the_weights_is_refused(
-    chat_folder: Path, tmp_path: Path, changes: dict[str, object]
-) -> None:
+def test_an_inconsistent_config_is_refused(chat_folder: Path, tmp_path: Path, changes: dict[str, object]) -> None:
     refused(FinemoeError, configured(chat_folder, tmp_path, **changes))
 
 
@@ -197,7 +195,7 @@ def test_a_budget_below_the_minimum_is_refused_and_the_minimum_works(chat_folder
     assert message.startswith(f"--expert-memory: {expert_memory} holds ")
     least = message.partition("for one step: ")[2].split()[0]
     with finemoe.load(chat_folder, expert_memory=least) as model:
-        assert model.finemoe.stats().slots == 4  # three active, one in flight
+        assert model.finemoe.stats().slots == 4  # three active experts, one in flight
         assert torch.equal(answer(model), answer(eager(chat_folder)))
     assert refused(BudgetError, chat_folder, expert_memory=str(int(least) - 1)).startswith("--expert-memory: ")
 
@@ -208,32 +206,32 @@ def test_a_budget_beyond_the_machine_is_refused(chat_folder: Path, monkeypatch: 
     assert refused(BudgetError, chat_folder, expert_memory="all").startswith("--expert-memory: ")
 
 
-def test_direct_reading_where_there_is_none_is_refused(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_direct_reading_is_refused_if_the_system_lacks_it(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("os.O_DIRECT")
     message = refused(CheckpointError, chat_folder, io="direct")
     assert "--io direct" in message
     assert "None" not in message
 
 
-def test_a_plain_transformers_load_in_another_thread_is_left_alone(
-    chat_folder: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_plain_transformers_load_in_another_thread_is_not_affected(
+    chat_folder: Path, eager_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = modeling_utils.convert_and_load_state_dict_in_model
     outcome: list[torch.Tensor] = []
 
-    def with_company(*arguments: Any, **options: Any) -> Any:
+    def with_concurrent_load(*arguments: Any, **options: Any) -> Any:
         if threading.current_thread() is threading.main_thread():  # finemoe.load is inside transformers' loader
-            company = threading.Thread(target=lambda: outcome.append(logits(eager(chat_folder))))
-            company.start()
-            company.join(60)
+            other = threading.Thread(target=lambda: outcome.append(logits(eager(chat_folder))))
+            other.start()
+            other.join(60)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(modeling_utils, "convert_and_load_state_dict_in_model", with_company)
+    monkeypatch.setattr(modeling_utils, "convert_and_load_state_dict_in_model", with_concurrent_load)
     with finemoe.load(chat_folder) as model:
-        assert torch.equal(logits(model), logits(whole))
-    assert torch.equal(outcome[0], logits(whole))
+        assert torch.equal(logits(model), logits(eager_model))
+    assert torch.equal(outcome[0], logits(eager_model))
 
 
-def test_verifying_changes_nothing(chat_folder: Path, whole: Any) -> None:
+def test_verify_changes_no_answer(chat_folder: Path, eager_model: Any) -> None:
     with finemoe.load(chat_folder, verify=True) as model:
-        assert torch.equal(answer(model), answer(whole))
+        assert torch.equal(answer(model), answer(eager_model))

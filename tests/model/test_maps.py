@@ -1,4 +1,4 @@
-"""What a policy learned outlives its model: kept on close, brought back by the next load."""
+"""Learned maps persist: saved on close, restored by the next load."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def generate(model: Any, seed: int = 0, tokens: int = 8) -> None:
 def state_dict(model: Any) -> dict[str, Any]:
     policy = model.finemoe._engine.cache_manager.policy
     assert isinstance(policy, AsyncPolicy)
-    policy.settle()
+    policy.flush()
     policy.inner.begin(())
     return policy.inner.state_dict()
 
 
-def name_of(folder: Path) -> str:
+def fingerprint_of(folder: Path) -> str:
     return fingerprint(folder, read_headers(sorted(folder.glob("*.safetensors"))))
 
 
 @pytest.mark.parametrize("policy", PERSISTENT)
-def test_a_policy_starts_from_what_it_learned_last_time(chat_folder: Path, tmp_path: Path, policy: str) -> None:
+def test_a_policy_starts_from_the_maps_of_the_previous_load(chat_folder: Path, tmp_path: Path, policy: str) -> None:
     path = tmp_path / "maps"
     with finemoe.load(chat_folder, policy=policy, map_store=path) as model:
         generate(model)
         learned = state_dict(model)
         assert not path.exists()
-    assert read_maps(path).model == name_of(chat_folder)
+    assert read_maps(path).model == fingerprint_of(chat_folder)
     with finemoe.load(chat_folder, policy=policy, map_store=path) as model:
         for name, array in state_dict(model).items():
             np.testing.assert_array_equal(array, learned[name])
@@ -53,16 +53,16 @@ def test_a_policy_starts_from_what_it_learned_last_time(chat_folder: Path, tmp_p
     assert len(read_maps(path)) > len(learned["tokens"])
 
 
-def test_a_ctrl_c_while_closing_loses_nothing_that_was_learned(
+def test_a_ctrl_c_while_closing_loses_no_maps(
     chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = finemoe.load(chat_folder, policy="expert-map", map_store=tmp_path / "maps")
     generate(model)
     transfer = model.finemoe._engine.transfer
-    end = transfer.close
+    close = transfer.close
 
     def interrupted() -> None:
-        end()
+        close()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(transfer, "close", interrupted)
@@ -82,12 +82,12 @@ def test_each_model_and_policy_has_a_default_file(
             continue
         with finemoe.load(chat_folder, policy=policy) as model:
             generate(model)
-    model = name_of(chat_folder)
+    model = fingerprint_of(chat_folder)
     assert {path.name for path in tmp_path.iterdir()} == {f"{model}-{policy}.safetensors" for policy in PERSISTENT}
 
 
 @pytest.mark.parametrize("cache", ["FINEMOE_CACHE", "XDG_CACHE_HOME"])
-def test_default_files_lie_in_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
+def test_default_files_are_in_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
     from finemoe.system import user_cache, user_maps
 
     monkeypatch.setenv("FINEMOE_MAPS", "none")
@@ -98,7 +98,7 @@ def test_default_files_lie_in_the_cache_folder(tmp_path: Path, monkeypatch: pyte
     assert user_maps() == user_cache() / "maps"
 
 
-def test_none_keeps_nothing_and_neither_does_a_session_that_learned_nothing(
+def test_nothing_is_saved_with_none_or_when_nothing_was_learned(
     chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FINEMOE_MAPS", str(tmp_path))
@@ -115,7 +115,7 @@ def test_none_keeps_nothing_and_neither_does_a_session_that_learned_nothing(
 
 
 def test_a_chosen_file_that_does_not_fit_is_refused(chat_folder: Path, tmp_path: Path) -> None:
-    own = name_of(chat_folder)
+    own = fingerprint_of(chat_folder)
     foreign = make_file(tmp_path / "foreign", model="feedfacefeedface")
     with pytest.raises(ConfigError, match=rf"--map-store: .*foreign .*feedfacefeedface.*{own}.*; give another"):
         finemoe.load(chat_folder, policy="finemoe", map_store=foreign)
@@ -136,26 +136,26 @@ def test_a_chosen_file_that_does_not_fit_is_refused(chat_folder: Path, tmp_path:
 
 
 @pytest.mark.parametrize("chosen", [True, False])
-def test_a_damaged_file_is_put_aside_and_generation_goes_on(
+def test_a_damaged_file_is_moved_away_and_generation_works(
     chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: bool
 ) -> None:
     monkeypatch.setenv("FINEMOE_MAPS", str(tmp_path))
-    path = make_file(tmp_path / f"{name_of(chat_folder)}-finemoe.safetensors", model=name_of(chat_folder))
+    path = make_file(tmp_path / f"{fingerprint_of(chat_folder)}-finemoe.safetensors", model=fingerprint_of(chat_folder))
     path.write_bytes(path.read_bytes()[:-9])
-    torn = path.read_bytes()
+    damaged = path.read_bytes()
     with pytest.warns(FinemoeWarning, match=r"damaged .*; moved to .*\.damaged, starting anew"):
         model = finemoe.load(chat_folder, policy="finemoe", map_store=path if chosen else None)
     generate(model)
     model.close()
-    assert path.with_name(f"{path.name}.damaged").read_bytes() == torn
+    assert path.with_name(f"{path.name}.damaged").read_bytes() == damaged
     assert len(read_maps(path)) > 0
 
 
-def test_a_default_file_of_another_model_is_put_aside_and_one_of_a_newer_version_is_left_alone(
+def test_a_default_file_of_another_model_is_moved_away_and_one_that_holds_no_maps_is_left_alone(
     chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FINEMOE_MAPS", str(tmp_path))
-    path = make_file(tmp_path / f"{name_of(chat_folder)}-finemoe.safetensors", model="feedfacefeedface")
+    path = make_file(tmp_path / f"{fingerprint_of(chat_folder)}-finemoe.safetensors", model="feedfacefeedface")
     with pytest.warns(FinemoeWarning, match="feedfacefeedface.* moved to"):
         finemoe.load(chat_folder, policy="finemoe").close()
     path.write_bytes(b"something else")
@@ -167,13 +167,13 @@ def test_a_default_file_of_another_model_is_put_aside_and_one_of_a_newer_version
     assert path.read_bytes() == b"something else"
 
 
-def test_a_file_of_another_shape_than_the_model_is_not_recalled(chat_folder: Path, tmp_path: Path) -> None:
-    path = make_file(tmp_path / "m", model=name_of(chat_folder))  # 6 experts a layer, the model has 8
+def test_a_file_of_another_shape_than_the_model_is_not_restored(chat_folder: Path, tmp_path: Path) -> None:
+    path = make_file(tmp_path / "m", model=fingerprint_of(chat_folder))  # 6 experts a layer, the model has 8
     with pytest.warns(FinemoeWarning, match="of another shape than the model"):
         finemoe.load(chat_folder, policy="finemoe", map_store=path).close()
 
 
-def test_what_can_not_be_written_is_a_warning(chat_folder: Path, tmp_path: Path) -> None:
+def test_maps_that_can_not_be_written_are_a_warning(chat_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     model = finemoe.load(chat_folder, policy="finemoe", map_store=tmp_path / "gone" / "maps")
     generate(model)
@@ -183,7 +183,7 @@ def test_what_can_not_be_written_is_a_warning(chat_folder: Path, tmp_path: Path)
         model.close()
 
 
-def test_the_exit_of_the_interpreter_keeps_what_was_learned(chat_folder: Path, tmp_path: Path) -> None:
+def test_maps_are_saved_when_the_interpreter_exits(chat_folder: Path, tmp_path: Path) -> None:
     code = (
         "import sys, torch, finemoe\n"
         "model = finemoe.load(sys.argv[1], policy='finemoe', map_store=sys.argv[2])\n"

@@ -1,4 +1,4 @@
-"""What policies hear of a pass of one token is told in a few operations: the same as by the long way."""
+"""The observer's fast paths for one token and for linear gates give the same events as the general paths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import finemoe
 from finemoe.model.observer import Observer
-from finemoe.model.router_hooks import Router, ask, find_routers, scores_of, with_linear
+from finemoe.model.router_hooks import Router, detect_linear, find_routers, run_router, scores_of
 from finemoe.policy.finemoe.policy import FinemoePolicy
 from finemoe.types import Routed
 from tests.chat_model import make_chat_model
@@ -24,8 +24,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_chat_model(tmp_path_factory.mktemp("observed") / "model")
 
 
-def heard(folder: Path, monkeypatch: pytest.MonkeyPatch, policy: str, batch: int) -> list[Routed]:
-    """The events of two answers."""
+def observed(folder: Path, monkeypatch: pytest.MonkeyPatch, policy: str, batch: int) -> list[Routed]:
+    """The events that the policy gets during two answers."""
     events: list[Routed] = []
     inner = FinemoePolicy.routed
 
@@ -34,7 +34,7 @@ def heard(folder: Path, monkeypatch: pytest.MonkeyPatch, policy: str, batch: int
         inner(self, event)
 
     with monkeypatch.context() as patched:
-        patched.setattr(FinemoePolicy, "runs_async", False)  # on the model's thread, so that no event is late
+        patched.setattr(FinemoePolicy, "runs_async", False)  # synchronous, so that no event is dropped
         with finemoe.load(folder, expert_memory="50%", policy=policy, map_store="none") as model:
             patched.setattr(FinemoePolicy, "routed", routed)
             for length in (5, 1):
@@ -45,15 +45,15 @@ def heard(folder: Path, monkeypatch: pytest.MonkeyPatch, policy: str, batch: int
 
 
 @pytest.mark.parametrize(("policy", "batch"), [("finemoe", 1), ("finemoe/lookahead=2", 1), ("finemoe", 2)])
-def test_what_is_told_of_one_token_is_what_the_long_way_tells(
+def test_the_fast_path_for_one_token_equals_the_general_path(
     folder: Path, monkeypatch: pytest.MonkeyPatch, policy: str, batch: int
 ) -> None:
-    short = heard(folder, monkeypatch, policy, batch)
-    monkeypatch.setattr(Observer, "_of_one_token", lambda *_: None)
-    monkeypatch.setattr("finemoe.model.observer.with_linear", lambda router, _: router)
-    long = heard(folder, monkeypatch, policy, batch)
-    assert len(short) == len(long) > 0
-    for one, other in zip(short, long, strict=True):
+    fast = observed(folder, monkeypatch, policy, batch)
+    monkeypatch.setattr(Observer, "_single_token", lambda *_: None)
+    monkeypatch.setattr("finemoe.model.observer.detect_linear", lambda router, _: router)
+    general = observed(folder, monkeypatch, policy, batch)
+    assert len(fast) == len(general) > 0
+    for one, other in zip(fast, general, strict=True):
         assert (one.layer, one.experts, one.active) == (other.layer, other.experts, other.active)
         for a, b in ((one.gates, other.gates), (one.lookahead, other.lookahead)):
             assert a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype == np.float32
@@ -61,19 +61,19 @@ def test_what_is_told_of_one_token_is_what_the_long_way_tells(
             np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
-def test_a_gate_that_is_a_linear_map_is_asked_by_that_alone(folder: Path) -> None:
+def test_a_linear_gate_is_detected_and_run_as_a_matmul(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
     paths = [name for name, _ in model.named_modules() if name.endswith(".experts")]
     for router in find_routers(model, paths):
         assert router is not None
-        tried = with_linear(router, model.dtype)
-        assert tried.linear
+        detected = detect_linear(router, model.dtype)
+        assert detected.linear
         hidden = torch.randn(4, model.config.hidden_size).to(model.dtype)
-        assert torch.equal(ask(tried, (hidden,), {}).float(), ask(router, (hidden,), {}))
+        assert torch.equal(run_router(detected, (hidden,), {}).float(), run_router(router, (hidden,), {}))
 
 
 class Gate(nn.Module):
-    """Scores that are not, or not only, what its weight makes of the hidden states."""
+    """A gate whose scores are not just its weight times the hidden states."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -83,15 +83,15 @@ class Gate(nn.Module):
 
     def forward(self, hidden: torch.Tensor, *more: Any) -> tuple[torch.Tensor]:
         if self.kind == "more" and not more:
-            raise TypeError("wants more than hidden states")
+            raise TypeError("needs more than hidden states")
         return (nn.functional.linear(hidden * (2 if self.kind == "scaled" else 1), self.weight),)
 
 
 @pytest.mark.parametrize("kind", ["bias", "scaled", "more"])
-def test_any_other_gate_is_asked_as_a_whole(kind: str) -> None:
-    router = with_linear(Router(Gate(kind), 0, alone=True), torch.float32)
+def test_any_other_gate_is_run_by_its_own_forward(kind: str) -> None:
+    router = detect_linear(Router(Gate(kind), 0, standalone=True), torch.float32)
     assert not router.linear
     hidden = torch.randn(2, 8)
     arguments = (hidden, 0) if kind == "more" else (hidden,)
-    assert torch.equal(ask(router, arguments, {}), scores_of(router, router.module(*arguments)))
-    assert not with_linear(Router(nn.Identity(), 0, alone=True), torch.float32).linear
+    assert torch.equal(run_router(router, arguments, {}), scores_of(router, router.module(*arguments)))
+    assert not detect_linear(Router(nn.Identity(), 0, standalone=True), torch.float32).linear

@@ -1,4 +1,4 @@
-"""Every policy in a running model: what it prefetches and evicts must not show in the output."""
+"""Every policy in a running model: the output must not depend on what it prefetches and evicts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def predictors(folder: Path) -> Path:
-    """A file of predictors for this model; they need not be good."""
+    """A file of untrained predictors for this model."""
     path = folder.parent / "predictors.safetensors"
     model = fingerprint(folder, read_headers(sorted(folder.glob("*.safetensors"))))
     save(untrained(Shape(layers=3, experts=8)), path, model)
@@ -50,7 +50,7 @@ def expected(folder: Path, prompts: tuple[torch.Tensor, torch.Tensor]) -> list[t
 def generate(model: torch.nn.Module, prompts: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
     ids, mask = prompts
     outputs = []
-    for _ in range(2):  # the second time with what was learned in the first
+    for _ in range(2):  # the second time, the policy has learned from the first
         output = model.generate(  # type: ignore[operator] # transformers' own
             ids, attention_mask=mask, max_new_tokens=24, min_new_tokens=24, do_sample=False,
             return_dict_in_generate=True, output_logits=True,
@@ -61,7 +61,7 @@ def generate(model: torch.nn.Module, prompts: tuple[torch.Tensor, torch.Tensor])
 
 @pytest.mark.parametrize("policy", FACTORIES)
 @pytest.mark.parametrize("budget", ["20%", "50%"])
-def test_output_is_that_of_eager_under_every_policy(
+def test_output_equals_eager_under_every_policy(
     folder: Path,
     predictors: Path,
     prompts: tuple[torch.Tensor, torch.Tensor],
@@ -71,8 +71,8 @@ def test_output_is_that_of_eager_under_every_policy(
 ) -> None:
     given = predictors if "predictors" in FACTORIES[policy].needs else None
     with finemoe.load(folder, expert_memory=budget, policy=policy, predictors=given, verify=True) as model:
-        for found, wanted in zip(generate(model, prompts), expected, strict=True):
-            assert torch.equal(found, wanted)
+        for found, right in zip(generate(model, prompts), expected, strict=True):
+            assert torch.equal(found, right)
         model.finemoe.check_integrity()
         stats = model.finemoe.stats()
         assert stats.hits + stats.late + stats.misses == stats.accesses > 0
@@ -90,7 +90,7 @@ def test_what_a_policy_predicts_is_prefetched_and_used(
         assert model.finemoe.stats().prefetched_used > 0
 
 
-def test_predictors_are_asked_for_and_refused_where_they_do_not_belong(
+def test_predictors_are_required_by_their_policy_and_refused_by_others(
     folder: Path, predictors: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="--policy promoe: needs --predictors FILE, from finemoe trace train"):
@@ -102,7 +102,7 @@ def test_predictors_are_asked_for_and_refused_where_they_do_not_belong(
         finemoe.load(folder, policy="promoe", predictors=tmp_path / "other")
 
 
-def test_a_policy_rests_where_all_have_room_and_none_is_missed(
+def test_an_async_policy_is_idle_while_all_experts_fit_and_none_is_missed(
     folder: Path, prompts: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     with finemoe.load(folder, expert_memory="all", policy="expert-map") as model:
@@ -116,7 +116,7 @@ def test_a_policy_rests_where_all_have_room_and_none_is_missed(
 
 
 @pytest.mark.parametrize("policy", ["finemoe", "mixtral-offloading"])
-def test_a_policy_rests_once_everything_is_resident(
+def test_a_policy_is_idle_once_everything_is_resident(
     folder: Path, prompts: tuple[torch.Tensor, torch.Tensor], expected: list[torch.Tensor], policy: str
 ) -> None:
     with finemoe.load(folder, expert_memory="all", policy=policy) as model:
@@ -125,11 +125,11 @@ def test_a_policy_rests_once_everything_is_resident(
         model.generate(ids, max_new_tokens=60, min_new_tokens=60, do_sample=False)
         assert model.finemoe.stats().resident == model.finemoe.stats().experts
         model.finemoe.reset_stats()
-        for found, wanted in zip(generate(model, prompts), expected, strict=True):
-            assert torch.equal(found, wanted)
-        assert model.finemoe.stats().searches <= 1  # that the requests are over
+        for found, right in zip(generate(model, prompts), expected, strict=True):
+            assert torch.equal(found, right)
+        assert model.finemoe.stats().searches <= 1  # the event that the requests have ended
         assert model.finemoe.stats().hit_rate == 1
         model.finemoe.evict_all()
-        for found, wanted in zip(generate(model, prompts), expected, strict=True):
-            assert torch.equal(found, wanted)
+        for found, right in zip(generate(model, prompts), expected, strict=True):
+            assert torch.equal(found, right)
         assert model.finemoe.stats().searches > 0 or policy != "finemoe"

@@ -1,4 +1,4 @@
-"""Quantized checkpoints: kept as they are stored, restored on use, and exact against transformers' restored model."""
+"""Quantized checkpoints: experts stay quantized in memory, and equal transformers' dequantized model exactly."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STORED: dict[str, Callable[[Path], Path]] = {
 }
 
 
-def handles(model: Any) -> list[Any]:
+def expert_layers(model: Any) -> list[Any]:
     return [module.finemoe_layer for module in experts_modules(model)]
 
 
@@ -44,39 +44,39 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("kind", STORED)
-def test_answers_are_those_of_the_restored_model(stored: Callable[[str], Path], kind: str) -> None:
+def test_answers_equal_the_dequantized_model(stored: Callable[[str], Path], kind: str) -> None:
     folder = stored(kind)
     expected = answers(restored(folder).eval())
     for budget in (least_memory(folder, torch.bfloat16), "50%", "all"):
         with finemoe.load(folder, expert_memory=budget, verify=True) as model:
             got = answers(model)
             assert all(torch.equal(got[name], expected[name]) for name in expected), budget
-            assert all(layer.accumulator is not None for layer in handles(model))  # not by way of the twin
+            assert all(layer.accumulator is not None for layer in expert_layers(model))  # not by the reference path
 
 
 @pytest.mark.parametrize("kind", STORED)
-def test_the_twin_answers_the_same(stored: Callable[[str], Path], kind: str) -> None:
+def test_the_reference_path_answers_the_same(stored: Callable[[str], Path], kind: str) -> None:
     expected = answers(restored(stored(kind)).eval())
     with finemoe.load(stored(kind)) as model:
-        for layer in handles(model):
+        for layer in expert_layers(model):
             layer.accumulator = None
         assert torch.equal(answers(model)["prefill"], expected["prefill"])
 
 
-@pytest.mark.parametrize("items", [1, 1000, 1 << 20])  # restored at once
+@pytest.mark.parametrize("items", [1, 1000, 1 << 20])  # dequantized at a time
 @pytest.mark.parametrize("kind", STORED)
-def test_restored_parameters_are_those_of_the_restored_model(
+def test_dequantized_parameters_equal_those_of_the_dequantized_model(
     stored: Callable[[str], Path], kind: str, items: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("finemoe.store.quantization._PART_ITEMS", items)
-    twins = experts_modules(restored(stored(kind)))
+    references = experts_modules(restored(stored(kind)))
     with finemoe.load(stored(kind), expert_memory="all") as model:
-        for module, twin in zip(experts_modules(model), twins, strict=True):
-            handle = module.finemoe_layer
-            for expert, slot in handle.serve(range(handle.layout.experts)):
-                got = handle.parameters(expert, slot)
-                assert set(got) == {name for name, _ in twin.named_parameters(recurse=False)}
-                assert all(torch.equal(got[name], getattr(twin, name)[expert]) for name in got)
+        for module, reference in zip(experts_modules(model), references, strict=True):
+            layer = module.finemoe_layer
+            for expert, slot in layer.serve(range(layer.layout.experts)):
+                got = layer.parameters(expert, slot)
+                assert set(got) == {name for name, _ in reference.named_parameters(recurse=False)}
+                assert all(torch.equal(got[name], getattr(reference, name)[expert]) for name in got)
 
 
 @pytest.mark.parametrize("kind", STORED)
@@ -98,23 +98,23 @@ def test_layers_left_unquantized_are_exact(tmp_path: Path) -> None:
     folder = fp8(tmp_path, "qwen3_moe", keep=lambda name: ".layers.1." in name)
     expected = answers(restored(folder).eval())
     with finemoe.load(folder) as model:
-        assert [len(layer.layout.quantized) for layer in handles(model)] == [2, 0, 2, 2]
+        assert [len(layer.layout.quantized) for layer in expert_layers(model)] == [2, 0, 2, 2]
         assert all(torch.equal(value, expected[name]) for name, value in answers(model).items())
 
 
-def coarse(scale: torch.Tensor) -> torch.Tensor:
+def per_matrix(scale: torch.Tensor) -> torch.Tensor:
     return scale.max()
 
 
-def exponents(scale: torch.Tensor) -> torch.Tensor:
+def powers_of_two(scale: torch.Tensor) -> torch.Tensor:
     return scale.log2().ceil().exp2().to(torch.float8_e8m0fnu)
 
 
-@pytest.mark.parametrize("change", [coarse, exponents])
+@pytest.mark.parametrize("change", [per_matrix, powers_of_two])
 def test_other_scales_are_exact_too(
     stored: Callable[[str], Path], tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
-    """One for a whole matrix; eight bits of exponent."""
+    """A single scale per matrix; scales of eight exponent bits."""
 
     def edit(tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -124,7 +124,7 @@ def test_other_scales_are_exact_too(
     folder = edited(stored("fp8, a tensor per expert"), tmp_path, edit)
     expected = answers(restored(folder).eval())
     with finemoe.load(folder) as model:
-        assert all(layer.layout.quantized for layer in handles(model))
+        assert all(layer.layout.quantized for layer in expert_layers(model))
         assert all(torch.equal(value, expected[name]) for name, value in answers(model).items())
 
 
@@ -148,7 +148,7 @@ def test_scales_that_are_missing_or_do_not_fit_are_named(stored: Callable[[str],
 
 @pytest.mark.parametrize("kind", STORED)
 def test_another_dtype_is_exact_or_refused(stored: Callable[[str], Path], kind: str) -> None:
-    """Whether transformers' restored model runs in it differs between its releases."""
+    """Whether transformers' dequantized model runs in it depends on the release."""
     try:
         expected = answers(restored(stored(kind), "float32").eval())
     except RuntimeError:  # matrices of two dtypes
@@ -165,11 +165,11 @@ def test_another_dtype_is_exact_or_refused(stored: Callable[[str], Path], kind: 
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "unheard-of"])
-def test_a_method_that_cannot_be_followed_is_refused(
+def test_an_unsupported_quantization_method_is_refused(
     stored: Callable[[str], Path], tmp_path: Path, method: str
 ) -> None:
     folder = configured(stored("mxfp4"), tmp_path, quantization_config={"quant_method": method, "bits": 4})
-    with pytest.raises(UnsupportedModelError, match=rf"is quantized \({method}\), which transformers can't restore"):
+    with pytest.raises(UnsupportedModelError, match=rf"is quantized \({method}\), which transformers can't dequantize"):
         finemoe.load(folder)
 
 
@@ -180,6 +180,6 @@ def test_the_missing_library_is_named(stored: Callable[[str], Path], monkeypatch
     finemoe.load(stored("mxfp4")).close()
 
 
-def test_devices_refuse_them(stored: Callable[[str], Path]) -> None:
+def test_quantized_experts_are_refused_on_devices(stored: Callable[[str], Path]) -> None:
     with pytest.raises(ConfigError, match=r"^--device: experts stored as mxfp4 .* give --device cpu"):
         refuse_on_devices(describe(str(stored("mxfp4"))).expert_index)

@@ -1,4 +1,4 @@
-"""The scripts of benchmarks/peers as modules."""
+"""The programs of benchmarks/peers as modules."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ SCRIPTS = Path(__file__).parents[2] / "benchmarks" / "peers"
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Script:
-    """Imports one by its name, as its neighbours do."""
+    """Imports a program of that folder by name."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     return importlib.import_module

@@ -22,7 +22,7 @@ def values(tensor: Any) -> torch.Tensor:
     return raw if raw.dtype == torch.float32 else raw.view(torch.bfloat16).float()
 
 
-def test_every_weight_is_there_once(script: Script, tmp_path: Path) -> None:
+def test_every_weight_is_written_once(script: Script, tmp_path: Path) -> None:
     folder = make_chat_model(tmp_path / "model")
     script("gguf_file").write_gguf(folder, tmp_path / "model.gguf")
     stored = load_file(folder / "model.safetensors")
@@ -37,7 +37,7 @@ def test_every_weight_is_there_once(script: Script, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_qwen3_moe_is_laid_out_as_it_is(script: Script, tiny: Make, tmp_path: Path) -> None:
+def test_qwen3_moe_keeps_its_row_order(script: Script, tiny: Make, tmp_path: Path) -> None:
     folder = tiny("qwen3_moe", dtype="bfloat16")
     script("gguf_file").write_gguf(folder, tmp_path / "model.gguf")
     stored = load_file(folder / "model.safetensors")
@@ -47,6 +47,6 @@ def test_qwen3_moe_is_laid_out_as_it_is(script: Script, tiny: Make, tmp_path: Pa
     assert reader.fields["general.architecture"].contents() == "qwen3moe"
 
 
-def test_another_family_is_refused(script: Script, tiny: Make, tmp_path: Path) -> None:
+def test_an_unsupported_family_is_refused(script: Script, tiny: Make, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no GGUF of a olmoe model"):
         script("gguf_file").write_gguf(tiny("olmoe"), tmp_path / "model.gguf")

@@ -46,7 +46,7 @@ def test_unknown_flags_are_refused(script: Script) -> None:
         script("run").parse([*FLAGS, "--mem", "1GiB"])
 
 
-def test_why_a_process_failed_is_one_line(script: Script) -> None:
+def test_the_reason_of_a_failed_process_is_one_line(script: Script) -> None:
     last_line = script("run").last_line
     assert last_line("Traceback\nValueError: no\n\n", 2) == "ValueError: no"
     assert "killed" in last_line("x", -9)
@@ -91,7 +91,7 @@ def test_a_peer_is_timed_token_by_token_and_fails_in_one_line(
 
 
 @pytest.mark.slow
-def test_engines_of_our_own_environment_are_compared(
+def test_engines_of_the_same_environment_are_compared(
     script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, folder = script("run"), make_chat_model(tmp_path / "model")

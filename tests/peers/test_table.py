@@ -1,4 +1,4 @@
-"""Figures out of what peers measured, and their table."""
+"""Figures derived from peers' measurements, and their table."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def test_the_first_differing_token_is_named(row: Callable[..., Any], script: Scr
     assert text.count("| " + "yes".rjust(len("NO, from token 2 of prompt 2")) + " |") == 1
 
 
-def test_an_engine_that_could_not_run_says_why(row: Callable[..., Any], script: Script) -> None:
+def test_an_engine_that_could_not_run_has_a_line_with_the_reason(row: Callable[..., Any], script: Script) -> None:
     table, cap = script("table"), script("cap")
-    capped = row("b", [1, 2], felt=cap.Felt(100, 100, 1), at_once=False)
+    capped = row("b", [1, 2], usage=cap.CapUsage(100, 100, 1), at_once=False)
     rows = [row("a", [1, 2]), capped, table.Row("c", error="not installed")]
     text = table.render(rows, rows[0])
     assert text.splitlines()[-1] == "c: not installed"
-    assert "felt, once loaded" in text
+    assert "reached, after loading" in text
     assert len({len(line) for line in text.splitlines()[:4]}) == 1
     document = json.loads(json.dumps([each.as_dict(rows[0]) for each in rows]))
     assert [each["tokens_equal"] for each in document] == [True, True, None]

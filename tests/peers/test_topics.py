@@ -1,4 +1,4 @@
-"""Weights whose routing is local by construction: the walk through the vocabulary, and what follows from it."""
+"""Weights whose routing is local by construction: the walk through the vocabulary, and the routing of a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def topics(script: Script, monkeypatch: pytest.MonkeyPatch) -> Any:
     return script("topics")
 
 
-def test_the_walk_goes_once_through_all_tokens_and_stays_with_a_topic(topics: Any) -> None:
+def test_the_walk_visits_each_token_once_and_stays_with_a_topic(topics: Any) -> None:
     made = topics.make_topics(8192, 64, seed=0)
     at, seen, turns = 0, [], 0
     for _ in range(8192):
@@ -38,14 +38,14 @@ def test_the_walk_goes_once_through_all_tokens_and_stays_with_a_topic(topics: An
     assert made.embedding().pow(2).mean().sqrt() == pytest.approx(1, abs=0.02)
 
 
-def test_a_prompt_goes_as_answers_do(topics: Any) -> None:
+def test_a_prompt_follows_the_walk(topics: Any) -> None:
     made = topics.make_topics(4096, 16, seed=0)
     walk = made.walk(50, torch.Generator().manual_seed(0))
     assert all(after in made.following[before] for before, after in pairwise(walk))
     assert len(set(walk)) == 50
 
 
-def test_a_model_made_so_walks_and_routes_locally(topics: Any, script: Script, tmp_path: Path) -> None:
+def test_a_model_follows_the_walk_and_routes_locally(topics: Any, script: Script, tmp_path: Path) -> None:
     make = script("make_checkpoint")
     config = make.make_config("gpt-oss-20b-narrow", 2)
     config.update({"hidden_size": 256, "moe_intermediate_size": 32, "vocab_size": 4096, "head_dim": 16})
@@ -58,7 +58,7 @@ def test_a_model_made_so_walks_and_routes_locally(topics: Any, script: Script, t
         answer = model.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[0].tolist()
     steps = list(pairwise(answer[15:]))
     assert all(after in made.following[before] for before, after in steps)
-    assert {int(made.following[before, 0] == after) for before, after in steps} == {0, 1}  # not always the same one
+    assert {int(made.following[before, 0] == after) for before, after in steps} == {0, 1}  # both successors occur
     reuse = [make.reuse(torch.cat(calls[1:])) for calls in log.calls]
     assert min(reuse) > 2 * 4 / 32  # twice what chance gives
     assert (tmp_path / "prompts.txt").read_text().split()[0].startswith("t")

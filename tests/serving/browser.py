@@ -1,4 +1,4 @@
-"""A headless Chromium, where this machine has one with its driver."""
+"""A headless Chromium; tests are skipped if it or its driver is not installed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FLAGS = (
 
 
 class Browser:
-    """One window. `driver` is selenium's."""
+    """One window; `driver` is a selenium driver."""
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
 
     def open(self, url: str, *, width: int = 1280, height: int = 900, dark: bool = False, calm: bool = True) -> None:
-        """Loads a page afresh; `calm`: reduced motion, so that what is drawn stands still."""
+        """Loads a page; `calm`: reduced motion, so that drawings do not change by themselves."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         features = {"prefers-color-scheme": "dark" if dark else "light"}
@@ -33,7 +33,7 @@ class Browser:
         media = {"features": [{"name": name, "value": value} for name, value in features.items()]}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
         for log in ("browser", "performance"):
-            self.driver.get_log(log)  # what came before is forgotten
+            self.driver.get_log(log)  # clears the log
         self.driver.get(url)
 
     def run(self, script: str, *arguments: Any) -> Any:
@@ -43,7 +43,7 @@ class Browser:
         return str(self.run("return document.querySelector(arguments[0])?.textContent ?? ''", selector))
 
     def wait(self, what: Callable[[], Any], timeout_s: float = 20) -> Any:
-        """What `what` returns, once that is true."""
+        """Waits until `what` returns a true value, and returns it."""
         deadline_s = time.monotonic() + timeout_s
         while not (found := what()):
             assert time.monotonic() < deadline_s, f"not in {timeout_s:g} s: {self.errors()}"
@@ -51,11 +51,11 @@ class Browser:
         return found
 
     def errors(self) -> list[str]:
-        """What the console has said since the last call, or the page was opened."""
+        """Console messages since the last call or the opening of the page."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """Addresses that were asked for since the last call, or the page was opened; not the browser's own pages."""
+        """URLs requested since the last call or the opening of the page, without the browser's own pages."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         sent = [message for message in messages if message["method"] == "Network.requestWillBeSent"]
         addresses = [message["params"]["request"]["url"] for message in sent]

@@ -1,12 +1,9 @@
-"""Workers on tiny models in float32: where rounding is small, answers do not depend on what else runs. And scripts."""
+"""Workers on tiny float32 models, in which rounding is too small for batching to change answers."""
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +14,6 @@ from finemoe.serving.config import ServeConfig
 from finemoe.serving.scheduler.worker import BatchingWorker
 from tests.tiny import Make, eager
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 Serve = Callable[..., BatchingWorker]
 SMALL: dict[str, Any] = {"cache_bytes": "1MiB", "max_batch_tokens": 16, "max_running": 4}
 
@@ -28,7 +24,7 @@ def a_prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
-    """What `generate` answers, never ended early."""
+    """The answer of `generate`, without stop tokens."""
     ids = torch.tensor([prompt])
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None, pad_token_id=0,
@@ -40,7 +36,7 @@ def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
 
 @contextmanager
 def serving(model: Any, **settings: Any) -> Iterator[BatchingWorker]:
-    """A worker, which must leave the pool sound and no thread behind."""
+    """A worker; checks at the end that it leaves a consistent pool and no thread."""
     worker = BatchingWorker(model, ServeConfig(**SMALL | settings))
     try:
         yield worker
@@ -53,7 +49,7 @@ def serving(model: Any, **settings: Any) -> Iterator[BatchingWorker]:
 
 
 @pytest.fixture(scope="package")
-def whole(tiny: Make) -> Any:
+def eager_model(tiny: Make) -> Any:
     return eager(tiny())
 
 
@@ -61,15 +57,3 @@ def whole(tiny: Make) -> Any:
 def offloaded(tiny: Make) -> Iterator[Any]:
     with finemoe.load(tiny(), expert_memory="40%") as model:
         yield model
-
-
-@pytest.fixture(scope="package")
-def scripts() -> Iterator[Callable[[str], Any]]:
-    """Imports programs of `scripts` by their names."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(SCRIPTS))
-    yield importlib.import_module
-    sys.path.remove(str(SCRIPTS))
-    for path in SCRIPTS.glob("*.py"):
-        if path.stem not in before:
-            sys.modules.pop(path.stem, None)

@@ -1,4 +1,4 @@
-"""A `Worker` without a model: it says what a script has it say."""
+"""A `Worker` without a model: a script gives the tokens."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from dataclasses import dataclass
 
 import torch
 
-from finemoe.serving.scheduler.job import Finished, Job, Listener, Load, Token
+from finemoe.serving.scheduler.job import Finished, Job, JobListener, Token, WorkerLoad
 
 Script = Callable[[Job], Iterator[int]]
-END = 0  # the tiny tokenizer's end
+END = 0  # end-of-sequence id of the tiny tokenizer
 
 
 @dataclass
 class _Running:
     job: Job
-    listener: Listener
+    listener: JobListener
     script: Iterator[int]
     left: int
     draw: random.Random
 
 
 class FakeWorker:
-    """Answers with `script`, one token of each running job a step, on a thread of its own.
+    """Generates one token per step of each running job, on its own thread.
 
     Args:
-        script: the tokens of a job's answer; it may raise. Masked by the job's constraint: the next allowed token.
-        max_running: jobs at a time.
+        script: returns the tokens of a job's answer; may raise `OSError`. A token that the job's constraint forbids is
+            replaced by a random allowed one.
+        max_running: jobs that run at the same time.
         vocabulary_size: columns of the logits that a constraint masks.
     """
 
@@ -38,26 +39,26 @@ class FakeWorker:
         self.script = script
         self.jobs: list[Job] = []
         self.cancelled: list[str] = []
-        self.may_step = threading.Event()  # cleared: the model hangs
+        self.may_step = threading.Event()  # while cleared, the model hangs
         self.may_step.set()
         self.longest_prompt = 1 << 20
         self.failed: str | None = None
         self._max_running = max_running
         self._vocabulary_size = vocabulary_size
         self._changed = threading.Condition()
-        self._waiting: deque[tuple[Job, Listener]] = deque()
+        self._waiting: deque[tuple[Job, JobListener]] = deque()
         self._running: dict[str, _Running] = {}
-        self._taking = True
+        self._accepting = True
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="fake-worker", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job, listener: Listener) -> None:
+    def submit(self, job: Job, listener: JobListener) -> None:
         if len(job.prompt) > self.longest_prompt:
             raise ValueError(f"the prompt's {len(job.prompt)} tokens never fit the key-value cache")
         with self._changed:
-            if not self._taking or self.failed:
-                raise RuntimeError("the worker takes no more jobs")
+            if not self._accepting or self.failed:
+                raise RuntimeError("the worker accepts no more jobs")
             self.jobs.append(job)
             self._waiting.append((job, listener))
             self._changed.notify_all()
@@ -65,23 +66,23 @@ class FakeWorker:
     def cancel(self, name: str) -> None:
         with self._changed:
             self.cancelled.append(name)
-            heard = [self._running.pop(name).listener] if name in self._running else []
-            heard += [listener for job, listener in self._waiting if job.name == name]
+            listeners = [self._running.pop(name).listener] if name in self._running else []
+            listeners += [listener for job, listener in self._waiting if job.name == name]
             self._waiting = deque(entry for entry in self._waiting if entry[0].name != name)
             self._changed.notify_all()
-        for listener in heard:
+        for listener in listeners:
             listener(name, Finished("cancelled"))
 
-    def load(self) -> Load:
+    def load(self) -> WorkerLoad:
         with self._changed:
-            return Load(len(self._running), len(self._waiting), 64 - len(self._running), 64)
+            return WorkerLoad(len(self._running), len(self._waiting), 64 - len(self._running), 64)
 
     def failure(self) -> str | None:
         return self.failed
 
     def drain(self, timeout_s: float) -> bool:
         with self._changed:
-            self._taking = False
+            self._accepting = False
             done = self._changed.wait_for(lambda: not self._running and not self._waiting, timeout_s)
             left = [*self._running, *(job.name for job, _ in self._waiting)]
         for name in left:
@@ -107,9 +108,9 @@ class FakeWorker:
                     self._running[job.name] = _Running(
                         job, listener, self.script(job), job.max_tokens, random.Random(str(job.seed))
                     )
-                at_hand = list(self._running.values())
+                running = list(self._running.values())
             self.may_step.wait()
-            for one in at_hand:
+            for one in running:
                 self._step(one)
 
     def _step(self, one: _Running) -> None:
@@ -121,9 +122,9 @@ class FakeWorker:
             return
         with self._changed:
             if job.name not in self._running:
-                return  # was cancelled meanwhile
-        likeliest = () if job.logprobs is None else tuple((token + i, -0.5 - i) for i in range(job.logprobs))
-        one.listener(job.name, Token(token, None if job.logprobs is None else -0.5, likeliest))
+                return  # cancelled in the meantime
+        top_logprobs = () if job.logprobs is None else tuple((token + i, -0.5 - i) for i in range(job.logprobs))
+        one.listener(job.name, Token(token, None if job.logprobs is None else -0.5, top_logprobs))
         one.left -= 1
         if token in job.stop:
             self._finish(one, Finished("stop"))

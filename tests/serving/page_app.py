@@ -1,4 +1,4 @@
-"""The page's routes in a bare application, with a chat whose answers the test decides, on a port of loopback."""
+"""The page's routes in a bare application on a loopback port, with a chat whose answers the test sets."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from finemoe.serving.live import LiveSource, Offloaded, Progress
+from finemoe.serving.live import LiveSource, ProgressCounters, StatsProvider
 from finemoe.serving.page import routes
-from finemoe.serving.scheduler.job import Load
+from finemoe.serving.scheduler.job import WorkerLoad
 
 
 @dataclass
 class Page:
     """A page under test."""
 
-    offload: Offloaded
-    progress: Progress = field(default_factory=Progress)
-    load: Load = field(default_factory=lambda: Load(1, 2, 10, 10))
+    offload: StatsProvider
+    progress: ProgressCounters = field(default_factory=ProgressCounters)
+    load: WorkerLoad = field(default_factory=lambda: WorkerLoad(1, 2, 10, 10))
     key: str = ""
     answer: list[str] = field(default_factory=lambda: ["Hello", " there"])
     pause_s: float = 0.0  # before each piece
@@ -40,10 +40,10 @@ class Page:
         app.include_router(routes(LiveSource(self.offload, self.progress, lambda: self.load)))
 
         @app.middleware("http")
-        async def guard(request: Request, go_on: Callable[[Request], Any]) -> Response:
+        async def guard(request: Request, call_next: Callable[[Request], Any]) -> Response:
             if self.key and request.url.path.startswith("/v1") and not self._has_key(request):
                 return JSONResponse({"error": {"message": "Incorrect API key provided."}}, 401)
-            response: Response = await go_on(request)
+            response: Response = await call_next(request)
             return response
 
         @app.get("/v1/models")
@@ -75,8 +75,8 @@ class Page:
 
 
 @contextmanager
-def served(app: Any) -> Iterator[str]:
-    """The address of `app`, served by a thread."""
+def serve_app(app: Any) -> Iterator[str]:
+    """Serves `app` on a thread; yields its URL."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))

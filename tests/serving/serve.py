@@ -1,4 +1,4 @@
-"""A server over the fake worker: in the process, or on a free port of this machine."""
+"""A server with the fake worker: in-process, or on a free port of this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 from finemoe.metrics import Stats
 from finemoe.serving.app import make_app
 from finemoe.serving.config import ServeConfig
-from finemoe.serving.model_info import Served
+from finemoe.serving.model_info import ServedModel
 from finemoe.serving.scheduler.job import Job, Worker
 from finemoe.serving.server import Server, address_of, reserve
 from finemoe.serving.state import AppState
@@ -51,7 +51,7 @@ def say(text: str) -> Script:
 
 
 def count_up(job: Job) -> Iterator[int]:
-    """Letters that depend on the seed, without end."""
+    """Endless letters that depend on the seed."""
     at = job.seed or 0
     while True:
         yield ids("abcdefghij")[at % 10]
@@ -59,7 +59,7 @@ def count_up(job: Job) -> Iterator[int]:
 
 
 def events(response: Any) -> list[Any]:
-    """The objects of a stream that ended as it should."""
+    """The objects of a complete stream."""
     assert response.headers["content-type"].startswith("text/event-stream")
     lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line.startswith("data: ")]
     assert lines.pop() == "[DONE]"
@@ -78,7 +78,7 @@ def refusal(response: Any, status: int = 400) -> Any:
 
 @dataclass
 class Fake:
-    """A server's parts."""
+    """A server's parts, and a test client."""
 
     app_state: AppState
     worker: FakeWorker
@@ -96,8 +96,8 @@ class Fake:
         return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
 
 
-def make_house(worker: Worker, tokenizer: Any = TOKENIZER, **config: Any) -> AppState:
-    served = Served(
+def make_app_state(worker: Worker, tokenizer: Any = TOKENIZER, **config: Any) -> AppState:
+    served = ServedModel(
         name=NAME,
         tokenizer=tokenizer,
         worker=worker,
@@ -112,9 +112,9 @@ def make_house(worker: Worker, tokenizer: Any = TOKENIZER, **config: Any) -> App
 
 @contextmanager
 def fake(script: Script | None = None, *, api_key: str | None = None, **config: Any) -> Iterator[Fake]:
-    """A server in the process."""
+    """An in-process server."""
     worker = FakeWorker(script or say(TEXT), config.get("max_running", 4))
-    app_state = make_house(worker, **config)
+    app_state = make_app_state(worker, **config)
     app = make_app(app_state, api_key=api_key)
     try:
         with TestClient(app) as client:
@@ -125,7 +125,7 @@ def fake(script: Script | None = None, *, api_key: str | None = None, **config: 
 
 
 @dataclass
-class Live:
+class LiveServer:
     """A server on a port."""
 
     app_state: AppState
@@ -134,26 +134,26 @@ class Live:
     clients: ExitStack
 
     def client(self, api_key: str = "none", **options: Any) -> OpenAI:
-        """Closed with the server."""
+        """An OpenAI client; closed with the server."""
         options = {"max_retries": 0, "timeout": 30} | options
         return self.clients.enter_context(OpenAI(base_url=f"{self.url}/v1", api_key=api_key, **options))
 
 
 @contextmanager
-def live(app_state: AppState, api_key: str | None = None) -> Iterator[Live]:
-    """A server on a free port, until the block ends."""
-    taken = reserve(ServeConfig(port=0))
+def live(app_state: AppState, api_key: str | None = None) -> Iterator[LiveServer]:
+    """A server on a free port while the block runs."""
+    bound = reserve(ServeConfig(port=0))
     server = Server(make_app(app_state, api_key=api_key), app_state)
     ready = threading.Event()
-    thread = threading.Thread(target=server.run, args=(taken, ready.set), name="server")
+    thread = threading.Thread(target=server.run, args=(bound, ready.set), name="server")
     thread.start()
     assert ready.wait(30)
     try:
         with ExitStack() as clients:
-            yield Live(app_state, server, address_of(taken), clients)
+            yield LiveServer(app_state, server, address_of(bound), clients)
     finally:
         if thread.is_alive():
             server.stop()
         thread.join(30)
         assert not thread.is_alive()
-        taken.close()
+        bound.close()

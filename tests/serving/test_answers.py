@@ -1,4 +1,4 @@
-"""Answers, in the process: every parameter is honoured."""
+"""Answers of an in-process server: every parameter has its effect."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tests.serving.serve import COMPLETIONS, NAME, TEXT, count_up, events, fake,
 
 def test_a_chat_is_answered() -> None:
     with fake() as server:
-        whole = server.chat().json()
-    assert whole["object"] == "chat.completion"
-    assert whole["model"] == NAME
-    assert whole["choices"] == [
+        body = server.chat().json()
+    assert body["object"] == "chat.completion"
+    assert body["model"] == NAME
+    assert body["choices"] == [
         {
             "index": 0,
             "message": {"role": "assistant", "content": TEXT, "refusal": None},
@@ -26,7 +26,7 @@ def test_a_chat_is_answered() -> None:
         }
     ]
     prompt, completion = len(ids("<user>Hi<assistant>")), len(ids(TEXT)) + 1
-    assert whole["usage"] == {
+    assert body["usage"] == {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
@@ -34,7 +34,7 @@ def test_a_chat_is_answered() -> None:
     assert server.worker.jobs[0].prompt == ids("<user>Hi<assistant>")
 
 
-def test_a_streamed_chat_says_the_same() -> None:
+def test_a_streamed_chat_has_the_same_text() -> None:
     with fake() as server:
         chunks = events(server.chat(stream=True, stream_options={"include_usage": True}, n=2))
         plain = events(server.chat(stream=True))
@@ -52,11 +52,11 @@ def test_a_streamed_chat_says_the_same() -> None:
 
 def test_a_completion_continues_each_prompt() -> None:
     with fake() as server:
-        whole = server.post(COMPLETIONS, prompt=["a", "bc"], n=2, max_tokens=50).json()
+        body = server.post(COMPLETIONS, prompt=["a", "bc"], n=2, max_tokens=50).json()
         chunks = events(server.post(COMPLETIONS, prompt=[3, 4], max_tokens=50, stream=True))
-    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2, 3]
-    assert {choice["text"] for choice in whole["choices"]} == {TEXT}
-    assert whole["usage"]["prompt_tokens"] == 3
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    assert {choice["text"] for choice in body["choices"]} == {TEXT}
+    assert body["usage"]["prompt_tokens"] == 3
     assert [list(job.prompt) for job in server.worker.jobs] == [ids("a")] * 2 + [ids("bc")] * 2 + [[3, 4]]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == TEXT
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
@@ -86,7 +86,7 @@ def test_parameters_reach_the_job(given: dict[str, Any], expected: dict[str, Any
     assert job.stop == {END}
 
 
-def test_choices_have_seeds_of_their_own() -> None:
+def test_each_choice_has_its_own_seed() -> None:
     with fake(count_up) as server:
         first, second = (server.chat(n=3, seed=2**63 - 1, max_tokens=4).json()["choices"] for _ in range(2))
     assert first == second
@@ -115,7 +115,7 @@ def test_stop_strings_end_the_answer_and_the_job(stop: Any, text: str, stream: b
         assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
 
 
-def test_the_longest_answer_ends_with_length() -> None:
+def test_an_answer_of_max_tokens_ends_with_length() -> None:
     with fake(count_up) as server:
         choice = server.chat(max_tokens=3).json()["choices"][0]
         assert len(server.chat().json()["choices"][0]["message"]["content"]) == 256
@@ -124,14 +124,14 @@ def test_the_longest_answer_ends_with_length() -> None:
 
 def test_log_probabilities_of_a_chat() -> None:
     with fake(say("aé")) as server:
-        whole = server.chat(logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]["content"]
+        body = server.chat(logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]["content"]
         chunks = events(server.chat(logprobs=True, top_logprobs=2, stream=True))
-    assert [one["token"] for one in whole] == ["a", "\N{REPLACEMENT CHARACTER}", "\N{REPLACEMENT CHARACTER}"]
-    assert bytes(byte for one in whole for byte in one["bytes"]).decode() == "aé"
-    assert [len(one["top_logprobs"]) for one in whole] == [2, 2, 2]
-    assert whole[0]["top_logprobs"][0] == {"token": "a", "logprob": -0.5, "bytes": [97]}
+    assert [one["token"] for one in body] == ["a", "\N{REPLACEMENT CHARACTER}", "\N{REPLACEMENT CHARACTER}"]
+    assert bytes(byte for one in body for byte in one["bytes"]).decode() == "aé"
+    assert [len(one["top_logprobs"]) for one in body] == [2, 2, 2]
+    assert body[0]["top_logprobs"][0] == {"token": "a", "logprob": -0.5, "bytes": [97]}
     streamed = [one for chunk in chunks for one in (chunk["choices"][0]["logprobs"] or {"content": []})["content"]]
-    assert streamed == whole
+    assert streamed == body
 
 
 def test_log_probabilities_of_a_completion() -> None:
@@ -143,7 +143,7 @@ def test_log_probabilities_of_a_completion() -> None:
     assert logprobs["top_logprobs"][0] == {"a": -0.5, "b": -1.5}
 
 
-def test_answers_fit_a_schema() -> None:
+def test_answers_match_a_schema() -> None:
     schema = {
         "type": "object",
         "properties": {"colour": {"enum": ["red", "blue"]}, "size": {"type": "integer", "minimum": 1, "maximum": 9}},
@@ -151,7 +151,7 @@ def test_answers_fit_a_schema() -> None:
         "additionalProperties": False,
     }
     given = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema, "strict": True}}
-    # the model goes for a quote wherever it may, and for anything else where it may not
+    # the fake model prefers a quote, and otherwise takes a random allowed token
     with fake(lambda _: iter(ids('"') * 99)) as server:
         choices = [server.chat(response_format=given, n=2, seed=seed).json()["choices"] for seed in range(4)]
     for choice in [choice for made in choices for choice in made]:
@@ -163,7 +163,7 @@ def test_answers_fit_a_schema() -> None:
     assert any(choice["finish_reason"] == "stop" for made in choices for choice in made)
 
 
-def test_a_json_object_is_one() -> None:
+def test_json_object_format_gives_an_object() -> None:
     with fake(say('{"a": [1, 2]} and more')) as server:
         choice = server.chat(response_format={"type": "json_object"}, seed=1).json()["choices"][0]
         assert server.chat(response_format={"type": "text"}).json()["choices"][0]["message"]["content"].endswith("more")

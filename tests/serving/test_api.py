@@ -1,4 +1,4 @@
-"""What all of the API's responses share: keys, request ids, errors' shape, metrics, logs."""
+"""Common to all responses: API key, request ids, error shape, metrics, logs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 from tests.serving.serve import CHAT, NAME, TEXT, fake, ids, refusal, say
 
 
-def test_what_is_not_there() -> None:
+def test_unknown_models_paths_and_methods_are_refused() -> None:
     with fake() as server:
         error = refusal(server.chat(model="other"), 404)
         assert (error["param"], error["code"]) == ("model", "model_not_found")
@@ -20,7 +20,7 @@ def test_what_is_not_there() -> None:
         response = server.client.get(CHAT)
         assert refusal(response, 405)["code"] == "method_not_allowed"
         assert response.headers["allow"] == "POST"
-        assert server.client.get("/docs").status_code == 404  # its scripts come from elsewhere
+        assert server.client.get("/docs").status_code == 404  # it would load scripts from another host
 
 
 def test_the_model_is_listed() -> None:
@@ -31,7 +31,7 @@ def test_the_model_is_listed() -> None:
         assert models["data"][0]["max_model_len"] == 512
 
 
-def test_a_key_is_asked_for_and_nothing_else_opens() -> None:
+def test_only_the_api_key_opens_protected_paths() -> None:
     with fake(api_key="s3cret") as server:
         for headers in (
             {},
@@ -49,7 +49,7 @@ def test_a_key_is_asked_for_and_nothing_else_opens() -> None:
         assert opened.status_code == 200
 
 
-def test_a_model_that_is_dead_is_told_to_probes_and_clients() -> None:
+def test_probes_and_clients_get_503_after_the_model_has_failed() -> None:
     with fake() as server:
         server.worker.failed = "the model's thread has failed (OSError: /secret/path)"
         for response in (server.client.get("/health"), server.client.get("/ready"), server.chat()):
@@ -59,7 +59,7 @@ def test_a_model_that_is_dead_is_told_to_probes_and_clients() -> None:
         assert server.client.get("/metrics").status_code == 200
 
 
-def test_a_key_is_asked_for_below_another_root_too() -> None:
+def test_the_key_is_required_below_a_root_path_too() -> None:
     with fake(api_key="s3cret") as server, TestClient(server.app, root_path="/moe") as mounted:
         for path in ("/moe/v1/models", "/moe/metrics", "/v1/models"):
             assert mounted.get(path).status_code == 401
@@ -75,7 +75,7 @@ def test_every_response_has_a_request_id() -> None:
         assert odd.startswith("req-")
 
 
-def test_what_fails_is_told_apart_in_the_metrics() -> None:
+def test_metrics_count_requests_by_outcome() -> None:
     with fake() as server:
         server.chat()
         server.chat(n=0)
@@ -92,7 +92,7 @@ def test_what_fails_is_told_apart_in_the_metrics() -> None:
         assert page.text.endswith("# EOF\n")
 
 
-def test_something_that_breaks_is_a_500_in_the_same_shape() -> None:
+def test_an_internal_error_is_a_500_in_the_same_shape() -> None:
     def broken() -> Any:
         raise KeyError("secret")
 
@@ -104,7 +104,7 @@ def test_something_that_breaks_is_a_500_in_the_same_shape() -> None:
 
 
 @pytest.mark.parametrize("log_prompts", [False, True])
-def test_prompts_are_logged_only_where_asked_for(log_prompts: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_prompts_are_logged_only_with_log_prompts(log_prompts: bool, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "finemoe.serving"), fake(say("sesame"), log_prompts=log_prompts) as server:
         server.chat(messages=[{"role": "user", "content": "open up"}], user="ann")
         server.chat(messages=[{"role": "user", "content": "open up"}], stream=True)

@@ -1,4 +1,4 @@
-"""Two servers of one model that share a folder: what one has learned, the other starts from."""
+"""Two servers of one model that share maps through a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finemoe.serving.config import ServeConfig
 from finemoe.serving.scheduler.job import Job
 from tests.chat_model import make_chat_model
 from tests.serving.conftest import a_prompt
-from tests.serving.listening import Ear
+from tests.serving.recording_listener import RecordingListener
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +30,12 @@ def configs(folder: Path, shared: Path, policy: str = "finemoe") -> tuple[LoadCo
 
 
 def answer(service: Service, seed: int = 0) -> None:
-    ear = Ear()
-    service.worker.submit(Job("job", a_prompt(5, seed), 8), ear)
-    ear.wait("job")
+    listener = RecordingListener()
+    service.worker.submit(Job("job", a_prompt(5, seed), 8), listener)
+    listener.wait("job")
 
 
-def test_a_second_server_starts_from_what_the_first_has_learned(folder: Path, tmp_path: Path) -> None:
+def test_a_second_server_starts_with_the_maps_of_the_first(folder: Path, tmp_path: Path) -> None:
     load, config = configs(folder, tmp_path)
     with open_service(load, config, page=False) as first:
         assert first.model.finemoe.num_updates == 0
@@ -54,7 +54,9 @@ def test_a_second_server_starts_from_what_the_first_has_learned(folder: Path, tm
     assert len(pulled.maps) > len(learned)
 
 
-def test_a_store_that_fails_stops_nothing(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_store_does_not_stop_the_server(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").write_text("no folder")
     caplog.set_level(logging.WARNING)
     load, config = configs(folder, tmp_path / "file" / "maps")
@@ -64,7 +66,7 @@ def test_a_store_that_fails_stops_nothing(folder: Path, tmp_path: Path, caplog: 
     assert len(warnings) == 1 and warnings[0].startswith("maps can't be shared (")
 
 
-def test_a_policy_that_learns_nothing_shares_nothing(folder: Path, tmp_path: Path) -> None:
+def test_a_policy_without_maps_is_refused(folder: Path, tmp_path: Path) -> None:
     load, config = configs(folder, tmp_path, "lru")
     with (
         pytest.raises(ConfigError, match=r"^--shared-maps: --policy lru learns no maps"),

@@ -1,4 +1,4 @@
-"""What a policy sees of a job is the same in a worker, among others, as in a `generate` of its own."""
+"""A policy gets the same events of a job in a batch as in its own `generate`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from finemoe.serving.scheduler.job import Job, Token
 from finemoe.types import DECODE, PREFILL, Routed, Step
 from tests.policy.workload import Shape, untrained
 from tests.serving.conftest import a_prompt, greedy, serving
-from tests.serving.listening import Ear
+from tests.serving.recording_listener import RecordingListener
 from tests.tiny import Make
 
 NEW_TOKENS = 6
 
 
 class Iteration(NamedTuple):
-    """One pass: what the policy was told, and whether it was told of its end."""
+    """The events of one forward pass; `ended` has an entry for each end event."""
 
     steps: list[Step]
     routed: list[Routed]
@@ -33,8 +33,8 @@ class Iteration(NamedTuple):
 
 
 @contextmanager
-def told(model: Any) -> Iterator[list[Iteration]]:
-    """What the engine is told from here on."""
+def recording(model: Any) -> Iterator[list[Iteration]]:
+    """Records the events of the engine while the block runs."""
     engine, iterations = model.finemoe._engine, list[Iteration]()
     begin, serve, end = engine.begin, engine.serve, engine.end
 
@@ -58,7 +58,7 @@ def told(model: Any) -> Iterator[list[Iteration]]:
 
 
 def of_request(iterations: list[Iteration], request: int) -> list[tuple[Step, list[Routed]]]:
-    """One request's share of iterations: its step, and its rows of what was routed."""
+    """One request's part of the iterations: its step, and its rows of the routing."""
     own = []
     for steps, routed, ended in iterations:
         assert ended == [True]
@@ -78,14 +78,14 @@ def of_request(iterations: list[Iteration], request: int) -> list[tuple[Step, li
 
 def assert_same(found: list[tuple[Step, list[Routed]]], expected: list[tuple[Step, list[Routed]]], alone: bool) -> None:
     assert len(found) == len(expected)
-    for (step, routed), (wanted, wanted_routed) in zip(found, expected, strict=True):
-        assert step.phase == wanted.phase
-        assert step.token_ids.tolist() == wanted.token_ids.tolist()
-        assert step.token_ids.dtype == wanted.token_ids.dtype
-        assert step.embedding is not None and wanted.embedding is not None
-        np.testing.assert_allclose(step.embedding, wanted.embedding, atol=1e-5)
-        assert [event.layer for event in routed] == [event.layer for event in wanted_routed]
-        for event, other in zip(routed, wanted_routed, strict=True):
+    for (step, routed), (expected_step, expected_routed) in zip(found, expected, strict=True):
+        assert step.phase == expected_step.phase
+        assert step.token_ids.tolist() == expected_step.token_ids.tolist()
+        assert step.token_ids.dtype == expected_step.token_ids.dtype
+        assert step.embedding is not None and expected_step.embedding is not None
+        np.testing.assert_allclose(step.embedding, expected_step.embedding, atol=1e-5)
+        assert [event.layer for event in routed] == [event.layer for event in expected_routed]
+        for event, other in zip(routed, expected_routed, strict=True):
             assert set(event.experts) == set(other.experts) if alone else set(event.experts) >= set(other.experts)
             for one, two in ((event.gates, other.gates), (event.lookahead, other.lookahead)):
                 assert (one is None) == (two is None)
@@ -104,24 +104,24 @@ def predictors(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("policy", ["finemoe", "expert-map", "promoe", "moe-infinity", "mixtral-offloading"])
-def test_a_job_shows_a_policy_what_it_would_show_alone(tiny: Make, predictors: Path, policy: str) -> None:
+def test_a_policy_sees_the_same_events_batched_and_alone(tiny: Make, predictors: Path, policy: str) -> None:
     prompts = {name: a_prompt(length, length) for name, length in {"one": 21, "two": 4, "three": 9}.items()}
     given = predictors if policy == "promoe" else None
     with finemoe.load(tiny(), expert_memory="40%", policy=policy, predictors=given) as model:
         expected = {}
         for name, prompt in prompts.items():
-            with told(model) as iterations:
+            with recording(model) as iterations:
                 greedy(model, prompt, NEW_TOKENS)
             expected[name] = of_request(iterations, iterations[0].steps[0].request)
             assert len(expected[name]) == NEW_TOKENS
         for together in (False, True):
-            ear = Ear()
-            with serving(model, max_batch_tokens=64) as worker, told(model) as iterations:
+            listener = RecordingListener()
+            with serving(model, max_batch_tokens=64) as worker, recording(model) as iterations:
                 for name, prompt in prompts.items():
-                    worker.submit(Job(name, prompt, NEW_TOKENS), ear)
+                    worker.submit(Job(name, prompt, NEW_TOKENS), listener)
                     if not together:
-                        ear.wait(name)
-                ear.wait(*prompts)
+                        listener.wait(name)
+                listener.wait(*prompts)
                 numbers = list(dict.fromkeys(step.request for each in iterations for step in each.steps))
                 assert len(numbers) == len(prompts)
                 if together:
@@ -132,33 +132,33 @@ def test_a_job_shows_a_policy_what_it_would_show_alone(tiny: Make, predictors: P
         assert any(event.gates is not None for each in iterations for event in each.routed)
 
 
-def test_a_prompt_in_pieces_is_one_request_in_its_prefill(tiny: Make) -> None:
-    prompt, ear = a_prompt(40), Ear()
+def test_a_chunked_prefill_is_one_request(tiny: Make) -> None:
+    prompt, listener = a_prompt(40), RecordingListener()
     with (
         finemoe.load(tiny(), expert_memory="40%", policy="finemoe") as model,
         serving(model) as worker,
-        told(model) as iterations,
+        recording(model) as iterations,
     ):
-        worker.submit(Job("job", prompt, 3), ear)
-        ear.wait("job")
+        worker.submit(Job("job", prompt, 3), listener)
+        listener.wait("job")
         own = of_request(iterations, iterations[0].steps[0].request)
     assert [step.phase for step, _ in own] == [PREFILL] * 3 + [DECODE] * 2
-    assert [int(token) for step, _ in own for token in step.token_ids] == [*prompt, *ear.ids("job")[:-1]]
+    assert [int(token) for step, _ in own for token in step.token_ids] == [*prompt, *listener.ids("job")[:-1]]
 
 
-def test_a_job_that_joins_is_in_the_same_iterations_as_the_one_that_runs(tiny: Make) -> None:
-    def join(name: str, news: object) -> None:
-        if isinstance(news, Token) and name == "first" and len(ear.ids("first")) == 2:
-            worker.submit(Job("second", a_prompt(5, 1), 4), ear)
+def test_a_job_that_joins_shares_iterations_with_the_running_one(tiny: Make) -> None:
+    def join(name: str, event: object) -> None:
+        if isinstance(event, Token) and name == "first" and len(listener.ids("first")) == 2:
+            worker.submit(Job("second", a_prompt(5, 1), 4), listener)
 
-    ear = Ear(join)
+    listener = RecordingListener(join)
     with (
         finemoe.load(tiny(), expert_memory="40%", policy="finemoe") as model,
         serving(model) as worker,
-        told(model) as iterations,
+        recording(model) as iterations,
     ):
-        worker.submit(Job("first", a_prompt(5), 10), ear)
-        ear.wait("first", "second")
+        worker.submit(Job("first", a_prompt(5), 10), listener)
+        listener.wait("first", "second")
         sizes = [len(each.steps) for each in iterations]
         phases = [[step.phase for step in each.steps] for each in iterations]
     assert sizes == [1] * 3 + [2] * 4 + [1] * 3

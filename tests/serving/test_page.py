@@ -13,27 +13,29 @@ import pytest
 from starlette.testclient import TestClient
 
 from finemoe.serving.app import make_app
-from finemoe.serving.live import LiveSource, Progress
-from finemoe.serving.page import COLUMNS, KEPT, Experts, Now, Snapshots, routes
-from finemoe.serving.scheduler.job import Load
-from tests.serving.fake_offload import FakeOffload
+from finemoe.serving.live import LiveSource, ProgressCounters
+from finemoe.serving.page import routes
+from finemoe.serving.page.schemas import Experts, Now
+from finemoe.serving.page.snapshots import COLUMNS, MAX_SNAPSHOTS, SnapshotCache
+from finemoe.serving.scheduler.job import WorkerLoad
+from tests.serving.fake_model_handle import FakeModelHandle
 from tests.serving.fake_worker import FakeWorker
-from tests.serving.serve import TEXT, make_house, say
+from tests.serving.serve import TEXT, make_app_state, say
 from tests.tiny import Make, answer
 
 KEY = {"authorization": "Bearer secret"}
 
 
 @pytest.fixture
-def offload() -> FakeOffload:
-    return FakeOffload(3, 2)
+def offload() -> FakeModelHandle:
+    return FakeModelHandle(3, 2)
 
 
 @pytest.fixture
-def client(offload: FakeOffload) -> Iterator[TestClient]:
+def client(offload: FakeModelHandle) -> Iterator[TestClient]:
     worker = FakeWorker(say(TEXT), 4)
-    app_state = make_house(worker)
-    page = routes(LiveSource(offload, Progress(), lambda: Load(1, 2, 3, 4)))
+    app_state = make_app_state(worker)
+    page = routes(LiveSource(offload, ProgressCounters(), lambda: WorkerLoad(1, 2, 3, 4)))
     with TestClient(make_app(app_state, api_key="secret", routers=[page])) as made:
         yield made
     worker.close()
@@ -41,17 +43,17 @@ def client(offload: FakeOffload) -> Iterator[TestClient]:
 
 
 def rows(answer: dict[str, Any]) -> dict[tuple[int, int], dict[str, int]]:
-    """A table by layer and expert."""
+    """The rows of a table, by layer and expert."""
     places = list(zip(answer["layer"], answer["expert"], strict=True))
     return {place: {name: answer[name][i] for name in COLUMNS} for i, place in enumerate(places)}
 
 
-def make_snapshots(offload: FakeOffload) -> tuple[Snapshots, list[float]]:
+def make_snapshots(offload: FakeModelHandle) -> tuple[SnapshotCache, list[float]]:
     now_s = [0.0]
-    return Snapshots(offload.experts, lambda: now_s[0]), now_s
+    return SnapshotCache(offload.experts, lambda: now_s[0]), now_s
 
 
-def test_first_all_experts_are_told_then_what_has_changed(offload: FakeOffload) -> None:
+def test_the_first_snapshot_has_all_rows_and_later_ones_the_changes(offload: FakeModelHandle) -> None:
     snapshots, now_s = make_snapshots(offload)
     offload.state[0, 2] = 2
     offload.counts["misses"][0, 2] = 5
@@ -70,17 +72,17 @@ def test_first_all_experts_are_told_then_what_has_changed(offload: FakeOffload) 
     assert rows(snapshots.since(second["snapshot"])) == {}
 
 
-def test_who_comes_too_late_is_told_everything(offload: FakeOffload) -> None:
+def test_a_forgotten_base_snapshot_gives_all_rows(offload: FakeModelHandle) -> None:
     snapshots, now_s = make_snapshots(offload)
     first = snapshots.since(None)["snapshot"]
-    for second in range(1, KEPT + 1):
+    for second in range(1, MAX_SNAPSHOTS + 1):
         now_s[0] = float(second)
         snapshots.since(None)
     assert snapshots.since(first)["since"] is None
     assert snapshots.since(first + 10**9)["since"] is None
 
 
-def test_many_who_ask_at_once_share_a_snapshot(offload: FakeOffload) -> None:
+def test_simultaneous_clients_share_a_snapshot(offload: FakeModelHandle) -> None:
     snapshots, now_s = make_snapshots(offload)
     assert snapshots.since(None)["snapshot"] == snapshots.since(None)["snapshot"]
     assert offload.taken == 1
@@ -89,7 +91,7 @@ def test_many_who_ask_at_once_share_a_snapshot(offload: FakeOffload) -> None:
     assert offload.taken == 2
 
 
-def test_answers_have_the_shapes_that_the_document_says(client: TestClient) -> None:
+def test_responses_match_their_schemas(client: TestClient) -> None:
     experts = client.get("/v1/experts", headers=KEY)
     Experts.model_validate(experts.json(), strict=True)
     live = client.get("/v1/live?since=0", headers=KEY)
@@ -101,10 +103,10 @@ def test_answers_have_the_shapes_that_the_document_says(client: TestClient) -> N
     assert "422" not in document
 
 
-def test_the_page_calls_the_model_what_requests_call_it(offload: FakeOffload) -> None:
+def test_the_page_shows_the_served_name(offload: FakeModelHandle) -> None:
     worker = FakeWorker(say(TEXT), 4)
-    app_state = make_house(worker)
-    page = routes(LiveSource(offload, Progress(), worker.load, "our/model"))
+    app_state = make_app_state(worker)
+    page = routes(LiveSource(offload, ProgressCounters(), worker.load, "our/model"))
     with TestClient(make_app(app_state, routers=[page])) as client:
         assert client.get("/v1/live").json()["model"] == "our/model"
     worker.close()
@@ -113,19 +115,19 @@ def test_the_page_calls_the_model_what_requests_call_it(offload: FakeOffload) ->
 
 @pytest.mark.parametrize("query", ["since=soon", "since=-1", "since=nan", "since=1e999", "until=3", "since=1&all=1"])
 @pytest.mark.parametrize("path", ["/v1/experts", "/v1/live"])
-def test_what_can_not_be_asked_is_refused_by_name(client: TestClient, path: str, query: str) -> None:
+def test_invalid_queries_are_refused_by_name(client: TestClient, path: str, query: str) -> None:
     refused = client.get(f"{path}?{query}", headers=KEY)
     assert refused.status_code == 400
     assert re.search("since|until|all", refused.json()["error"]["message"] + str(refused.json()["error"]["param"]))
 
 
-def test_the_data_asks_for_the_key_and_the_page_does_not(client: TestClient) -> None:
+def test_the_data_requires_the_key_and_the_page_does_not(client: TestClient) -> None:
     assert client.get("/v1/experts").status_code == 401
     assert client.get("/v1/live").status_code == 401
     assert client.get("/").status_code == client.get("/page/page.js").status_code == 200
 
 
-def test_files_come_with_their_etag_and_a_policy_that_permits_only_self(client: TestClient) -> None:
+def test_files_have_an_etag_and_a_strict_content_security_policy(client: TestClient) -> None:
     for path in ("/", "/page/page.css", "/page/page.js", "/page/icon.svg"):
         response = client.get(path)
         policy = response.headers["content-security-policy"]
@@ -140,7 +142,7 @@ def test_files_come_with_their_etag_and_a_policy_that_permits_only_self(client: 
 
 
 @pytest.mark.parametrize("name", ["missing.js", "__init__.py", "..%2ffiles.py", "%2e%2e/%2e%2e/job.py"])
-def test_nothing_else_is_served(client: TestClient, name: str) -> None:
+def test_no_other_file_is_served(client: TestClient, name: str) -> None:
     assert client.get(f"/page/{name}").status_code == 404
 
 
@@ -151,14 +153,14 @@ def test_the_files_name_no_other_host_and_never_turn_text_into_markup() -> None:
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|style=|onclick=", text)
 
 
-def test_a_real_model_is_watched_from_the_start(tiny: Make) -> None:
+def test_a_real_model_counts_experts_from_the_start(tiny: Make) -> None:
     import finemoe
 
-    # lru does not prefetch: nothing moves between one look and the next
+    # lru does not prefetch: the state does not change between two requests
     with finemoe.load(tiny(), expert_memory="50%", policy="lru") as model:
         worker = FakeWorker(say(TEXT), 4)
-        app_state = make_house(worker)
-        page = routes(LiveSource(model.finemoe, Progress(), worker.load))
+        app_state = make_app_state(worker)
+        page = routes(LiveSource(model.finemoe, ProgressCounters(), worker.load))
         with TestClient(make_app(app_state, routers=[page])) as client:
             answer(model)
             table = client.get("/v1/experts").json()

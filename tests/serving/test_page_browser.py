@@ -1,4 +1,4 @@
-"""The page in a browser: what it draws, says and asks for."""
+"""The page in a browser: drawing, text, requests."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from tests.serving.browser import Browser, chromium
-from tests.serving.fake_offload import FakeOffload
-from tests.serving.page_app import Page, served
+from tests.serving.fake_model_handle import FakeModelHandle
+from tests.serving.page_app import Page, serve_app
 from tests.tiny import Make, answer
 
 LAYERS, EXPERTS = 3, 4
 
-# the colour of the middle of an expert's cell, and the colours it may have
+# the colour in the middle of an expert's cell
 PIXEL = """
 const [layer, expert, layers, experts] = arguments;
 const canvas = document.getElementById("map");
@@ -42,8 +42,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @contextmanager
 def opened(browser: Browser, page: Page, **how: Any) -> Iterator[Page]:
-    """The page, live in the browser; nothing it does may be complained of, or leave the server."""
-    with served(page.app()) as url:
+    """The page, live in the browser; checks that it logs no errors and sends no request to another server."""
+    with serve_app(page.app()) as url:
         page.url = url
         expected = ["willReadFrequently"]  # the tests read pixels, the page does not
         if page.key or page.refuse:
@@ -61,8 +61,8 @@ def opened(browser: Browser, page: Page, **how: Any) -> Iterator[Page]:
 
 
 @pytest.fixture
-def offload() -> FakeOffload:
-    return FakeOffload(*[EXPERTS] * LAYERS)
+def offload() -> FakeModelHandle:
+    return FakeModelHandle(*[EXPERTS] * LAYERS)
 
 
 def pixel(browser: Browser, layer: int, expert: int, layers: int = LAYERS, experts: int = EXPERTS) -> str:
@@ -70,7 +70,7 @@ def pixel(browser: Browser, layer: int, expert: int, layers: int = LAYERS, exper
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_the_map_follows_the_experts(browser: Browser, offload: FakeOffload, dark: bool) -> None:
+def test_the_map_follows_the_experts(browser: Browser, offload: FakeModelHandle, dark: bool) -> None:
     offload.state[0, 0] = 2
     with opened(browser, Page(offload), dark=dark):
         colour = {name: browser.run(COLOUR, name) for name in ("absent", "flight", "resident", "use")}
@@ -85,7 +85,7 @@ def test_the_map_follows_the_experts(browser: Browser, offload: FakeOffload, dar
         assert pixel(browser, 1, 2) == colour["flight"]
 
 
-def test_dark_and_light_differ_and_are_followed_at_once(browser: Browser, offload: FakeOffload) -> None:
+def test_a_change_of_colour_scheme_applies_at_once(browser: Browser, offload: FakeModelHandle) -> None:
     background = "return getComputedStyle(document.body).backgroundColor"
     with opened(browser, Page(offload)):
         light = browser.run(background)
@@ -95,7 +95,7 @@ def test_dark_and_light_differ_and_are_followed_at_once(browser: Browser, offloa
         browser.wait(lambda: browser.run(background) != light and pixel(browser, 0, 0) != absent)
 
 
-def test_a_flash_comes_and_goes(browser: Browser, offload: FakeOffload) -> None:
+def test_a_flash_fades(browser: Browser, offload: FakeModelHandle) -> None:
     drawn = "return document.getElementById('map').toDataURL()"
     with opened(browser, Page(offload), calm=False):
         before = browser.run(drawn)
@@ -104,7 +104,7 @@ def test_a_flash_comes_and_goes(browser: Browser, offload: FakeOffload) -> None:
         browser.wait(lambda: browser.run(drawn) == before)
 
 
-def test_other_views_colour_by_counts(browser: Browser, offload: FakeOffload) -> None:
+def test_other_views_colour_by_counts(browser: Browser, offload: FakeModelHandle) -> None:
     offload.counts["misses"][0, 0], offload.counts["hits"][1, 1] = 9, 9
     with opened(browser, Page(offload)):
         browser.run("document.querySelector('input[value=misses]').click()")
@@ -114,7 +114,7 @@ def test_other_views_colour_by_counts(browser: Browser, offload: FakeOffload) ->
         assert pixel(browser, 1, 1) == browser.run(COLOUR, "use")
 
 
-def test_arrow_keys_move_a_cursor_that_is_told_in_words(browser: Browser, offload: FakeOffload) -> None:
+def test_arrow_keys_move_a_cursor_that_is_described_in_text(browser: Browser, offload: FakeModelHandle) -> None:
     offload.state[0, 1] = 2
     offload.counts["hits"][0, 1] = 12
     with opened(browser, Page(offload)):
@@ -130,7 +130,7 @@ def test_arrow_keys_move_a_cursor_that_is_told_in_words(browser: Browser, offloa
         assert browser.run("return document.getElementById('tip').hidden")
 
 
-def test_a_chat_streams_and_its_text_is_never_markup(browser: Browser, offload: FakeOffload) -> None:
+def test_a_chat_streams_and_its_text_is_never_markup(browser: Browser, offload: FakeModelHandle) -> None:
     page = Page(offload, answer=["<img src=x onerror=alert(1)>", " <script>1</script>", " été 😀"], pause_s=0.4)
     with opened(browser, page):
         browser.run(SEND, "Hello & <b>you</b>")
@@ -148,7 +148,7 @@ def test_a_chat_streams_and_its_text_is_never_markup(browser: Browser, offload: 
         assert page.asked[1]["model"] == "tiny"
 
 
-def test_an_answer_can_be_stopped(browser: Browser, offload: FakeOffload) -> None:
+def test_an_answer_can_be_stopped(browser: Browser, offload: FakeModelHandle) -> None:
     page = Page(offload, answer=["word "] * 200, pause_s=0.1)
     with opened(browser, page):
         browser.run(SEND, "Go on")
@@ -159,7 +159,7 @@ def test_an_answer_can_be_stopped(browser: Browser, offload: FakeOffload) -> Non
         assert not browser.run("return document.getElementById('chat-send').hidden")
 
 
-def test_what_the_server_refuses_is_told_and_nothing_typed_is_lost(browser: Browser, offload: FakeOffload) -> None:
+def test_a_refusal_is_shown_and_typed_text_is_kept(browser: Browser, offload: FakeModelHandle) -> None:
     page = Page(offload, refuse=(429, "the queue is full; try again later"))
     with opened(browser, page):
         browser.run(SEND, "Hello")
@@ -172,7 +172,7 @@ def test_what_the_server_refuses_is_told_and_nothing_typed_is_lost(browser: Brow
         assert browser.run("return document.getElementById('chat-error').hidden")
 
 
-def test_a_key_is_asked_for_and_used(browser: Browser, offload: FakeOffload) -> None:
+def test_the_api_key_is_requested_and_used(browser: Browser, offload: FakeModelHandle) -> None:
     with opened(browser, Page(offload, key="secret")):
         browser.wait(lambda: not browser.run("return document.getElementById('key-form').hidden"))
         assert browser.text("#status-text") == "API key needed"
@@ -182,15 +182,15 @@ def test_a_key_is_asked_for_and_used(browser: Browser, offload: FakeOffload) -> 
         browser.wait(lambda: browser.text(".turn.model .took"))
 
 
-def test_a_server_that_went_away_is_told(browser: Browser, offload: FakeOffload) -> None:
-    with served(Page(offload).app()) as url:
+def test_a_lost_connection_is_shown(browser: Browser, offload: FakeModelHandle) -> None:
+    with serve_app(Page(offload).app()) as url:
         browser.open(url)
         browser.wait(lambda: browser.text("#status-text") == "Live")
-    browser.wait(lambda: browser.text("#status-text") == "Server away, trying again")
+    browser.wait(lambda: browser.text("#status-text") == "Server unreachable, retrying")
     browser.driver.get("about:blank")
 
 
-def test_charts_show_what_was_sampled(browser: Browser, offload: FakeOffload) -> None:
+def test_charts_show_the_samples(browser: Browser, offload: FakeModelHandle) -> None:
     page = Page(offload)
     with opened(browser, page):
         browser.wait(lambda: "1running, 2 waiting" in browser.text(".chart:last-child .value"))
@@ -205,15 +205,15 @@ def test_charts_show_what_was_sampled(browser: Browser, offload: FakeOffload) ->
 @pytest.mark.parametrize("width", [320, 390, 768, 1280])
 @pytest.mark.parametrize("shape", [(LAYERS, EXPERTS), (58, 256)])
 def test_no_width_scrolls_sideways(browser: Browser, width: int, shape: tuple[int, int]) -> None:
-    page = Page(FakeOffload(*[shape[1]] * shape[0]), answer=["x" * 400])
+    page = Page(FakeModelHandle(*[shape[1]] * shape[0]), answer=["x" * 400])
     with opened(browser, page, width=width, height=800):
         browser.run(SEND, "y" * 300)
         browser.wait(lambda: browser.text(".turn.model .took"))
         assert browser.run(OVERFLOW) <= 0
 
 
-def test_fifteen_thousand_experts_are_drawn_in_a_moment(browser: Browser) -> None:
-    offload = FakeOffload(*[256] * 58)
+def test_fifteen_thousand_experts_are_drawn_quickly(browser: Browser) -> None:
+    offload = FakeModelHandle(*[256] * 58)
     with opened(browser, Page(offload), width=1400):
         offload.state[:, ::2] = 2
         browser.wait(lambda: pixel(browser, 57, 254, 58, 256) == browser.run(COLOUR, "resident"))
@@ -221,10 +221,10 @@ def test_fifteen_thousand_experts_are_drawn_in_a_moment(browser: Browser) -> Non
             "const begin = performance.now(); document.querySelector('input[value=accesses]').click();"
             "document.querySelector('input[value=place]').click(); return performance.now() - begin"
         )
-        assert took_ms < 2000  # twice all of them, on a machine that does other things too
+        assert took_ms < 2000  # two full redraws, on a machine that may be busy
 
 
-def test_everything_that_takes_input_has_a_name(browser: Browser, offload: FakeOffload) -> None:
+def test_every_control_has_an_accessible_name(browser: Browser, offload: FakeModelHandle) -> None:
     with opened(browser, Page(offload, key="")):
         tree = browser.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
         roles = {"button", "textbox", "spinbutton", "radio", "link", "application", "image", "region", "log", "heading"}
@@ -237,7 +237,7 @@ def test_everything_that_takes_input_has_a_name(browser: Browser, offload: FakeO
         assert "experts in memory" in browser.text("#summary")
 
 
-def test_text_is_legible_on_what_is_behind_it(browser: Browser, offload: FakeOffload) -> None:
+def test_text_has_enough_contrast(browser: Browser, offload: FakeModelHandle) -> None:
     pairs = [
         ("ink", "card"), ("soft", "card"), ("soft", "back"), ("accent", "card"), ("accent", "tint"),
         ("on-accent", "accent"), ("alarm", "alarm-back"), ("alarm", "back"), ("warn", "warn-back"), ("back", "ink"),
@@ -249,7 +249,7 @@ def test_text_is_legible_on_what_is_behind_it(browser: Browser, offload: FakeOff
                 assert ratio >= 4.5, (front, behind, dark, ratio)
 
 
-def test_focus_goes_the_way_one_reads(browser: Browser, offload: FakeOffload) -> None:
+def test_focus_follows_reading_order(browser: Browser, offload: FakeModelHandle) -> None:
     with opened(browser, Page(offload)):
         order = []
         for _ in range(8):
@@ -258,7 +258,7 @@ def test_focus_goes_the_way_one_reads(browser: Browser, offload: FakeOffload) ->
         assert order == ["skip", "view", "map", "log", "prompt", "max-tokens", "temperature", "chat-send"]
 
 
-def test_a_real_model_is_seen_at_work(browser: Browser, tiny: Make) -> None:
+def test_the_map_shows_a_real_model(browser: Browser, tiny: Make) -> None:
     import finemoe
 
     with finemoe.load(tiny(), expert_memory="50%") as model, opened(browser, Page(model.finemoe)):
@@ -273,7 +273,7 @@ def test_a_real_model_is_seen_at_work(browser: Browser, tiny: Make) -> None:
 
 
 def contrast(front: str, behind: str) -> float:
-    """The ratio of two colours' luminance, as WCAG has it."""
+    """The contrast ratio of two colours, as defined by WCAG."""
 
     def luminance(colour: str) -> float:
         digits = colour.removeprefix("#")

@@ -1,4 +1,4 @@
-"""Requests that can't be answered are refused by the name of what is wrong, in OpenAI's shape."""
+"""Invalid requests are refused in OpenAI's error shape, naming the parameter."""
 
 from __future__ import annotations
 
@@ -126,13 +126,13 @@ def test_bad_completions_are_refused_by_name(given: dict[str, Any], param: str) 
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-def test_bodies_that_are_none(body: bytes, kind: str, status: int, code: str, path: str) -> None:
+def test_invalid_bodies_are_refused(body: bytes, kind: str, status: int, code: str, path: str) -> None:
     with fake(max_body_bytes="150000") as server:
         error = refusal(server.client.post(path, content=body, headers={"Content-Type": kind}), status)
     assert error["code"] == code
 
 
-def test_a_body_in_pieces_is_bounded_too() -> None:
+def test_a_chunked_body_is_limited_too() -> None:
     with fake(max_body_bytes="1000") as server:
         pieces = (b"a" * 100 for _ in range(100))
         error = refusal(server.client.post(CHAT, content=pieces, headers={"Content-Type": "application/json"}), 413)

@@ -1,4 +1,4 @@
-"""The server on a port, as OpenAI's own client and as unkind clients see it."""
+"""The server on a port, with OpenAI's client and with clients that misbehave."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from finemoe.serving.config import ServeConfig
 from finemoe.serving.scheduler.job import Job
 from finemoe.serving.server import read_api_key, reserve
 from tests.serving.fake_worker import FakeWorker
-from tests.serving.serve import NAME, TEXT, Live, count_up, ids, live, make_house, say
+from tests.serving.serve import NAME, TEXT, LiveServer, count_up, ids, live, make_app_state, say
 
 HI: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Hi"}]
 
 
-def until(true: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + 20
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
 
@@ -40,17 +40,17 @@ def worker() -> Iterator[FakeWorker]:
 
 
 @pytest.fixture
-def server(worker: FakeWorker) -> Iterator[Live]:
-    with live(make_house(worker)) as made:
+def server(worker: FakeWorker) -> Iterator[LiveServer]:
+    with live(make_app_state(worker)) as made:
         yield made
 
 
-def idle(server: Live) -> bool:
+def idle(server: LiveServer) -> bool:
     load = server.app_state.served.worker.load()
     return not (server.app_state.admission.answers or load.running or load.waiting)
 
 
-def test_the_openai_client_chats(server: Live) -> None:
+def test_the_openai_client_chats(server: LiveServer) -> None:
     client = server.client()
     assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).id == NAME
@@ -59,12 +59,12 @@ def test_the_openai_client_chats(server: Live) -> None:
     assert answer.choices[0].logprobs is not None
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(ids("<user>Hi<assistant>"))
-    # an answer may be sent back as it came
+    # an answer can be sent back unchanged
     turns = [*HI, answer.choices[0].message.model_dump(), {"role": "user", "content": "More"}]
     assert client.chat.completions.create(model=NAME, messages=turns).choices[0].finish_reason == "stop"  # type: ignore[arg-type]
 
 
-def test_the_openai_client_streams(server: Live) -> None:
+def test_the_openai_client_streams(server: LiveServer) -> None:
     client = server.client()
     chunks = list(
         client.chat.completions.create(
@@ -79,7 +79,7 @@ def test_the_openai_client_streams(server: Live) -> None:
         assert stream.get_final_completion().choices[0].message.content == TEXT
 
 
-def test_the_openai_client_parses_what_fits_a_schema(server: Live, worker: FakeWorker) -> None:
+def test_the_openai_client_parses_structured_output(server: LiveServer, worker: FakeWorker) -> None:
     class Verdict(BaseModel):
         good: bool
 
@@ -88,7 +88,7 @@ def test_the_openai_client_parses_what_fits_a_schema(server: Live, worker: FakeW
     assert parsed.choices[0].message.parsed == Verdict(good=True)
 
 
-def test_the_openai_client_raises_what_it_should(server: Live) -> None:
+def test_the_openai_client_raises_its_own_errors(server: LiveServer) -> None:
     client = server.client()
     with pytest.raises(openai.BadRequestError) as bad:
         client.chat.completions.create(model=NAME, messages=HI, temperature=9)
@@ -101,18 +101,18 @@ def test_the_openai_client_raises_what_it_should(server: Live) -> None:
     assert unknown.value.param == "top_k"
 
 
-def test_a_key_is_asked_for(worker: FakeWorker) -> None:
-    with live(make_house(worker), api_key="s3cret") as server:
+def test_the_api_key_is_required(worker: FakeWorker) -> None:
+    with live(make_app_state(worker), api_key="s3cret") as server:
         with pytest.raises(openai.AuthenticationError):
             server.client("wrong").models.list()
         assert list(server.client("s3cret").models.list())
 
 
-def test_a_full_house_refuses(worker: FakeWorker) -> None:
+def test_a_full_queue_refuses(worker: FakeWorker) -> None:
     worker.may_step.clear()
-    with live(make_house(worker, max_running=2, max_waiting=1)) as server, ThreadPoolExecutor() as pool:
+    with live(make_app_state(worker, max_running=2, max_waiting=1)) as server, ThreadPoolExecutor() as pool:
         client = server.client()
-        inside = [pool.submit(client.chat.completions.create, model=NAME, messages=HI) for _ in range(3)]
+        admitted = [pool.submit(client.chat.completions.create, model=NAME, messages=HI) for _ in range(3)]
         until(lambda: server.app_state.admission.answers == 3)
         with pytest.raises(openai.RateLimitError) as full:
             client.chat.completions.create(model=NAME, messages=HI)
@@ -122,15 +122,15 @@ def test_a_full_house_refuses(worker: FakeWorker) -> None:
             client.chat.completions.create(model=NAME, messages=HI, n=4)
         assert never.value.param == "n"
         worker.may_step.set()
-        assert [one.result().choices[0].message.content for one in inside] == [TEXT] * 3
+        assert [one.result().choices[0].message.content for one in admitted] == [TEXT] * 3
         patient = server.client(max_retries=3)
         assert patient.chat.completions.create(model=NAME, messages=HI).choices[0].message.content == TEXT
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_that_takes_too_long_is_ended(worker: FakeWorker, stream: bool) -> None:
+def test_a_request_times_out(worker: FakeWorker, stream: bool) -> None:
     worker.may_step.clear()
-    with live(make_house(worker, request_timeout_s=0.2)) as server:
+    with live(make_app_state(worker, request_timeout_s=0.2)) as server:
         expected = openai.APIError if stream else openai.InternalServerError
         with pytest.raises(expected) as late:
             list(server.client().chat.completions.create(model=NAME, messages=HI, stream=stream))
@@ -141,12 +141,12 @@ def test_a_request_that_takes_too_long_is_ended(worker: FakeWorker, stream: bool
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_model_that_fails_fails_that_request_alone(worker: FakeWorker, stream: bool) -> None:
+def test_a_model_error_fails_only_its_request(worker: FakeWorker, stream: bool) -> None:
     def failing(_: Job) -> Iterator[int]:
         yield from ids("ab")
         raise OSError("can't read expert 3 of layer 1 from /models/secret.safetensors")
 
-    with live(make_house(worker)) as server:
+    with live(make_app_state(worker)) as server:
         worker.script = failing
         with pytest.raises(openai.APIError) as failed:
             list(server.client().chat.completions.create(model=NAME, messages=HI, stream=stream))
@@ -157,9 +157,9 @@ def test_a_model_that_fails_fails_that_request_alone(worker: FakeWorker, stream:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_hangs_up_frees_the_place(worker: FakeWorker, stream: bool) -> None:
+def test_a_client_that_disconnects_frees_its_place(worker: FakeWorker, stream: bool) -> None:
     worker.script = count_up
-    with live(make_house(worker, context_tokens=1 << 20, max_output_tokens=1 << 19)) as server:
+    with live(make_app_state(worker, context_tokens=1 << 20, max_output_tokens=1 << 19)) as server:
         host, port = server.url.removeprefix("http://").split(":")
         connection = http.client.HTTPConnection(host, int(port), timeout=20)
         body = json.dumps({"model": NAME, "messages": HI, "stream": stream})
@@ -175,10 +175,10 @@ def test_who_hangs_up_frees_the_place(worker: FakeWorker, stream: bool) -> None:
         connection.close()
         until(lambda: idle(server))
         assert worker.cancelled == [worker.jobs[0].name]
-        assert 'finemoe_requests_total{outcome="cancelled"} 1.0' in server.app_state.metrics.page("")[0].decode()
+        assert 'finemoe_requests_total{outcome="cancelled"} 1.0' in server.app_state.metrics.render("")[0].decode()
 
 
-def status(server: Live, path: str) -> int:
+def status(server: LiveServer, path: str) -> int:
     host, port = server.url.removeprefix("http://").split(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=20)
     connection.request("GET", path)
@@ -188,16 +188,16 @@ def status(server: Live, path: str) -> int:
         connection.close()
 
 
-def test_a_server_that_ends_finishes_what_it_began(worker: FakeWorker) -> None:
+def test_shutdown_finishes_running_requests(worker: FakeWorker) -> None:
     worker.may_step.clear()
-    with live(make_house(worker)) as server, ThreadPoolExecutor() as pool:
+    with live(make_app_state(worker)) as server, ThreadPoolExecutor() as pool:
         client = server.client()
 
         def streamed() -> str:
             chunks = client.chat.completions.create(model=NAME, messages=HI, stream=True)
             return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
-        whole = pool.submit(client.chat.completions.create, model=NAME, messages=HI)
+        unstreamed = pool.submit(client.chat.completions.create, model=NAME, messages=HI)
         stream = pool.submit(streamed)
         until(lambda: server.app_state.admission.answers == 2)
         assert status(server, "/ready") == 200
@@ -208,13 +208,13 @@ def test_a_server_that_ends_finishes_what_it_began(worker: FakeWorker) -> None:
             client.chat.completions.create(model=NAME, messages=HI)
         assert refused.value.status_code == 503
         worker.may_step.set()
-        assert whole.result().choices[0].message.content == stream.result() == TEXT
+        assert unstreamed.result().choices[0].message.content == stream.result() == TEXT
 
 
-def test_a_server_does_not_wait_for_ever(worker: FakeWorker) -> None:
+def test_shutdown_waits_for_the_drain_timeout_at_most(worker: FakeWorker) -> None:
     worker.script = count_up
     config: dict[str, Any] = {"context_tokens": 1 << 20, "max_output_tokens": 1 << 19, "drain_timeout_s": 0.3}
-    with live(make_house(worker, **config)) as server, ThreadPoolExecutor() as pool:
+    with live(make_app_state(worker, **config)) as server, ThreadPoolExecutor() as pool:
         endless = pool.submit(server.client().chat.completions.create, model=NAME, messages=HI)
         until(lambda: server.app_state.admission.answers == 1)
         server.server.stop()
@@ -223,10 +223,10 @@ def test_a_server_does_not_wait_for_ever(worker: FakeWorker) -> None:
         assert ended.value.code == "shutting_down"
 
 
-def test_a_port_in_use_is_told() -> None:
-    with reserve(ServeConfig(port=0)) as taken:
-        taken.listen()
-        port = taken.getsockname()[1]
+def test_unusable_addresses_are_refused_in_one_line() -> None:
+    with reserve(ServeConfig(port=0)) as bound:
+        bound.listen()
+        port = bound.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"^--port: can't listen on 127.0.0.1 port {port} \(.*\); give another"):
             reserve(ServeConfig(port=port))
     with pytest.raises(ConfigError, match=r"^--host: "):

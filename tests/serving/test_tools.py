@@ -1,4 +1,4 @@
-"""Calls of functions: in answers, in conversations, and on demand."""
+"""Tool calls: in answers, in conversations, and required."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Löwen"}}\n</too
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_calls_of_functions(stream: bool) -> None:
+def test_tool_calls_are_parsed(stream: bool) -> None:
     with fake(say(f"Let me see. {CALL}\n{CALL}")) as server:
         response = server.chat(tools=TOOLS, stream=stream)
-        alone = server.chat(tools=TOOLS, parallel_tool_calls=False).json()["choices"][0]
+        first_only = server.chat(tools=TOOLS, parallel_tool_calls=False).json()["choices"][0]
         forbidden = server.chat(tools=TOOLS, tool_choice="none").json()["choices"][0]
     if stream:
         chunks = [chunk["choices"][0] for chunk in events(response)]
@@ -30,17 +30,17 @@ def test_calls_of_functions(stream: bool) -> None:
     assert (content, finish) == ("Let me see.", "tool_calls")
     assert [call["function"] for call in calls] == [{"name": "weather", "arguments": '{"city": "Löwen"}'}] * 2
     assert len({call["id"] for call in calls}) == 2
-    assert len(alone["message"]["tool_calls"]) == 1
+    assert len(first_only["message"]["tool_calls"]) == 1
     assert forbidden["message"]["content"] == f"Let me see. {CALL}\n{CALL}"
 
 
 @pytest.mark.parametrize("text", ["<tool_call>no json</tool_call>", '<tool_call>{"nome": 1}', "a <tool_cal", "<"])
-def test_what_is_no_call_is_text(text: str) -> None:
+def test_malformed_calls_are_text(text: str) -> None:
     with fake(say(text)) as server:
         chunks = [chunk["choices"][0] for chunk in events(server.chat(tools=TOOLS, stream=True))]
-        whole = server.chat(tools=TOOLS).json()["choices"][0]
-    assert "".join(chunk["delta"].get("content") or "" for chunk in chunks) == text == whole["message"]["content"]
-    assert chunks[-1]["finish_reason"] == whole["finish_reason"] == "stop"
+        unstreamed = server.chat(tools=TOOLS).json()["choices"][0]
+    assert "".join(chunk["delta"].get("content") or "" for chunk in chunks) == text == unstreamed["message"]["content"]
+    assert chunks[-1]["finish_reason"] == unstreamed["finish_reason"] == "stop"
 
 
 def test_a_conversation_with_calls_goes_through_the_template() -> None:
@@ -55,12 +55,12 @@ def test_a_conversation_with_calls_goes_through_the_template() -> None:
         assert server.chat(messages=messages, tools=TOOLS).status_code == 200
         prompt = server.app_state.served.decode(server.worker.jobs[0].prompt)
         assert prompt.startswith("<system>Be brief<user>Hi<assistant><tool>rain")
-        error = refusal(server.chat(messages=messages))  # the template wants tools for this
+        error = refusal(server.chat(messages=messages))  # the template refuses a tool message without tools
         assert (error["param"], "no tools here" in error["message"]) == ("messages", True)
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
-def test_a_call_can_be_demanded(choice: Any) -> None:
+def test_a_call_can_be_required(choice: Any) -> None:
     city = {"type": "object", "properties": {"city": {"enum": ["Oslo"]}}, "required": ["city"]}
     tools = [
         {"type": "function", "function": {"name": "weather", "parameters": city | {"additionalProperties": False}}}

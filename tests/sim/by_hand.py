@@ -1,4 +1,4 @@
-"""Schedules, traces and policies that a test writes down itself, so that what must come out is known by hand."""
+"""Schedules, traces and policies written out in a test, whose results are computed by hand."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy as np
 from finemoe.policy import Policy
 from finemoe.policy.eviction import RECENCY, make_ranking, visit
 from finemoe.sim.hardware import Machine
-from finemoe.sim.simulator import Outcome, Replay
+from finemoe.sim.simulator import Outcome, Simulation
 from finemoe.sim.workload import Floats, Schedule, TraceView
 from finemoe.trace import RequestTrace, Trace, TraceHeader, TraceWriter, open_trace
 from finemoe.types import Routed, Step
 
-Needs = Sequence[Sequence[Sequence[int]]]  # of each iteration, of each layer: experts
-Wants = Mapping[int, Mapping[tuple[int, int], float]]
+Needs = Sequence[Sequence[Sequence[int]]]  # by iteration and layer: experts
+Priorities = Mapping[int, Mapping[tuple[int, int], float]]
 NONE: tuple[int, ...] = ()
 
 
 def schedule(needs: Needs, experts: int, tokens: Sequence[int] | None = None) -> Schedule:
-    """One request; an iteration has one token unless `tokens` says otherwise."""
+    """A schedule of one request; one token per iteration unless `tokens` is given."""
     layers, iterations = len(needs[0]), len(needs)
     events = [[layer * experts + e for e in need] for iteration in needs for layer, need in enumerate(iteration)]
     ends = np.cumsum(tokens or [1] * iterations)
@@ -39,11 +39,11 @@ def schedule(needs: Needs, experts: int, tokens: Sequence[int] | None = None) ->
     )
 
 
-class Blind(TraceView):
-    """Nothing but needs can be seen."""
+class NeedsOnly(TraceView):
+    """A view without gates, lookahead or steps."""
 
     def __init__(self) -> None:
-        """There is no trace."""
+        """Needs no trace."""
 
     @property
     def active(self) -> int:
@@ -59,21 +59,20 @@ class Blind(TraceView):
         return []
 
 
-class Script(Policy):
-    """LRU that prefetches what it is told to.
+class ScriptedPolicy(Policy):
+    """LRU with prescribed prefetch priorities.
 
     Args:
-        wants: from event i on (-1: from the very beginning) these experts are wanted and no others: how much, by layer
-            and expert.
+        priorities: from event `i` on (-1: from the beginning), the only priorities above 0, by layer and expert.
     """
 
     prefetches = True
 
-    def __init__(self, layers: int, experts: int, wants: Wants) -> None:
+    def __init__(self, layers: int, experts: int, priorities: Priorities) -> None:
         super().__init__(layers, experts)
         self.ranking = make_ranking(layers, experts, -1.0)
         self.retention_priority = self.ranking.retention_priority
-        self.wants = wants
+        self.priorities = priorities
         self.event = -1
 
     def begin(self, steps: Sequence[Step]) -> None:
@@ -85,20 +84,20 @@ class Script(Policy):
         self._next()
 
     def _next(self) -> None:
-        if self.event in self.wants:
+        if self.event in self.priorities:
             self.prefetch_priority[:] = 0.0
-            for expert, prefetch_priority in self.wants[self.event].items():
+            for expert, prefetch_priority in self.priorities[self.event].items():
                 self.prefetch_priority[expert] = prefetch_priority
         self.event += 1
 
 
-def play(plan: Schedule, policy: Policy, capacity: int, link_ratio: float, **machine: Any) -> Outcome:
-    """The outcome, with the log of all actions."""
-    return Replay(plan, Blind(), policy, Machine(capacity, link_ratio, **machine), log=1000).run()
+def simulate(plan: Schedule, policy: Policy, capacity: int, link_ratio: float, **machine: Any) -> Outcome:
+    """Simulates a schedule with a log of all actions."""
+    return Simulation(plan, NeedsOnly(), policy, Machine(capacity, link_ratio, **machine), log=1000).run()
 
 
 def write_trace(path: Path, requests: Iterable[RequestTrace], **header: Any) -> Trace:
-    """A trace of these requests; the header's sizes are theirs unless told otherwise."""
+    """A trace of these requests, with their sizes unless `header` overrides them."""
     made = list(requests)
     _, layers, active = made[0].expert_ids.shape
     present = tuple(
@@ -118,7 +117,7 @@ def request(
 
     Args:
         counts: token rows of each iteration; one each by default. A first one of several tokens is a prompt.
-        first_token: its token ids count up from here.
+        first_token: first of its consecutive token ids.
         fields: optional columns.
     """
     ids = np.asarray(expert_ids, np.uint8)

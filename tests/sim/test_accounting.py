@@ -1,4 +1,4 @@
-"""What the ledger and the census say of each access adds up to what the engine counts, whatever runs."""
+"""Hits and misses by source and by expert add up to the engine's counters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finemoe.sim.workload import TraceView, make_schedule
 from finemoe.trace import open_trace
 from finemoe.types import DECODE, ExpertId, Routed, Step
 from tests.sim.traces import EXPERTS, LAYERS, make_trace
-from tests.sim.virtual_link import EngineReplay, VirtualLink
+from tests.sim.virtual_link import EngineDriver, VirtualLink
 
 
 @pytest.fixture(scope="module")
@@ -36,38 +36,38 @@ def total(rows: tuple[ExplainRow, ...], count: str) -> int:
     st.integers(0, 5), st.integers(3, LAYERS * EXPERTS), st.sampled_from([0.07, 0.3, 1.0, 4.1]),
     st.sampled_from([0, 5]), st.integers(1, 3), st.sampled_from([0, 70]),
 )  # fmt: skip
-def test_sums_are_the_engines_own_counters(
+def test_sums_equal_the_engines_counters(
     folder: Path, policy: str, seed: int, capacity: int, link_ratio: float, chunks: int, interleave: int, prompt: int
 ) -> None:
     path = folder / f"walk-{seed}-4-12-{prompt}.safetensors"
     with make_trace(folder, seed, prompt=prompt) if not path.exists() else open_trace(path) as trace:
-        schedule, evidence = make_schedule(trace, range(4), interleave), TraceView(trace)
+        schedule, view = make_schedule(trace, range(4), interleave), TraceView(trace)
         link = VirtualLink(link_ratio, chunks)
-        driven = EngineReplay.make(schedule, make_policy(policy, LAYERS, EXPERTS), capacity, link)
-        driven.engine.cache_manager.source_counts = SourceCounts(LAYERS, EXPERTS)
-        driven.engine.cache_manager.enable_expert_counts()
-        driven.run(schedule, evidence)
-    rows, counters = driven.engine.cache_manager.source_counts.rows(), driven.engine.counters
+        driver = EngineDriver.make(schedule, make_policy(policy, LAYERS, EXPERTS), capacity, link)
+        driver.engine.cache_manager.source_counts = SourceCounts(LAYERS, EXPERTS)
+        driver.engine.cache_manager.enable_expert_counts()
+        driver.run(schedule, view)
+    rows, counters = driver.engine.cache_manager.source_counts.rows(), driver.engine.counters
     assert (total(rows, "hits"), total(rows, "late"), total(rows, "misses")) == (
         counters.hits, counters.late, counters.misses,
     )  # fmt: skip
-    tally = driven.engine.cache_manager.cache.counters
-    assert (total(rows, "predicted"), total(rows, "wasted")) == (tally[PREFETCHED], tally[WASTED])
-    assert driven.engine.cache_manager.expert_counts is not None
-    counts = driven.engine.cache_manager.expert_counts.counts
+    counters_ = driver.engine.cache_manager.cache.counters
+    assert (total(rows, "predicted"), total(rows, "wasted")) == (counters_[PREFETCHED], counters_[WASTED])
+    assert driver.engine.cache_manager.expert_counts is not None
+    counts = driver.engine.cache_manager.expert_counts.counts
     assert counts[[HITS, LATE, MISSES]].sum(axis=1).tolist() == [counters.hits, counters.late, counters.misses]
     assert counts[[expert_counts.PREFETCHED, expert_counts.WASTED]].sum(axis=1).tolist() == [
-        tally[PREFETCHED],
-        tally[WASTED],
+        counters_[PREFETCHED],
+        counters_[WASTED],
     ]
     by_layer = [sum(getattr(row, count) for row in rows if row.layer == 0) for count in ("hits", "misses", "wasted")]
     assert counts[[HITS, MISSES, expert_counts.WASTED], :EXPERTS].sum(axis=1).tolist() == by_layer
     prefetches = tuple(row for row in rows if row.source.startswith("prefetch"))
-    assert total(prefetches, "hits") + total(prefetches, "late") == tally[PREFETCHED_USED]
-    unused_prefetch = int(driven.engine.cache_manager.cache.unused_prefetch.sum())
-    assert tally[PREFETCHED] == tally[PREFETCHED_USED] + tally[WASTED] + unused_prefetch
+    assert total(prefetches, "hits") + total(prefetches, "late") == counters_[PREFETCHED_USED]
+    unused_prefetch = int(driver.engine.cache_manager.cache.unused_prefetch.sum())
+    assert counters_[PREFETCHED] == counters_[PREFETCHED_USED] + counters_[WASTED] + unused_prefetch
     assert total(rows, "misses") == total(tuple(row for row in rows if row.source == "demand"), "misses")
-    for row in prefetches:  # of each source on its own, nothing is used that was not predicted
+    for row in prefetches:  # per source, used and wasted prefetches do not exceed predictions
         assert row.hits + row.late + row.wasted <= row.predicted
         assert row.distance is None or 1 <= row.distance <= row.layer + 1
 
@@ -80,10 +80,10 @@ def make(prefetch_priority: dict[tuple[int, int], float]) -> CacheManager:
 
 
 def begin(cache_manager: CacheManager) -> None:
-    cache_manager.begin([Step(0, DECODE, [1])])  # type: ignore[arg-type] # nobody looks
+    cache_manager.begin([Step(0, DECODE, [1])])  # type: ignore[arg-type] # not read
 
 
-def test_an_expert_is_told_by_how_it_came() -> None:
+def test_accesses_are_attributed_to_how_the_expert_was_loaded() -> None:
     cache_manager = make({(2, 1): 3.0, (0, 2): 2.0})
     assert cache_manager.source_counts is not None
     begin(cache_manager)
@@ -107,7 +107,7 @@ def test_an_expert_is_told_by_how_it_came() -> None:
     )
 
 
-def test_a_withdrawn_prefetch_is_wasted() -> None:
+def test_a_cancelled_prefetch_is_wasted() -> None:
     cache_manager = make({(0, 0): 1.0})
     assert cache_manager.source_counts is not None
     begin(cache_manager)
@@ -116,16 +116,16 @@ def test_a_withdrawn_prefetch_is_wasted() -> None:
     assert cache_manager.source_counts.rows() == (ExplainRow(0, "prefetch", 1, 1, 0, 0, 0, 1),)
 
 
-def test_each_expert_is_counted_on_its_own() -> None:
+def test_counts_are_kept_per_expert() -> None:
     cache_manager = make({(2, 1): 3.0, (0, 2): 2.0})
     cache_manager.enable_expert_counts()
     begin(cache_manager)
     cache_manager.routed(Routed(0, [0]))
     cache_manager.landed(ExpertId(0, 0))
     cache_manager.used(ExpertId(0, 0))
-    assert cache_manager.prefetch() is not None  # (2, 1): comes in time
+    assert cache_manager.prefetch() is not None  # (2, 1): completes in time
     cache_manager.landed(ExpertId(2, 1))
-    assert cache_manager.prefetch() is not None  # (0, 2): is given up
+    assert cache_manager.prefetch() is not None  # (0, 2): fails
     cache_manager.failed(ExpertId(0, 2))
     cache_manager.routed(Routed(2, [1]))
     begin(cache_manager)
@@ -138,13 +138,13 @@ def test_each_expert_is_counted_on_its_own() -> None:
     assert np.array_equal(cache_manager.expert_counts.counts, expected)
 
 
-def test_nothing_is_kept_unless_asked_for() -> None:
+def test_accounting_is_off_by_default() -> None:
     cache_manager = CacheManager(3, 4, 6, make_policy("lru", 3, 4))
     assert cache_manager.source_counts is None
     assert cache_manager.expert_counts is None
 
 
-def test_the_table_sums_by_source_and_by_layer() -> None:
+def test_explain_table_sums_by_source_and_by_layer() -> None:
     rows = (
         ExplainRow(0, "demand", None, 0, 5, 0, 2, 0),
         ExplainRow(0, "prefetch", 1, 4, 2, 1, 0, 1),

@@ -1,4 +1,4 @@
-"""What a machine gives is measured whatever its file system can do."""
+"""Measured rates, and forecasts from them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ fcntl = pytest.importorskip("fcntl")
 
 
 @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="there is no direct I/O to be refused")
-def test_a_disk_that_refuses_direct_reads_is_measured_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_without_direct_reads_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = os.preadv
     refused: list[int] = []
 
@@ -31,7 +29,7 @@ def test_a_disk_that_refuses_direct_reads_is_measured_all_the_same(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     rates = measure(sample_bytes=4 << 20)
     if not refused:
-        pytest.skip("files of this folder can't even be opened for direct reads")
+        pytest.skip("this folder's file system does not support direct reads at all")
     assert min(rates.disk_bytes_s, rates.memory_bytes_s, rates.available_bytes, rates.resident_bytes) > 0
 
 
@@ -46,6 +44,6 @@ def test_a_budget_fits_only_where_the_process_does_too() -> None:
     ample = planned(1 << 40)
     assert ample.total_bytes == sizes.dense_bytes + ample.expert_memory_bytes + ample.process_bytes
     assert ample.process_bytes > 300 << 20
-    still_to_take = ample.total_bytes - (300 << 20)
-    assert planned(still_to_take).fits
-    assert not planned(still_to_take - 1).fits
+    still_needed = ample.total_bytes - (300 << 20)
+    assert planned(still_needed).fits
+    assert not planned(still_needed - 1).fits

@@ -1,4 +1,4 @@
-"""What docs/simulator.md says, holds."""
+"""docs/simulator.md: its example runs, its commands run, and it explains every column and policy."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ PAGE = (Path(__file__).parents[2] / "docs" / "simulator.md").read_text(encoding=
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """With the trace that the page talks of."""
+    """A folder with the files of the page: `my.trace` and `machine.json`."""
     make_trace(tmp_path).path.rename(tmp_path / "my.trace")
+    (tmp_path / "machine.json").write_text('{"link_ratio": 1.3, "gap": 0.5, "begin_lag": null}')
     return tmp_path
 
 
@@ -37,7 +38,7 @@ def test_the_example_of_a_policy_runs_and_prefetches(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", re.findall(r"^finemoe .*", PAGE, flags=re.MULTILINE))
+@pytest.mark.parametrize("command", re.findall(r"^finemoe simulate .*", PAGE, flags=re.MULTILINE))
 def test_a_command_runs(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(folder)

@@ -1,4 +1,4 @@
-"""Times that vary: by how much, and the same ones for the same seed."""
+"""Random times: their spread, and their dependence on the seed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from finemoe.sim.hardware import Machine, Noise
 
 
-def test_times_vary_around_their_means_by_the_seed() -> None:
+def test_times_vary_around_their_means_and_depend_on_the_seed() -> None:
     machine = Machine(4, 1.0, compute_spread=0.2, link_spread=0.4, lag_spread=0.6, seed=7)
     noise, again, other = Noise(machine), Noise(machine), Noise(replace(machine, seed=8))
     drawn = {
@@ -25,7 +25,7 @@ def test_times_vary_around_their_means_by_the_seed() -> None:
     assert again.computes(24).tolist() == drawn[0.2][:48].reshape(2, 24).tolist()
 
 
-def test_times_that_do_not_vary_are_exact() -> None:
+def test_times_without_spread_are_exact() -> None:
     noise = Noise(Machine(4, 1.0))
     assert (noise.transfers.tolist(), noise.lag()) == ([1.0], 1.0)
     assert (noise.computes(3) == 1).all()

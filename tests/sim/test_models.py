@@ -1,7 +1,6 @@
-"""A model's own routing, recorded, through the simulator; and the model itself, on a link that the test controls.
+"""Simulating a model's recorded routing against running the model on a virtual link: same actions, counts and times.
 
-Same actions, counts and times. Policies that look at gates are compared in test_agreement.py: a trace keeps gates in
-half precision, so here they would see slightly other numbers.
+Policies that use gates are compared in test_agreement.py: a trace stores gates in half precision.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ import finemoe
 from finemoe.model.router_hooks import RouterTap
 from finemoe.policy import make_policy
 from finemoe.sim.hardware import Machine
-from finemoe.sim.simulator import Replay
+from finemoe.sim.simulator import Simulation
 from finemoe.sim.workload import TraceView, make_schedule
 from finemoe.trace import DECODE, PREFILL, RequestTrace, TraceHeader, TraceWriter, open_trace
 from finemoe.types import ExpertId, Routed
-from tests.sim.virtual_link import EngineReplay, LoggedCacheManager, VirtualLink
+from tests.sim.virtual_link import EngineDriver, LoggedCacheManager, VirtualLink
 from tests.tiny import Make
 
 POLICIES = ("lru", "lfu", "lfru", "deepspeed")
@@ -30,7 +29,7 @@ LINK_RATIO, CHUNKS, PROMPT, NEW_TOKENS = 0.6, 4, 12, 10
 
 
 def continue_prompts(model: Any) -> list[torch.Tensor]:
-    """Two prompts, one after another: their tokens."""
+    """Generates from two prompts in turn; returns the tokens."""
     draw = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, 90, (2, PROMPT), generator=draw)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -38,10 +37,10 @@ def continue_prompts(model: Any) -> list[torch.Tensor]:
 
 
 def record(folder: Path, path: Path) -> list[torch.Tensor]:
-    """Writes what the model's routers choose. Returns the tokens."""
+    """Records the model's routing to `path`. Returns the tokens."""
     with finemoe.load(folder, expert_memory="all", policy="lru") as model:
         tap = RouterTap(model)
-        with tap.listening():
+        with tap.recording():
             tokens = continue_prompts(model)
         passes = tap.take()
     active = passes[0].ids.shape[2]
@@ -61,8 +60,8 @@ def record(folder: Path, path: Path) -> list[torch.Tensor]:
     return tokens
 
 
-def put_on_link(model: Any, policy: str, link: VirtualLink, experts: int) -> EngineReplay:
-    """Gives a loaded model an engine whose time the link keeps; its bytes still come from the checkpoint."""
+def attach_virtual_link(model: Any, policy: str, link: VirtualLink, experts: int) -> EngineDriver:
+    """Gives a loaded model an engine on the link's virtual clock; the weights still come from the checkpoint."""
     offload = model.finemoe
     store, pool, layers = offload._store, offload._engine.pool, len(offload.expert_index.layouts)
 
@@ -75,7 +74,7 @@ def put_on_link(model: Any, policy: str, link: VirtualLink, experts: int) -> Eng
     link.fill = fill
     offload._engine.clear()
     cache_manager = LoggedCacheManager(layers, experts, pool.slots, make_policy(policy, layers, experts))
-    replay = EngineReplay.make_with(pool, cache_manager, link)
+    replay = EngineDriver.make_with(pool, cache_manager, link)
     serve = replay.engine.serve
 
     def timed(event: Routed) -> Iterator[tuple[int, int]]:
@@ -84,14 +83,14 @@ def put_on_link(model: Any, policy: str, link: VirtualLink, experts: int) -> Eng
 
     replay.engine.serve = timed  # type: ignore[method-assign]
     for layer in offload._layers:
-        assert layer.accumulator is not None, "the twin asks for experts one by one"
+        assert layer.accumulator is not None, "the reference path serves experts one by one"
         layer.engine = replay.engine
     offload._engine = replay.engine
     return replay
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "reference"])
-def test_a_models_routing_is_replayed_as_the_model_runs(
+def test_simulating_a_models_trace_matches_the_model(
     kind: str, tiny: Make, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     folder = request.getfixturevalue("reference_model") if kind == "reference" else tiny(kind)
@@ -99,18 +98,18 @@ def test_a_models_routing_is_replayed_as_the_model_runs(
     expected = record(folder, path)
     with open_trace(path) as trace:
         layers, experts = trace.header.layers, trace.header.experts
-        schedule, evidence = make_schedule(trace, [0, 1]), TraceView(trace)
-        for policy in POLICIES if kind != "reference" else ("lfru", "deepspeed"):  # it takes a while
+        schedule, view = make_schedule(trace, [0, 1]), TraceView(trace)
+        for policy in POLICIES if kind != "reference" else ("lfru", "deepspeed"):  # which is slow
             with finemoe.load(folder, expert_memory="30%", policy=policy) as model:
                 slots = model.finemoe.stats().slots
                 link = VirtualLink(LINK_RATIO, CHUNKS)
-                driven = put_on_link(model, policy, link, experts)
+                driver = attach_virtual_link(model, policy, link, experts)
                 found = continue_prompts(model)
             machine = Machine(slots, LINK_RATIO, chunks=CHUNKS)
-            outcome = Replay(schedule, evidence, make_policy(policy, layers, experts), machine, log=1_000_000).run()
-            counters = driven.engine.counters
+            outcome = Simulation(schedule, view, make_policy(policy, layers, experts), machine, log=1_000_000).run()
+            counters = driver.engine.counters
             assert all(map(torch.equal, found, expected)), policy
-            assert driven.actions(experts) == [tuple(row) for row in outcome.log.tolist()], policy
+            assert driver.actions(experts) == [tuple(row) for row in outcome.log.tolist()], policy
             assert (counters.hits, counters.late, counters.misses) == (outcome.hits, outcome.late, outcome.misses)
             assert link.now == pytest.approx(outcome.total, rel=1e-9)
             assert counters.stall_s == pytest.approx(outcome.stall, rel=1e-9)

@@ -1,4 +1,4 @@
-"""What a policy expects, against what is needed."""
+"""A policy's predictions against recorded routing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from finemoe.errors import ConfigError
 from finemoe.policy import make_policy
-from finemoe.sim.prediction_report import Guess, draw_guess, guess
+from finemoe.sim.prediction_report import RoutingPrediction, draw_prediction, predict_request
 from finemoe.trace import Trace
 from finemoe.types import DECODE
 from tests.sim.by_hand import request, write_trace
@@ -22,8 +22,8 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
 
 
 @pytest.mark.parametrize("name", ["finemoe", "expert-map"])
-def test_expectations_are_chances_and_needs_the_truth(trace: Trace, name: str) -> None:
-    found = guess(trace, make_policy(name, LAYERS, EXPERTS), 3, [0, 1, 2, 3])
+def test_predictions_are_probabilities_and_needs_are_recorded(trace: Trace, name: str) -> None:
+    found = predict_request(trace, make_policy(name, LAYERS, EXPERTS), 3, [0, 1, 2, 3])
     assert found.expected.shape == found.needed.shape == (len(trace.request(3)), LAYERS, EXPERTS)
     assert (found.expected >= 0).all() and (found.expected <= 1).all()
     executed = trace.request(3).expert_ids
@@ -32,31 +32,31 @@ def test_expectations_are_chances_and_needs_the_truth(trace: Trace, name: str) -
     assert (found.recall >= 0).all() and (found.recall <= 1).all()
 
 
-def test_what_repeats_is_foreseen(tmp_path: Path) -> None:
+def test_repeated_routing_is_predicted(tmp_path: Path) -> None:
     again = np.tile([[1, 4], [2, 7], [0, 3]], (9, 1, 1))
     weights = np.full(again.shape, 0.5, np.float16)
     trace = write_trace(tmp_path / "again.trace", [request(again, weights=weights)] * 2)
-    found = guess(trace, make_policy("finemoe", 3, 8), 1, [0])
+    found = predict_request(trace, make_policy("finemoe", 3, 8), 1, [0])
     assert found.recall[1:].min() == 1
 
 
-def test_recall_is_of_what_was_needed() -> None:
+def test_recall_is_a_share_of_the_needed_experts() -> None:
     expected = np.array([[[0.9, 0.1, 0.5, 0.4]]], np.float32)
     needed = np.array([[[True, False, False, True]]])
-    assert Guess(expected, needed, np.array([DECODE], np.uint8)).recall.tolist() == [[0.5]]
+    assert RoutingPrediction(expected, needed, np.array([DECODE], np.uint8)).recall.tolist() == [[0.5]]
 
 
-def test_bad_requests_and_policies_without_guesses_are_refused(trace: Trace) -> None:
+def test_unknown_requests_and_policies_without_predictions_are_refused(trace: Trace) -> None:
     with pytest.raises(ConfigError, match="--request: 4 is not one of 0 to 3"):
-        guess(trace, make_policy("finemoe", LAYERS, EXPERTS), 4, [])
+        predict_request(trace, make_policy("finemoe", LAYERS, EXPERTS), 4, [])
     with pytest.raises(ConfigError, match="--policy"):
-        guess(trace, make_policy("lru", LAYERS, EXPERTS), 0, [])
+        predict_request(trace, make_policy("lru", LAYERS, EXPERTS), 0, [])
 
 
 @pytest.mark.parametrize("iteration", [None, 0])
 def test_a_figure_is_drawn(trace: Trace, tmp_path: Path, iteration: int | None) -> None:
     pytest.importorskip("matplotlib")
-    found = guess(trace, make_policy("finemoe", LAYERS, EXPERTS), 3, [0])
-    draw_guess(found, "a request", tmp_path / "map.png", iteration)
+    found = predict_request(trace, make_policy("finemoe", LAYERS, EXPERTS), 3, [0])
+    draw_prediction(found, "a request", tmp_path / "map.png", iteration)
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["map.png"]

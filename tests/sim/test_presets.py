@@ -1,4 +1,4 @@
-"""Link ratios out of sizes and rates."""
+"""Link ratios from published sizes and rates."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_gpt_oss_on_an_h100_by_hand() -> None:
 def test_ratios_are_ordered_as_the_machines_are(shape: str) -> None:
     slow, fast, newer = (link_ratio(SHAPES[shape], HARDWARE[name]) for name in HARDWARE)
     assert all(isfinite(ratio) and ratio > 0 for ratio in (slow, fast, newer))
-    assert slow < fast, "the same link beside faster memory"
-    assert newer < fast, "a link twice as fast beside memory less than twice as fast"
+    assert slow < fast, "the same link with faster memory"
+    assert newer < fast, "a link twice as fast with memory less than twice as fast"
 
 
 def test_a_faster_link_and_more_work_a_token_lower_the_ratio() -> None:
@@ -44,7 +44,7 @@ def test_a_faster_link_and_more_work_a_token_lower_the_ratio() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_are_possible(shape: str) -> None:
+def test_shapes_are_plausible(shape: str) -> None:
     model = SHAPES[shape]
     assert 0 < model.active <= model.experts
     assert model.expert_bytes > 1 << 20

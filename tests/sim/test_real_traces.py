@@ -1,4 +1,4 @@
-"""Recorded routing of gpt-oss-20b, decoding, against an independent study. Needs the traces beside the repository."""
+"""Recorded routing of gpt-oss-20b, decoding, against an independent study. Skipped without the recorded traces."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STUDY = {
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> str:
     if not (SOURCE / "routing.npz").is_file():
-        pytest.skip("the recorded traces are not beside this repository")
+        pytest.skip("needs the recorded traces, which the repository does not hold")
     path = tmp_path_factory.mktemp("real") / "gpt-oss-20b.trace"
     assert sum(import_trace(SOURCE, path)) == 124_437
     return str(path)
@@ -37,7 +37,7 @@ def test_hit_rate_is_that_of_an_independent_study(trace: str, policy: str, share
     assert 100 * row.hit_rate == pytest.approx(STUDY[policy, share], abs=1.0)
 
 
-# the study's clock: a layer waits for all its experts, and a prefetch gives way at any time; 25%, r = 1
+# the study's model: a layer waits for all its experts, and prefetches are preempted at any time; 25%, r = 1
 @pytest.mark.slow
 @pytest.mark.parametrize(("policy", "time"), [("lru", 2.556), ("lfu", 2.334), ("belady", 1.702), ("oracle", 1.006)])
 def test_time_per_layer_is_that_of_the_study(trace: str, policy: str, time: float) -> None:

@@ -1,4 +1,4 @@
-"""The plot of a simulation: written whole or not at all."""
+"""The plot of a sweep: written atomically, with clear errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finemoe.errors import ConfigError
-from finemoe.sim.report import check, draw
+from finemoe.sim.report import check_plot, draw
 from finemoe.sim.sweep import SweepRow
 
 
@@ -30,14 +30,14 @@ ROWS = [
 
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:1], [each for each in ROWS if each.policy != "oracle"]])
-def test_a_figure_is_written_and_nothing_else(tmp_path: Path, rows: list[SweepRow]) -> None:
+def test_a_plot_is_written_and_nothing_else(tmp_path: Path, rows: list[SweepRow]) -> None:
     pytest.importorskip("matplotlib")
     draw(rows, "a title", tmp_path / "it.png")
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
     assert [each.name for each in tmp_path.iterdir()] == ["it.png"]
 
 
-def test_what_was_there_stays_if_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_plot_survives_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure = pytest.importorskip("matplotlib.figure")
 
     def full(_: object, path: Path, **options: Any) -> None:
@@ -55,12 +55,12 @@ def test_an_unknown_extension_is_refused_with_the_known_ones_named(tmp_path: Pat
     pytest.importorskip("matplotlib")
     for name in ("it.nonsense", "it"):
         with pytest.raises(ConfigError, match=r"--plot: can't draw to 'it.*ends in .*png"):
-            check(tmp_path / name)
+            check_plot(tmp_path / name)
 
 
-def test_a_folder_that_is_not_there_is_refused() -> None:
+def test_a_missing_folder_is_refused() -> None:
     with pytest.raises(ConfigError, match="--plot: there is no folder /no/where"):
-        check(Path("/no/where/it.png"))
+        check_plot(Path("/no/where/it.png"))
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,4 +73,4 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"--plot: .* pip install 'finemoe\[plots\]'"):
-        check(tmp_path / "it.png")
+        check_plot(tmp_path / "it.png")

@@ -1,4 +1,4 @@
-"""A replay: the same whoever computes it, nothing lost, nothing made up, and the bounds are bounds."""
+"""A simulation: compiled, interpreted and fast paths agree, invariants hold, and the bounds are bounds."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from finemoe.policy import BOUNDS, FACTORIES, Policy, compute_future, make_polic
 from finemoe.policy.cache_state import LOADING, RESIDENT
 from finemoe.policy.eviction import OnDemand
 from finemoe.sim.hardware import Machine
-from finemoe.sim.layer_kernel import check_laws
+from finemoe.sim.layer_kernel import check_invariants
 from finemoe.sim.link_kernel import ACCESSES, HITS, MOVED
-from finemoe.sim.simulator import Outcome, Replay
+from finemoe.sim.simulator import Outcome, Simulation
 from finemoe.sim.workload import Schedule, TraceView, make_schedule
 from finemoe.trace import Trace
 from tests.policy.compile import compiled
 from tests.sim.traces import EXPERTS, LAYERS, make_trace
 
 TOTAL = LAYERS * EXPERTS
-EVERY = [name for name, kind in (FACTORIES | BOUNDS).items() if "predictors" not in kind.needs]
+ALL_POLICIES = [name for name, kind in (FACTORIES | BOUNDS).items() if "predictors" not in kind.needs]
 ON_DEMAND = [name for name, kind in (FACTORIES | BOUNDS).items() if issubclass(kind, OnDemand)]
 MACHINES = [
     Machine(8, 1.0),
@@ -41,13 +41,13 @@ MACHINES = [
     ),
     Machine(9, 2.7, devices=2, chunks=3, tokens_per_unit=2, before_gate=0.3, gap=1.3),
 ]
-STEADY = [machine for machine in MACHINES if not machine.compute_spread]
-every_policy = pytest.mark.parametrize("policy", EVERY)
+CONSTANT_TIMES = [machine for machine in MACHINES if not machine.compute_spread]
+each_policy = pytest.mark.parametrize("policy", ALL_POLICIES)
 
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
-    """Decoding after prompts of 3 tokens; with everything that a policy may ask for."""
+    """Decoding after prompts of 3 tokens; with all optional columns."""
     return make_trace(tmp_path_factory.mktemp("traces"), seed=1, requests=6, iterations=25)
 
 
@@ -67,11 +67,11 @@ def replayed(
     trace: Trace, policy: str, machine: Machine, jit: Jit[Any] = interpreted, interleave: int = 1, **options: Any
 ) -> Outcome:
     """The last four requests, after learning from the first two."""
-    schedule, evidence = make_schedule(trace, range(2, 6), interleave, jit), TraceView(trace, jit=jit)
+    schedule, view = make_schedule(trace, range(2, 6), interleave, jit), TraceView(trace, jit=jit)
     chosen = made(policy, schedule, jit)
-    for recorded in evidence.recorded([0, 1]):
+    for recorded in view.recorded([0, 1]):
         chosen.learn(recorded)
-    return Replay(schedule, evidence, chosen, machine, jit, log=100_000, **options).run()
+    return Simulation(schedule, view, chosen, machine, jit, log=100_000, **options).run()
 
 
 def assert_alike(one: Outcome, other: Outcome) -> None:
@@ -84,9 +84,9 @@ def assert_alike(one: Outcome, other: Outcome) -> None:
         assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-9), name
 
 
-@every_policy
+@each_policy
 @pytest.mark.parametrize("machine", MACHINES, ids=["plain", "study", "varying", "two-devices"])
-def test_compiled_is_interpreted(trace: Trace, policy: str, machine: Machine) -> None:
+def test_compiled_and_interpreted_agree(trace: Trace, policy: str, machine: Machine) -> None:
     for interleave in (1, 3):
         plain = replayed(trace, policy, machine, interleave=interleave, fast=False)
         assert len(plain.log) > 100
@@ -95,19 +95,19 @@ def test_compiled_is_interpreted(trace: Trace, policy: str, machine: Machine) ->
 
 @pytest.mark.parametrize("policy", ON_DEMAND)
 @pytest.mark.parametrize("machine", MACHINES, ids=["plain", "study", "varying", "two-devices"])
-def test_the_fast_path_on_demand_is_the_general_one(trace: Trace, policy: str, machine: Machine) -> None:
+def test_the_fast_path_agrees_with_the_general_one(trace: Trace, policy: str, machine: Machine) -> None:
     for interleave in (1, 3):
         fast, general = (replayed(trace, policy, machine, interleave=interleave, fast=f) for f in (True, False))
         assert_alike(fast, general)
 
 
-@every_policy
+@each_policy
 def test_equal_inputs_give_equal_outcomes(trace: Trace, policy: str) -> None:
     assert_alike(*(replayed(trace, policy, MACHINES[0], compiled) for _ in range(2)))
 
 
-@every_policy
-@pytest.mark.parametrize("machine", STEADY, ids=["plain", "study", "two-devices"])
+@each_policy
+@pytest.mark.parametrize("machine", CONSTANT_TIMES, ids=["plain", "study", "two-devices"])
 def test_counts_add_up(trace: Trace, policy: str, machine: Machine) -> None:
     outcome = replayed(trace, policy, machine, compiled)
     accesses = len(make_schedule(trace, range(2, 6)).needs)
@@ -117,7 +117,7 @@ def test_counts_add_up(trace: Trace, policy: str, machine: Machine) -> None:
     assert outcome.total == pytest.approx(outcome.iteration_times.sum() + gaps)
     assert 0 <= outcome.stall < outcome.total
     assert outcome.moved <= machine.link_ratio * (outcome.misses + outcome.prefetched) + 1e-9
-    if machine.ready_first:  # compute that waits for nothing, and stall, are all the time there is
+    if machine.ready_first:  # the time is compute and stall
         tokens = make_schedule(trace, range(2, 6)).tokens
         compute = LAYERS * np.maximum(1, tokens / machine.tokens_per_unit).sum()
         assert outcome.total == pytest.approx(compute + outcome.stall + gaps)
@@ -126,14 +126,14 @@ def test_counts_add_up(trace: Trace, policy: str, machine: Machine) -> None:
         assert outcome.moved == pytest.approx(machine.link_ratio * outcome.misses)
 
 
-@every_policy
+@each_policy
 def test_an_infinitely_fast_link_never_stalls(trace: Trace, policy: str) -> None:
     outcome = replayed(trace, policy, Machine(8, 0.0), compiled)
     assert (outcome.stall, outcome.moved) == (0, 0)
 
 
-@every_policy
-def test_where_everything_fits_each_expert_is_waited_for_once_at_most(trace: Trace, policy: str) -> None:
+@each_policy
+def test_with_all_slots_each_expert_is_loaded_at_most_once(trace: Trace, policy: str) -> None:
     outcome = replayed(trace, policy, Machine(TOTAL, 1.0), compiled)
     touched = len(set(make_schedule(trace, range(2, 6)).needs.tolist()))
     assert outcome.evictions == 0
@@ -152,56 +152,58 @@ def test_belady_misses_least_of_all_on_demand_policies(decoding: Trace, capacity
 @pytest.mark.parametrize("link_ratio", [0.25, 1.0, 4.0])
 @pytest.mark.parametrize("capacity", [8, 16])
 def test_the_oracle_is_the_fastest_of_all(decoding: Trace, capacity: int, link_ratio: float) -> None:
-    totals = {name: replayed(decoding, name, Machine(capacity, link_ratio), compiled).total for name in EVERY}
+    totals = {name: replayed(decoding, name, Machine(capacity, link_ratio), compiled).total for name in ALL_POLICIES}
     slack = 1.02  # it is greedy: a strong reference, not a proven bound
     assert all(totals["oracle"] <= slack * total for total in totals.values())
     assert totals["oracle"] < totals["lru"]
 
 
-def broken(trace: Trace) -> Replay:
-    """A replay that has run, in an orderly state."""
+def finished(trace: Trace) -> Simulation:
+    """A simulation that has run, in a consistent state."""
     schedule = make_schedule(trace, [0])
-    replay = Replay(schedule, TraceView(trace), made("expert-map", schedule), Machine(8, 1.0))
-    replay.run()
-    check_laws(replay.world)
-    return replay
+    simulation = Simulation(schedule, TraceView(trace), made("expert-map", schedule), Machine(8, 1.0))
+    simulation.run()
+    check_invariants(simulation.state)
+    return simulation
 
 
 @pytest.mark.parametrize("jit", [interpreted, compiled], ids=["interpreted", "compiled"])
-def test_a_state_that_breaks_a_law_is_noticed(trace: Trace, jit: Jit[Any]) -> None:
-    def noticed(replay: Replay, message: str) -> None:
+def test_a_broken_invariant_is_detected(trace: Trace, jit: Jit[Any]) -> None:
+    def assert_detected(simulation: Simulation, message: str) -> None:
         with pytest.raises(RuntimeError, match=message):
-            jit(check_laws)(replay.world)
+            jit(check_invariants)(simulation.state)
 
-    replay = broken(trace)
-    replay.world.cache.pinned[3] = True
-    noticed(replay, "in use")
-    replay = broken(trace)
-    replay.world.cache.free_slots[0] += 1
-    noticed(replay, "slots")
-    replay = broken(trace)
-    absent = int(np.flatnonzero((replay.world.cache.status != RESIDENT) & (replay.world.cache.status != LOADING))[0])
-    replay.world.cache.status[absent] = RESIDENT
-    noticed(replay, "slots")
+    simulation = finished(trace)
+    simulation.state.cache.pinned[3] = True
+    assert_detected(simulation, "pinned")
+    simulation = finished(trace)
+    simulation.state.cache.free_slots[0] += 1
+    assert_detected(simulation, "slots")
+    simulation = finished(trace)
+    absent = int(
+        np.flatnonzero((simulation.state.cache.status != RESIDENT) & (simulation.state.cache.status != LOADING))[0]
+    )
+    simulation.state.cache.status[absent] = RESIDENT
+    assert_detected(simulation, "slots")
     for count in (HITS, ACCESSES):
-        replay = broken(trace)
-        replay.world.counts[count] += 1
-        noticed(replay, "accesses")
-    replay = broken(trace)
-    replay.world.wire.sums[MOVED] += 0.5
-    noticed(replay, "bytes moved")
+        simulation = finished(trace)
+        simulation.state.counts[count] += 1
+        assert_detected(simulation, "accesses")
+    simulation = finished(trace)
+    simulation.state.link.totals[MOVED] += 0.5
+    assert_detected(simulation, "transfer time")
 
 
 def test_fewer_slots_than_devices_are_refused(trace: Trace) -> None:
     schedule = make_schedule(trace, [0])
     with pytest.raises(InvariantError, match="1 slots for 2 devices"):
-        Replay(schedule, TraceView(trace), made("lru", schedule), Machine(1, 1.0, devices=2))
+        Simulation(schedule, TraceView(trace), made("lru", schedule), Machine(1, 1.0, devices=2))
 
 
 def test_progress_adds_up_to_all_iterations(tmp_path: Path) -> None:
     long = make_trace(tmp_path, requests=2, iterations=300)
     schedule = make_schedule(long, [0, 1])
     for policy in ("lru", "deepspeed"):
-        told: list[int] = []
-        Replay(schedule, TraceView(long), made(policy, schedule), Machine(8, 1.0)).run(told.append)
-        assert sum(told) == len(schedule) == 600
+        reported: list[int] = []
+        Simulation(schedule, TraceView(long), made(policy, schedule), Machine(8, 1.0)).run(reported.append)
+        assert sum(reported) == len(schedule) == 600

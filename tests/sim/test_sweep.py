@@ -1,4 +1,4 @@
-"""Cells of a table: who may run, what is learned from, and processes."""
+"""A sweep: which policies run, what they learn from, rows, and processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from finemoe.errors import ConfigError, TraceError
 from finemoe.policy import BOUNDS, FACTORIES, POLICIES, Policy
-from finemoe.sim import sweep as cells
+from finemoe.sim import sweep
 from finemoe.sim.config import SimulateConfig
 from finemoe.sim.hardware import TIMING, Machine
 from finemoe.sim.report import markdown, table
@@ -28,7 +28,7 @@ from tests.sim.by_hand import request, write_trace
 from tests.sim.traces import EXPERTS, LAYERS, make_trace
 
 REQUESTS = 10
-EVERY = FACTORIES | BOUNDS
+ALL_POLICIES = FACTORIES | BOUNDS
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def ids_only(tmp_path_factory: pytest.TempPathFactory) -> str:
-    chance = np.random.default_rng(0)
-    made = [request(each) for each in chance.random((12, 5, 3, EXPERTS)).argsort(-1)[..., :2]]
+    random = np.random.default_rng(0)
+    made = [request(each) for each in random.random((12, 5, 3, EXPERTS)).argsort(-1)[..., :2]]
     return str(write_trace(tmp_path_factory.mktemp("traces") / "ids.trace", made).path)
 
 
@@ -64,14 +64,14 @@ def test_a_full_trace_runs_every_policy_that_needs_no_training(trace: str) -> No
     assert all("predictors" in FACTORIES[name].needs for name in left_out(trace))
 
 
-def test_a_policy_without_its_evidence_is_left_out_and_the_reason_said(ids_only: str) -> None:
+def test_a_policy_without_its_inputs_is_left_out_with_a_reason(ids_only: str) -> None:
     reasons = left_out(ids_only)
     assert reasons["mixtral-offloading"] == "this trace has no lookahead (--gate-recall emulates it)"
     assert reasons["expert-map"] == "this trace has no gates"
     assert not {"lru", "lfu", "lfru", "deepspeed", "moe-infinity", *BOUNDS} & set(reasons)
 
 
-def test_emulation_stands_in_for_lookahead(ids_only: str) -> None:
+def test_emulation_replaces_recorded_lookahead(ids_only: str) -> None:
     assert "mixtral-offloading" not in left_out(ids_only, gate_recall="0.8")
 
 
@@ -93,7 +93,7 @@ def test_rates_follow_from_counts() -> None:
     assert (gaps.time_per_layer, gaps.link_busy, gaps.gap) == (2.0, 12 / 25, 2.5)
 
 
-@pytest.mark.parametrize("policy", [name for name, kind in EVERY.items() if "predictors" not in kind.needs])
+@pytest.mark.parametrize("policy", [name for name, kind in ALL_POLICIES.items() if "predictors" not in kind.needs])
 def test_a_row_has_finite_rates_and_is_ready_for_json(trace: str, policy: str) -> None:
     settings = config(gate_recall="0.8")
     row = run_cell(trace, settings, Cell(policy, 0.25, 1.0))
@@ -103,14 +103,14 @@ def test_a_row_has_finite_rates_and_is_ready_for_json(trace: str, policy: str) -
     assert row.iterations == count_iterations(trace, settings)
     assert 0 < row.link_busy <= 1
     assert 1 <= row.time_per_layer_p50 <= row.time_per_layer_p95 <= row.time_per_layer_p99
-    assert (row.precision is not None) == EVERY[policy].prefetches
+    assert (row.precision is not None) == ALL_POLICIES[policy].prefetches
     assert row.precision is None or 0 <= row.precision <= 1
-    looks_ahead = "lookahead" in EVERY[policy].needs | EVERY[policy].uses
+    looks_ahead = "lookahead" in ALL_POLICIES[policy].needs | ALL_POLICIES[policy].uses
     assert row.emulated == ("lookahead, recall 0.8" if looks_ahead else None)
 
 
 @pytest.mark.parametrize("recall", [0.0, 1.0])
-def test_what_is_emulated_is_marked_whatever_its_recall(ids_only: str, recall: float) -> None:
+def test_emulated_lookahead_is_marked_at_any_recall(ids_only: str, recall: float) -> None:
     row = run_cell(ids_only, config(gate_recall=str(recall)), Cell("mixtral-offloading", 0.5, 1.0))
     assert row.emulated == f"lookahead, recall {recall}"
     for text in (table([row]), markdown([row])):
@@ -126,8 +126,8 @@ def test_better_lookahead_is_faster(ids_only: str) -> None:
     assert seer < half < blind
 
 
-class Witness(Policy):
-    """Notes which requests it learned from, and which it saw; by the token ids of `numbered`."""
+class RecordingPolicy(Policy):
+    """Records which requests it learned from and observed, by the token ids of `numbered`."""
 
     learned: ClassVar[list[int]] = []
     seen: ClassVar[list[int]] = []
@@ -140,89 +140,91 @@ class Witness(Policy):
 
 
 @pytest.fixture
-def witness(monkeypatch: pytest.MonkeyPatch) -> type[Witness]:
-    """Stands in for lru."""
-    monkeypatch.setitem(FACTORIES, "lru", Witness)
-    Witness.learned.clear()
-    Witness.seen.clear()
-    return Witness
+def recording_policy(monkeypatch: pytest.MonkeyPatch) -> type[RecordingPolicy]:
+    """Registers it as lru."""
+    monkeypatch.setitem(FACTORIES, "lru", RecordingPolicy)
+    RecordingPolicy.learned.clear()
+    RecordingPolicy.seen.clear()
+    return RecordingPolicy
 
 
 @pytest.fixture(scope="module")
 def numbered(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """12 requests of 5 tokens, whose ids tell the request; with weights, so that there is something to learn."""
-    chance = np.random.default_rng(0)
-    ids = chance.random((12, 5, 3, EXPERTS)).argsort(-1)[..., :2]
+    """12 requests of 5 tokens, whose ids identify the request; with weights, to learn from."""
+    random = np.random.default_rng(0)
+    ids = random.random((12, 5, 3, EXPERTS)).argsort(-1)[..., :2]
     weights = np.full((5, 3, 2), 0.5, np.float16)
     made = [request(each, first_token=100 * index, weights=weights) for index, each in enumerate(ids)]
     return str(write_trace(tmp_path_factory.mktemp("traces") / "numbered.trace", made).path)
 
 
 @pytest.mark.parametrize(("share", "seed"), [(0.0, 0), (0.5, 0), (0.5, 1), (0.75, 0)])
-def test_no_replayed_request_was_learned_from(numbered: str, witness: type[Witness], share: float, seed: int) -> None:
+def test_no_replayed_request_was_learned_from(
+    numbered: str, recording_policy: type[RecordingPolicy], share: float, seed: int
+) -> None:
     row = run_cell(numbered, config(store_split=share, seed=seed), Cell("lru", 0.5, 1.0))
-    learned, seen = set(witness.learned), set(witness.seen)
+    learned, seen = set(recording_policy.learned), set(recording_policy.seen)
     assert learned.isdisjoint(seen)
     assert learned | seen == set(range(12))
     assert len(learned) == 12 * share
-    assert row.iterations == len(witness.seen) == 5 * len(seen)
+    assert row.iterations == len(recording_policy.seen) == 5 * len(seen)
     stored, replayed = split(12, share, seed)
-    assert list(dict.fromkeys(witness.learned)) == stored.tolist()
-    assert list(dict.fromkeys(witness.seen)) == replayed.tolist()
+    assert list(dict.fromkeys(recording_policy.learned)) == stored.tolist()
+    assert list(dict.fromkeys(recording_policy.seen)) == replayed.tolist()
 
 
-def test_fewer_requests_are_the_first_of_those_that_would_be_replayed(numbered: str, witness: type[Witness]) -> None:
+def test_requests_limits_the_replay_to_the_first_ones(numbered: str, recording_policy: type[RecordingPolicy]) -> None:
     run_cell(numbered, config(store_split=0.5, requests=2), Cell("lru", 0.5, 1.0))
-    assert list(dict.fromkeys(witness.seen)) == split(12, 0.5, 0)[1][:2].tolist()
-    assert len(set(witness.learned)) == 6
+    assert list(dict.fromkeys(recording_policy.seen)) == split(12, 0.5, 0)[1][:2].tolist()
+    assert len(set(recording_policy.learned)) == 6
 
 
-def test_another_trace_fills_the_store_and_all_of_this_one_is_replayed(
-    numbered: str, witness: type[Witness], tmp_path: Path
+def test_with_store_policies_learn_from_it_and_all_of_the_trace_is_replayed(
+    numbered: str, recording_policy: type[RecordingPolicy], tmp_path: Path
 ) -> None:
     ids = np.arange(2 * 3 * 2).reshape(2, 3, 2) % EXPERTS
     weights = np.full((2, 3, 2), 0.5, np.float16)
     store = write_trace(tmp_path / "store.trace", [request(ids, first_token=5000, weights=weights)])
     run_cell(numbered, config(store=str(store.path)), Cell("lru", 0.5, 1.0))
-    assert witness.learned == [50, 50]
-    assert set(witness.seen) == set(range(12))
+    assert recording_policy.learned == [50, 50]
+    assert set(recording_policy.seen) == set(range(12))
 
 
 def test_a_store_of_another_shape_is_refused(trace: str, numbered: str) -> None:
-    with pytest.raises(ConfigError, match=r"--store: .* has another shape"):
+    with pytest.raises(ConfigError, match=r"--store: .* has another number"):
         run_cell(trace, config(store=numbered), Cell("lru", 0.5, 1.0))
 
 
-def test_a_store_that_is_not_there_is_refused(trace: str) -> None:
+def test_a_missing_store_is_refused(trace: str) -> None:
     with pytest.raises(TraceError, match="no such trace"):
         run_cell(trace, config(store="/no/where"), Cell("lru", 0.5, 1.0))
 
 
-def test_a_split_that_leaves_nothing_is_refused(trace: str) -> None:
+def test_a_split_that_leaves_no_request_is_refused(trace: str) -> None:
     with pytest.raises(ConfigError, match="--store-split: none of the 10 requests"):
         rows(trace, config(store_split=0.99), [Cell("lru", 0.5, 1.0)])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_budget_below_a_slot_for_each_device_is_refused_before_anything_runs(trace: str, workers: int) -> None:
-    told: list[int] = []
+    reported: list[int] = []
     chosen = [Cell("lru", 0.5, 1.0), Cell("lru", 0.25, 1.0)]
-    with pytest.raises(ConfigError, match=r"25% of 32 experts is not one for each device; 28.2% is"):
-        list(run_cells(trace, config(workers=workers, devices=9), chosen, told.append))
-    assert not told
+    with pytest.raises(ConfigError, match=r"25% of 32 experts is less than one per device; 28.2% is"):
+        list(run_cells(trace, config(workers=workers, devices=9), chosen, reported.append))
+    assert not reported
     assert run_cell(trace, config(devices=9), Cell("lru", 0.282, 1.0)).capacity == 9
 
 
 @pytest.mark.slow
 def test_processes_give_the_same_rows_as_one(trace: str) -> None:
     chosen = [Cell(policy, share, 1.0) for policy in ("lru", "expert-map", "oracle") for share in (0.25, 0.5)]
-    told: list[int] = []
+    reported: list[int] = []
     alone = rows(trace, config(), chosen)
     together = {
-        (row.policy, row.expert_memory): row for row in run_cells(trace, config(workers=2), chosen, told.append)
+        (row.policy, row.expert_memory): row for row in run_cells(trace, config(workers=2), chosen, reported.append)
     }
     assert [together[cell.policy, cell.expert_memory] for cell in chosen] == alone
-    assert sum(told) <= len(chosen) * count_iterations(trace, config())
+    assert sum(reported) <= len(chosen) * count_iterations(trace, config())
 
 
 def _refused(*_: Any) -> SweepRow:
@@ -238,10 +240,10 @@ def _killed(*_: Any) -> SweepRow:
 @pytest.mark.parametrize(
     ("job", "message"), [(_refused, "^--policy: not today$"), (_killed, "^--workers: a process was killed")]
 )
-def test_what_goes_wrong_in_a_process_is_one_clear_error_and_ends_all(
+def test_a_failing_process_is_one_error_and_ends_the_others(
     trace: str, monkeypatch: pytest.MonkeyPatch, job: Any, message: str
 ) -> None:
-    monkeypatch.setattr(cells, "_run", job)
+    monkeypatch.setattr(sweep, "_run", job)
     chosen = [Cell("lru", 0.25, 1.0), Cell("lru", 0.5, 1.0)]
     with pytest.raises(ConfigError, match=message):
         list(run_cells(trace, config(workers=2), chosen, lambda _: None))
@@ -259,25 +261,25 @@ def test_a_table_has_a_line_for_each_row(trace: str) -> None:
     assert table([replace(made[0], gap=7.5)]).splitlines()[-1] == "gap between iterations, not in time/layer: 7.5"
 
 
-def test_what_the_settings_say_of_time_is_in_the_rows(trace: str) -> None:
-    said = {
+def test_rows_repeat_the_timing_settings(trace: str) -> None:
+    times = {
         "before_gate": 0.25, "gap": 6, "lag": 0.5, "begin_lag": 2.5, "prefetch_slowdown": 1.5,
         "compute_spread": 0.1, "link_spread": 0.2, "lag_spread": 0.3,
     }  # fmt: skip
-    row = run_cell(trace, config(**said), Cell("oracle", 0.25, 1.0))
-    assert {name: getattr(row, name) for name in TIMING} == said
-    told = table([row])
+    row = run_cell(trace, config(**times), Cell("oracle", 0.25, 1.0))
+    assert {name: getattr(row, name) for name in TIMING} == times
+    reported = table([row])
     ends = "gate: 0.5", "iteration: 2.5", "link ratio: 1.5", "compute varies", "transfers vary", "the lag varies"
-    assert [end for end in ends if end not in told] == []
+    assert [end for end in ends if end not in reported] == []
     assert "varies" not in table([run_cell(trace, config(), Cell("lru", 0.25, 1.0))])
 
 
-def test_links_go_on_in_a_gap(trace: str) -> None:
+def test_links_transfer_in_a_gap(trace: str) -> None:
     row = run_cell(trace, config(gap=6, before_gate=0.25), Cell("oracle", 0.25, 1.0))
     assert row.time_per_layer < run_cell(trace, config(), Cell("oracle", 0.25, 1.0)).time_per_layer
 
 
-def test_all_policies_are_those_on_offer_and_the_bounds() -> None:
+def test_all_means_every_policy_and_bound() -> None:
     assert config(policy="all").policies == (*POLICIES, *BOUNDS)
 
 
@@ -297,7 +299,7 @@ def test_the_interval_is_over_requests(trace: str) -> None:
     assert run_cell(trace, config(interleave=2), Cell("lru", 0.25, 1.0)).time_per_layer_low is None
 
 
-def test_a_part_left_out_is_a_policy_of_its_own(trace: str) -> None:
+def test_a_policy_with_settings_is_a_row_of_its_own(trace: str) -> None:
     names = ["finemoe", "finemoe/no-prefetch"]
     whole, alone = (run_cell(trace, config(policy=",".join(names)), Cell(name, 0.25, 1.0)) for name in names)
     assert whole.precision is not None and alone.precision is None

@@ -1,4 +1,4 @@
-"""What a trace lets a policy see."""
+"""What a policy may observe of a trace."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def small(folder: Path, **fields: Any) -> Trace:
 
 def gates(trace: Trace) -> Any:
     """Of all iterations, one request at a time: `[S, L, E]`."""
-    schedule, evidence = make_schedule(trace, range(len(trace))), TraceView(trace)
-    shown = [evidence.gates(schedule, i) for i in range(len(schedule))]
+    schedule, view = make_schedule(trace, range(len(trace))), TraceView(trace)
+    shown = [view.gates(schedule, i) for i in range(len(schedule))]
     return None if shown[0] is None else np.concatenate([g for g in shown if g is not None])
 
 
@@ -50,7 +50,7 @@ def test_distributions_are_preferred_to_weights(tmp_path: Path) -> None:
     np.testing.assert_allclose(both[:, 0], [[0.25, 0.375, 0.125, 0.25], [0.25, 0, 0.75, 0]])
 
 
-def test_without_either_there_are_no_gates_and_nothing_to_learn(tmp_path: Path) -> None:
+def test_without_probs_and_weights_there_are_no_gates_and_no_recorded_requests(tmp_path: Path) -> None:
     trace = small(tmp_path)
     assert gates(trace) is None
     assert TraceView(trace).fields == frozenset()
@@ -64,14 +64,14 @@ def test_tokens_without_any_expert_have_no_gate(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fields", [("probs",), ("weights",), ("weights", "probs", "embeddings")])
-def test_what_is_learned_is_what_would_be_seen(tmp_path: Path, fields: tuple[str, ...]) -> None:
+def test_recorded_requests_equal_what_is_observed(tmp_path: Path, fields: tuple[str, ...]) -> None:
     random_trace(tmp_path / "it.trace", 3, make_header(fields))
     trace = open_trace(tmp_path / "it.trace")
-    evidence = TraceView(trace)
-    for index, recorded in enumerate(evidence.recorded(range(3))):
+    view = TraceView(trace)
+    for index, recorded in enumerate(view.recorded(range(3))):
         schedule = make_schedule(trace, [index])
-        seen = [evidence.gates(schedule, i) for i in range(len(schedule))]
-        steps = [evidence.steps(schedule, i)[0] for i in range(len(schedule))]
+        seen = [view.gates(schedule, i) for i in range(len(schedule))]
+        steps = [view.steps(schedule, i)[0] for i in range(len(schedule))]
         np.testing.assert_allclose(recorded.gates, np.concatenate([g for g in seen if g is not None]), rtol=1e-3)
         assert recorded.phases.tolist() == [step.phase for step in steps]
         assert recorded.token_ids.tolist() == [step.token_ids[-1] for step in steps]
@@ -85,7 +85,7 @@ def test_what_is_learned_is_what_would_be_seen(tmp_path: Path, fields: tuple[str
             np.testing.assert_array_equal(recorded.embeddings, [step.embedding for step in steps])
 
 
-def test_steps_tell_who_runs_with_which_tokens_and_embedding(tmp_path: Path) -> None:
+def test_steps_have_request_tokens_and_embedding(tmp_path: Path) -> None:
     embeddings = np.array([[1, 2], [3, 4]], np.float16)
     one = request(IDS, COUNTS, embeddings=embeddings)
     other = request(IDS, COUNTS, embeddings=10 * embeddings, first_token=7)
@@ -127,9 +127,9 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Trace:
 
 def emulated(trace: Trace, recall: float, seed: int = 0) -> Any:
     """`[S, L, E]`."""
-    schedule, evidence = make_schedule(trace, [0]), TraceView(trace, (recall,), seed)
-    assert "lookahead" in evidence.fields
-    shown = [evidence.lookahead(schedule, i) for i in range(len(schedule))]
+    schedule, view = make_schedule(trace, [0]), TraceView(trace, (recall,), seed)
+    assert "lookahead" in view.fields
+    shown = [view.lookahead(schedule, i) for i in range(len(schedule))]
     return np.concatenate([ahead[:, :, 0] for ahead in shown if ahead is not None])
 
 
@@ -139,9 +139,9 @@ def test_recall_is_as_declared_and_wrong_ones_are_wrong(deep: Trace, recall: flo
     assert ids is not None
     truth = np.zeros((TOKENS, LAYERS, EXPERTS), np.bool_)
     np.put_along_axis(truth, ids.astype(np.int64), values=True, axis=2)
-    named = emulated(deep, recall)[:, :-1] > 0
-    assert (named & truth[:, 1:]).sum() / truth[:, 1:].sum() == pytest.approx(recall, abs=0.02)
-    assert (named.sum(axis=2) == ACTIVE).all()  # had a wrong one been among the truth, there would be fewer
+    predicted = emulated(deep, recall)[:, :-1] > 0
+    assert (predicted & truth[:, 1:]).sum() / truth[:, 1:].sum() == pytest.approx(recall, abs=0.02)
+    assert (predicted.sum(axis=2) == ACTIVE).all()  # had a wrong one been among the truth, there would be fewer
 
 
 def test_emulated_lookahead_is_a_distribution_over_the_next_layer(deep: Trace) -> None:
@@ -151,8 +151,8 @@ def test_emulated_lookahead_is_a_distribution_over_the_next_layer(deep: Trace) -
 
 
 def test_the_same_rows_have_the_same_errors_whoever_asks_and_when(deep: Trace) -> None:
-    schedule, evidence = make_schedule(deep, [0]), TraceView(deep, (0.8,))
-    last, again = (evidence.lookahead(schedule, TOKENS - 1) for _ in range(2))
+    schedule, view = make_schedule(deep, [0]), TraceView(deep, (0.8,))
+    last, again = (view.lookahead(schedule, TOKENS - 1) for _ in range(2))
     assert last is not None
     assert again is not None
     np.testing.assert_array_equal(last, again)
@@ -162,8 +162,8 @@ def test_the_same_rows_have_the_same_errors_whoever_asks_and_when(deep: Trace) -
 
 def test_several_layers_ahead_each_have_their_own_recall(deep: Trace) -> None:
     recalls = (1.0, 0.5, 0.0)
-    schedule, evidence = make_schedule(deep, [0]), TraceView(deep, recalls)
-    shown = [evidence.lookahead(schedule, i) for i in range(len(schedule))]
+    schedule, view = make_schedule(deep, [0]), TraceView(deep, recalls)
+    shown = [view.lookahead(schedule, i) for i in range(len(schedule))]
     ahead = np.concatenate([each for each in shown if each is not None])  # [S, L, n, E]
     ids = deep.column("expert_ids")
     assert ids is not None
@@ -171,10 +171,10 @@ def test_several_layers_ahead_each_have_their_own_recall(deep: Trace) -> None:
     np.put_along_axis(truth, ids.astype(np.int64), values=True, axis=2)
     assert ahead.shape == (TOKENS, LAYERS, len(recalls), EXPERTS)
     for distance, recall in enumerate(recalls, 1):
-        named = ahead[:, :-distance, distance - 1] > 0
-        assert (named & truth[:, distance:]).sum() / truth[:, distance:].sum() == pytest.approx(recall, abs=0.03)
+        predicted = ahead[:, :-distance, distance - 1] > 0
+        assert (predicted & truth[:, distance:]).sum() / truth[:, distance:].sum() == pytest.approx(recall, abs=0.03)
         assert not ahead[:, -distance:, distance - 1].any()
-    np.testing.assert_array_equal(ahead[:, :, 0], emulated(deep, 1.0))  # the first does not depend on the others
+    np.testing.assert_array_equal(ahead[:, :, 0], emulated(deep, 1.0))  # whatever the other recalls
 
 
 def one_iteration(folder: Path, ids: Any, recall: float, **header: Any) -> Any:
@@ -183,28 +183,28 @@ def one_iteration(folder: Path, ids: Any, recall: float, **header: Any) -> Any:
     return emulated(trace, recall)[0, 0]
 
 
-def test_a_prompt_is_shown_the_mean_over_its_tokens(tmp_path: Path) -> None:
+def test_a_prompts_lookahead_is_the_mean_over_its_tokens(tmp_path: Path) -> None:
     shown = one_iteration(tmp_path, [[[0, 1], [2, 3]], [[0, 1], [3, 4]]], 1.0)
     np.testing.assert_allclose(shown, [0, 0, 0.25, 0.5, 0.25, 0, 0, 0])
 
 
 @pytest.mark.parametrize("recall", [0.0, 1.0])
-def test_nobody_is_foreseen_where_fewer_experts_run(tmp_path: Path, recall: float) -> None:
+def test_sentinels_are_never_predicted(tmp_path: Path, recall: float) -> None:
     shown = one_iteration(tmp_path, [[[0, 1], [5, 255]]], recall)
     assert np.count_nonzero(shown) == 1
     assert (shown[5] > 0) == bool(recall)
 
 
-def test_where_wrong_experts_run_out_fewer_are_named(tmp_path: Path) -> None:
+def test_fewer_experts_are_predicted_if_wrong_ones_run_out(tmp_path: Path) -> None:
     shown = one_iteration(tmp_path, [[[0, 1], [0, 2]]], 0.0, experts=3)
     assert np.flatnonzero(shown).tolist() == [1]
 
 
-def test_compiled_mean_gates_are_the_interpreted_ones() -> None:
-    chance = np.random.default_rng(0)
-    ids = chance.integers(0, 10, (5, 3, 2)).astype(np.uint8)  # 8 and 9 are nobody
-    weights = chance.random((5, 3, 2)).astype(np.float32)
-    own, twin = np.ones((2, 3, 8), np.float32)
-    mean_gates(ids, weights, own)
-    compiled(mean_gates)(ids, weights, twin)
-    np.testing.assert_allclose(own, twin, rtol=1e-6)
+def test_compiled_and_interpreted_mean_gates_agree() -> None:
+    random = np.random.default_rng(0)
+    ids = random.integers(0, 10, (5, 3, 2)).astype(np.uint8)  # 8 and 9 are sentinels
+    weights = random.random((5, 3, 2)).astype(np.float32)
+    interpreted_, compiled_ = np.ones((2, 3, 8), np.float32)
+    mean_gates(ids, weights, interpreted_)
+    compiled(mean_gates)(ids, weights, compiled_)
+    np.testing.assert_allclose(interpreted_, compiled_, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""What runs when, against a dumb simulation with sets."""
+"""Schedules, against a naive implementation with sets."""
 
 from __future__ import annotations
 
@@ -28,13 +28,17 @@ def ragged(tmp_path_factory: pytest.TempPathFactory) -> Trace:
 
 @pytest.fixture
 def short(tmp_path: Path) -> Trace:
-    """Decoding alone; of expert ids, the first tells the request and the second the iteration."""
+    """Decoding only; expert ids: the request, and 4 + the iteration."""
     ids = [[[[r, 4 + i]] for i in range(length)] for r, length in enumerate(LENGTHS)]
     return write_trace(tmp_path / "short.trace", map(request, ids))
 
 
-def dumb(trace: Trace, requests: list[int], interleave: int) -> list[tuple[list[tuple[int, int]], list[set[int]]]]:
-    """Of each iteration: who runs which of its own iterations, and what each layer needs."""
+# by iteration: the (request, iteration) steps, and the experts that each layer needs
+Played = list[tuple[list[tuple[int, int]], list[set[int]]]]
+
+
+def naive_schedule(trace: Trace, requests: list[int], interleave: int) -> Played:
+    """The dumbest correct implementation."""
     waiting, played = list(requests), []
     running: list[tuple[int, int]] = []
     while waiting or running:
@@ -51,8 +55,8 @@ def dumb(trace: Trace, requests: list[int], interleave: int) -> list[tuple[list[
     return played
 
 
-def read(schedule: Schedule) -> list[tuple[list[tuple[int, int]], list[set[int]]]]:
-    """A schedule in the form of `dumb`; each layer's needs are ascending and its own."""
+def read(schedule: Schedule) -> Played:
+    """A schedule in the form of `naive_schedule`; checks that needs are ascending and distinct."""
     played = []
     for i in range(len(schedule)):
         members = range(schedule.steps[i], schedule.steps[i + 1])
@@ -67,9 +71,9 @@ def read(schedule: Schedule) -> list[tuple[list[tuple[int, int]], list[set[int]]
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=5, unique=True), st.integers(1, 4))
-def test_a_schedule_is_that_of_a_dumb_simulation(ragged: Trace, requests: list[int], interleave: int) -> None:
+def test_a_schedule_equals_the_naive_one(ragged: Trace, requests: list[int], interleave: int) -> None:
     schedule = make_schedule(ragged, requests, interleave)
-    assert read(schedule) == dumb(ragged, requests, interleave)
+    assert read(schedule) == naive_schedule(ragged, requests, interleave)
     counts = np.diff(schedule.rows, axis=1)[:, 0]
     for i, tokens in enumerate(schedule.tokens):
         assert tokens == counts[schedule.steps[i] : schedule.steps[i + 1]].sum()
@@ -83,7 +87,7 @@ def test_a_prompt_needs_the_union_over_its_tokens(tmp_path: Path) -> None:
     assert schedule.tokens.tolist() == [3, 1]
 
 
-def test_sentinels_are_nobody(tmp_path: Path) -> None:
+def test_sentinels_stand_for_no_expert(tmp_path: Path) -> None:
     trace = write_trace(tmp_path / "it.trace", [request([[[0, 255], [255, 255]]])])
     assert read(make_schedule(trace, [0])) == [([(0, 0)], [{0}, set()])]
 
@@ -104,18 +108,18 @@ def test_the_next_request_begins_when_one_has_ended(short: Trace) -> None:
     assert [needed for _, needed in played] == [[{0, 1, 4}], [{0, 2, 4, 5}], [{0, 2, 5, 6}]]
 
 
-def test_more_places_than_requests_are_left_empty(short: Trace) -> None:
+def test_interleave_may_exceed_the_number_of_requests(short: Trace) -> None:
     schedule = make_schedule(short, [0, 1, 2], interleave=9)
     assert np.diff(schedule.steps).tolist() == [3, 2, 1]
 
 
 @pytest.mark.parametrize("experts", [9, 300])
-def test_compiled_unions_are_the_interpreted_ones(experts: int) -> None:
-    chance = np.random.default_rng(experts)
+def test_compiled_and_interpreted_unions_agree(experts: int) -> None:
+    random = np.random.default_rng(experts)
     kind = np.uint8 if experts < 255 else np.uint16
-    ids = chance.integers(0, experts + 2, (40, 3, 4)).astype(kind)  # the highest are nobody
-    ends = np.cumsum(chance.integers(1, 4, 15))
+    ids = random.integers(0, experts + 2, (40, 3, 4)).astype(kind)  # the highest are sentinels
+    ends = np.cumsum(random.integers(1, 4, 15))
     rows = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1).astype(np.int64)
     steps = np.array([0, 2, 3, 7, 15])
-    for own, twin in zip(unions(steps, rows, ids, experts), compiled(unions)(steps, rows, ids, experts), strict=True):
-        np.testing.assert_array_equal(own, twin)
+    for plain, fast in zip(unions(steps, rows, ids, experts), compiled(unions)(steps, rows, ids, experts), strict=True):
+        np.testing.assert_array_equal(plain, fast)

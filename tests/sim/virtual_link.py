@@ -1,4 +1,4 @@
-"""A link whose time a test controls, and the engine on it: the plain twin of the simulator's compiled clock."""
+"""A link on a virtual clock, and the engine driven on it: the reference for the simulator's compiled kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from finemoe.engine.engine import Engine
 from finemoe.policy import CacheManager, Policy
 from finemoe.sim.hardware import Machine, Noise
-from finemoe.sim.link_kernel import FETCHED, PREFETCHED, WITHDRAWN
+from finemoe.sim.link_kernel import CANCELLED, FETCHED, PREFETCHED
 from finemoe.sim.workload import Schedule, TraceView
 from finemoe.store import RamSlotPool
 from finemoe.types import Cancelled, ExpertId, Fetch, Landed, Plan, Routed, Step
@@ -16,38 +16,38 @@ from finemoe.types import Cancelled, ExpertId, Fetch, Landed, Plan, Routed, Step
 
 @dataclass
 class VirtualLink:
-    """A `Transfer` of one expert at a time, each taking `transfer`, in `chunks` pieces; prefetches take longer."""
+    """A `Transfer` of one expert at a time, in `chunks` pieces of `transfer / chunks`; prefetches take longer."""
 
     transfer: float
     chunks: int
     slowdown: float = 1.0
-    factors: Sequence[float] = (1.0,)  # of one transfer after another
+    factors: Sequence[float] = (1.0,)  # of transfers in order
     now: float = 0.0
     busy: float = 0.0
     when_idle: Callable[[], None] | None = None
     fill: Callable[[ExpertId, memoryview], None] = lambda _, slot: None
     queue: list[ExpertId] = field(default_factory=list)
     prefetch: ExpertId | None = None
-    under_way: bool = False  # the prefetch is on the wire: it was not pre-empted
-    takes: dict[ExpertId, float] = field(default_factory=dict)
-    left: dict[ExpertId, float] = field(default_factory=dict)
-    begun: int = 0
+    in_transfer: bool = False  # the prefetch is in transfer, not preempted
+    duration: dict[ExpertId, float] = field(default_factory=dict)
+    remaining: dict[ExpertId, float] = field(default_factory=dict)
+    started: int = 0
     landed: list[Landed] = field(default_factory=list)
     log: list[tuple[int, ExpertId]] = field(default_factory=list)
-    alarm: tuple[float, Callable[[], None]] | None = None  # when, and what happens then
+    alarm: tuple[float, Callable[[], None]] | None = None  # due time and callback
     moved_bytes: int = 0
     waited_bytes: float = 0.0
 
     def submit(self, expert: ExpertId, slot: memoryview, *, urgent: bool = True) -> None:
-        self.takes[expert] = self.left[expert] = self.transfer * self.factors[self.begun % len(self.factors)]
-        self.begun += 1
+        self.duration[expert] = self.remaining[expert] = self.transfer * self.factors[self.started % len(self.factors)]
+        self.started += 1
         self.fill(expert, slot)
         self.log.append((FETCHED if urgent else PREFETCHED, expert))
         if urgent:
             self.queue.append(expert)
         else:
             assert self.prefetch is None, "one prefetch at a time"
-            self.prefetch, self.under_way = expert, True
+            self.prefetch, self.in_transfer = expert, True
 
     def promote(self, expert: ExpertId) -> None:
         assert expert == self.prefetch
@@ -57,11 +57,11 @@ class VirtualLink:
     def cancel(self, expert: ExpertId) -> None:
         assert expert == self.prefetch
         self.prefetch = None
-        self.log.append((WITHDRAWN, expert))
+        self.log.append((CANCELLED, expert))
         self.landed.append(Landed(expert, Cancelled()))
 
     def wake(self) -> None:
-        """Asks in `advance`, when it is idle and time passes."""
+        """Nothing to do: an idle link asks for a prefetch in `advance`."""
 
     def poll(self, which: Container[ExpertId] | None = None) -> list[Landed]:
         taken = [each for each in self.landed if which is None or each.expert in which]
@@ -70,9 +70,9 @@ class VirtualLink:
 
     def wait(self) -> list[Landed]:
         self._preempt()
-        assert self.landed or self.queue, "waits for ever"
+        assert self.landed or self.queue, "waits forever"
         while not self.landed:
-            self.advance(max(self.now, self.busy) + self.left[self.queue[0]])
+            self.advance(max(self.now, self.busy) + self.remaining[self.queue[0]])
         return self.poll()
 
     def cancel_all(self) -> None:
@@ -92,7 +92,7 @@ class VirtualLink:
     def _advance(self, until: float) -> None:
         self._preempt()
         while True:
-            start, throttle = max(self.now, self.busy), 1.0
+            start, slowdown = max(self.now, self.busy), 1.0
             if self.queue:
                 expert = self.queue[0]
             elif start >= until:
@@ -102,11 +102,11 @@ class VirtualLink:
                     self.when_idle()
                 if self.prefetch is None:
                     break
-                expert, self.under_way, throttle = self.prefetch, True, self.slowdown
-            done = start + self.left[expert] * throttle
+                expert, self.in_transfer, slowdown = self.prefetch, True, self.slowdown
+            done = start + self.remaining[expert] * slowdown
             if done > until:
                 if until > start:
-                    self.left[expert] -= (until - start) / throttle
+                    self.remaining[expert] -= (until - start) / slowdown
                 break
             if self.queue:
                 self.queue.pop(0)
@@ -117,45 +117,45 @@ class VirtualLink:
         self.now = until
 
     def _preempt(self) -> None:
-        if not self.queue or self.prefetch is None or not self.under_way or not self.chunks:
+        if not self.queue or self.prefetch is None or not self.in_transfer or not self.chunks:
             return
-        self.under_way = False
-        rest = self.left[self.prefetch] % (self.takes[self.prefetch] / self.chunks)
-        if self.left[self.prefetch] - rest <= 1e-12:
+        self.in_transfer = False
+        rest = self.remaining[self.prefetch] % (self.duration[self.prefetch] / self.chunks)
+        if self.remaining[self.prefetch] - rest <= 1e-12:
             self.queue.insert(0, self.prefetch)
             self.prefetch = None
         else:
-            self.left[self.prefetch] -= rest
+            self.remaining[self.prefetch] -= rest
             self.busy = self.now + rest * self.slowdown
 
 
-class Lagging(Policy):
-    """Stands for another policy, and says what it said `lag` later, by the link's clock; unless it has said more."""
+class DelayedPolicy(Policy):
+    """Publishes another policy's scores `lag` later, by the link's clock, unless a later event supersedes them."""
 
     def __init__(self, policy: Policy, link: VirtualLink, machine: Machine, noise: Noise) -> None:
         super().__init__(policy.layers, policy.experts)
         self.inner, self._link, self._machine, self._noise = policy, link, machine, noise
-        self._free = 0.0
+        self._search_done = 0.0
         self.margin, self.switch = policy.margin, policy.switch
-        self.prefetches, self.throttles_prefetch = policy.prefetches, policy.throttles_prefetch  # type: ignore[misc] # of its kind
-        self._say()
+        self.prefetches, self.throttles_prefetch = policy.prefetches, policy.throttles_prefetch  # type: ignore[misc] # class attributes
+        self._publish()
 
     def begin(self, steps: Sequence[Step]) -> None:
         self.inner.begin(steps)
-        self._think(self._machine.lag if self._machine.begin_lag is None else self._machine.begin_lag)
+        self._schedule(self._machine.lag if self._machine.begin_lag is None else self._machine.begin_lag)
 
     def routed(self, event: Routed) -> None:
         self.inner.routed(event)
-        self._think(self._machine.lag)
+        self._schedule(self._machine.lag)
 
     def end(self) -> None:
         self.inner.end()
 
-    def _think(self, lag: float) -> None:
-        self._free = max(self._link.now, self._free) + lag * self._noise.lag()
-        self._link.alarm = self._free, self._say
+    def _schedule(self, lag: float) -> None:
+        self._search_done = max(self._link.now, self._search_done) + lag * self._noise.lag()
+        self._link.alarm = self._search_done, self._publish
 
-    def _say(self) -> None:
+    def _publish(self) -> None:
         self.retention_priority[:], self.prefetch_priority[:] = (
             self.inner.retention_priority,
             self.inner.prefetch_priority,
@@ -163,7 +163,7 @@ class Lagging(Policy):
 
 
 class LoggedCacheManager(CacheManager):
-    """Notes whose slot each fetch takes."""
+    """Logs the victim of every fetch."""
 
     victims: list[Fetch]
 
@@ -184,26 +184,26 @@ class LoggedCacheManager(CacheManager):
 
 
 @dataclass
-class EngineReplay:
-    """The engine driven over a schedule. `times` of the iterations, in the units of the simulator."""
+class EngineDriver:
+    """Drives the engine over a schedule; `run` returns the iterations' times in the simulator's unit."""
 
     engine: Engine
     link: VirtualLink
     noise: Noise = field(default_factory=lambda: Noise(Machine(1, 1.0)))
 
     @classmethod
-    def make(cls, schedule: Schedule, policy: Policy, capacity: int, link: VirtualLink) -> EngineReplay:
+    def make(cls, schedule: Schedule, policy: Policy, capacity: int, link: VirtualLink) -> EngineDriver:
         cache_manager = LoggedCacheManager(schedule.layers, schedule.experts, capacity, policy)
         return cls.make_with(RamSlotPool(capacity, 64), cache_manager, link)
 
     @classmethod
-    def make_with(cls, pool: RamSlotPool, cache_manager: LoggedCacheManager, link: VirtualLink) -> EngineReplay:
+    def make_with(cls, pool: RamSlotPool, cache_manager: LoggedCacheManager, link: VirtualLink) -> EngineDriver:
         return cls(Engine(pool, cache_manager, link, clock=lambda: link.now), link)
 
     def run(
         self,
         schedule: Schedule,
-        evidence: TraceView,
+        view: TraceView,
         tokens_per_unit: int = 64,
         before_gate: float = 0.5,
         gap: float = 0.0,
@@ -213,8 +213,8 @@ class EngineReplay:
             begin, scale = self.link.now, max(1.0, float(schedule.tokens[iteration]) / tokens_per_unit)
             befores, afters = self.noise.computes(schedule.layers)
             before, after = before_gate * scale * befores, (scale - before_gate * scale) * afters
-            gates, lookahead = evidence.gates(schedule, iteration), evidence.lookahead(schedule, iteration)
-            self.engine.begin(evidence.steps(schedule, iteration))
+            gates, lookahead = view.gates(schedule, iteration), view.lookahead(schedule, iteration)
+            self.engine.begin(view.steps(schedule, iteration))
             self.link.advance(self.link.now + before[0])
             for layer in range(schedule.layers):
                 event = iteration * schedule.layers + layer
@@ -224,7 +224,7 @@ class EngineReplay:
                     needs.tolist(),
                     None if gates is None else gates[:, layer],
                     None if lookahead is None else lookahead[:, layer],
-                    evidence.active,
+                    view.active,
                 )
                 for _ in self.timed(self.engine.serve(routed), after[layer] / max(1, len(needs))):
                     pass
@@ -237,20 +237,20 @@ class EngineReplay:
         return times
 
     def timed(self, serving: Iterator[tuple[int, int]], share: float) -> Iterator[tuple[int, int]]:
-        """Each expert computes for `share` before the engine hears that it was used."""
+        """Each expert computes for `share` before the engine is notified of its use."""
         for item in serving:
             yield item
             self.link.advance(self.link.now + share)
 
     def actions(self, experts: int) -> list[tuple[int, int, int]]:
-        """In the form of the simulator's log."""
+        """The actions, in the form of the simulator's log."""
         cache_manager = self.engine.cache_manager
         assert isinstance(cache_manager, LoggedCacheManager)
         victims = iter(cache_manager.victims)
         found = []
         for kind, expert in self.link.log:
             victim = -2
-            if kind != WITHDRAWN:
+            if kind != CANCELLED:
                 fetch = next(victims)
                 assert fetch.expert == expert
                 victim = -1 if fetch.victim is None else fetch.victim.layer * experts + fetch.victim.expert

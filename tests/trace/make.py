@@ -1,4 +1,4 @@
-"""Traces out of thin air: any sizes, any fields, random content."""
+"""Makes synthetic traces of any size and fields, with random content."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def make_request(header: TraceHeader, rng: np.random.Generator, prompt: int = 3,
 
 
 def make_trace(path: Path, requests: int = 3, header: TraceHeader | None = None, seed: int = 0) -> list[RequestTrace]:
-    """Writes a trace; returns what is in it."""
+    """Writes a trace; returns its requests."""
     header = header or make_header()
     rng = np.random.default_rng(seed)
     made = [make_request(header, rng, prompt=1 + index, decoded=4) for index in range(requests)]
@@ -68,5 +68,5 @@ def make_trace(path: Path, requests: int = 3, header: TraceHeader | None = None,
 
 
 def equal(one: RequestTrace, other: RequestTrace) -> bool:
-    """Whether two requests are alike in every field, missing ones included."""
+    """Whether two requests are equal in every field, missing ones included."""
     return all(np.array_equal(getattr(one, each.name), getattr(other, each.name)) for each in fields(RequestTrace))

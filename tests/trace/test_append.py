@@ -1,4 +1,4 @@
-"""A trace is only ever replaced by a complete one: appending, failing, being killed or interrupted damages nothing."""
+"""Traces are replaced atomically: appending, errors, kills and interrupts damage nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from finemoe.errors import TraceError
 from finemoe.trace import TraceWriter, open_trace
 from finemoe.trace import writer as writing
-from finemoe.trace.spool import left_behind, spool_folder
+from finemoe.trace.spool import pending_requests, spool_folder
 from tests.trace.make import equal, make_header, make_request, make_trace
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def requests_of(path: Path) -> int:
 
 
 def killed_while_adding(path: Path, after: int) -> None:
-    """A process that appends without end is killed once it has added `after` requests."""
+    """Starts a process that appends endlessly, and kills it after `after` requests."""
     process = subprocess.Popen([sys.executable, "-c", ENDLESS, str(path)], stdout=subprocess.PIPE, cwd=ROOT)
     assert process.stdout is not None
     for _ in range(after):
@@ -50,18 +50,18 @@ def killed_while_adding(path: Path, after: int) -> None:
     process.stdout.close()
 
 
-def test_appending_keeps_what_was_there(tmp_path: Path) -> None:
+def test_appending_keeps_existing_requests(tmp_path: Path) -> None:
     path = tmp_path / "it.trace"
     first = make_trace(path)
     more = make_request(make_header(), np.random.default_rng(9))
-    held = open_trace(path)
+    opened_before = open_trace(path)
     with TraceWriter(path, make_header(), append=True) as writer:
         writer.add(more)
         assert len(writer) == 4
-        assert requests_of(path) == 3  # not before it is complete
+        assert requests_of(path) == 3  # until the writer closes
     with open_trace(path) as trace:
         assert all(equal(one, other) for one, other in zip(trace, [*first, more], strict=True))
-    assert all(equal(one, other) for one, other in zip(held, first, strict=True))
+    assert all(equal(one, other) for one, other in zip(opened_before, first, strict=True))
     assert [each.name for each in tmp_path.iterdir()] == ["it.trace"]
 
 
@@ -71,14 +71,14 @@ def test_being_killed_keeps_the_trace_and_the_finished_requests(tmp_path: Path) 
     before = path.read_bytes()
     killed_while_adding(path, after=5)
     assert path.read_bytes() == before
-    assert left_behind(path) >= 5
+    assert pending_requests(path) >= 5
     with TraceWriter(path, make_header(), append=True) as writer:
-        waiting = len(writer) - 3
-    assert waiting >= 5
+        pending = len(writer) - 3
+    assert pending >= 5
     rng = np.random.default_rng(1)
     with open_trace(path) as trace:
-        assert len(trace) == 3 + waiting
-        assert all(equal(trace.request(3 + n), make_request(make_header(), rng)) for n in range(waiting))
+        assert len(trace) == 3 + pending
+        assert all(equal(trace.request(3 + n), make_request(make_header(), rng)) for n in range(pending))
     assert not spool_folder(path).exists()
 
 
@@ -93,9 +93,7 @@ def test_a_new_trace_survives_being_killed_too(tmp_path: Path) -> None:
     assert requests_of(path) == 1
 
 
-def test_a_request_torn_by_an_interrupt_leaves_no_trace_of_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_request_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, rng = tmp_path / "it.trace", np.random.default_rng(0)
     made = [make_request(make_header(), rng) for _ in range(3)]
     write, calls = os.pwrite, [0]
@@ -120,7 +118,7 @@ def test_a_request_torn_by_an_interrupt_leaves_no_trace_of_itself(
         assert equal(trace.request(1), made[2])
 
 
-def test_killed_between_the_new_trace_and_the_end_nothing_counts_twice(
+def test_no_request_is_added_twice_after_a_kill_between_rename_and_cleanup(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "it.trace"
@@ -137,7 +135,7 @@ def test_killed_between_the_new_trace_and_the_end_nothing_counts_twice(
     assert requests_of(path) == 5
 
 
-def test_counts_whose_rows_were_lost_are_forgotten(tmp_path: Path) -> None:
+def test_requests_whose_rows_were_lost_are_dropped(tmp_path: Path) -> None:
     path, rng = tmp_path / "it.trace", np.random.default_rng(0)
     made = [make_request(make_header(), rng) for _ in range(4)]
     killed = TraceWriter(path, make_header(), commit_every_s=0)
@@ -173,7 +171,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, monkeypatch: 
     assert requests_of(path) == 4
 
 
-def test_what_exists_is_not_replaced_by_accident(tmp_path: Path) -> None:
+def test_an_existing_trace_is_not_replaced_by_accident(tmp_path: Path) -> None:
     path = tmp_path / "it.trace"
     make_trace(path)
     with pytest.raises(TraceError, match=r"exists.*--append.*--force"):
@@ -184,13 +182,13 @@ def test_what_exists_is_not_replaced_by_accident(tmp_path: Path) -> None:
     assert requests_of(path) == 1
 
 
-def test_replacing_drops_what_an_interrupted_writer_of_another_kind_left(tmp_path: Path) -> None:
+def test_overwriting_deletes_the_spool_of_a_writer_with_another_header(tmp_path: Path) -> None:
     path = tmp_path / "it.trace"
     killed_while_adding(path, after=1)
     other = make_header(("weights", "probs"))
     with pytest.raises(TraceError, match=r"another interrupted recording \(fields"):
         TraceWriter(path, other, append=True)
-    assert left_behind(path)
+    assert pending_requests(path)
     with TraceWriter(path, other, overwrite=True) as writer:
         writer.add(make_request(other, np.random.default_rng(0)))
     assert requests_of(path) == 1
@@ -211,15 +209,15 @@ def test_another_models_requests_are_not_appended(tmp_path: Path, change: dict[s
     assert not spool_folder(path).exists()
 
 
-def test_the_same_model_at_another_place_is_the_same_model(tmp_path: Path) -> None:
+def test_the_same_model_under_another_path_is_the_same_model(tmp_path: Path) -> None:
     path = tmp_path / "it.trace"
     make_trace(path)
-    with TraceWriter(path, make_header(model="elsewhere"), append=True) as writer:
+    with TraceWriter(path, make_header(model="another/path"), append=True) as writer:
         writer.add(make_request(make_header(), np.random.default_rng(0)))
     assert requests_of(path) == 4
 
 
-def test_two_writers_do_not_meet(tmp_path: Path) -> None:
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "it.trace"
     with TraceWriter(path, make_header()) as writer:
         for flags in ({"append": True}, {"overwrite": True}):
@@ -229,7 +227,7 @@ def test_two_writers_do_not_meet(tmp_path: Path) -> None:
     assert requests_of(path) == 1
 
 
-def test_a_writer_killed_before_its_first_request_is_forgotten(tmp_path: Path) -> None:
+def test_the_spool_of_a_writer_killed_before_its_first_request_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "it.trace"
     abandoned = TraceWriter(path, make_header(experts=9), overwrite=True)
     abandoned._spool.close()  # the process ends here
@@ -239,7 +237,7 @@ def test_a_writer_killed_before_its_first_request_is_forgotten(tmp_path: Path) -
     assert requests_of(path) == 1
 
 
-def test_without_a_request_there_is_no_trace(tmp_path: Path) -> None:
+def test_no_file_is_written_without_a_request(tmp_path: Path) -> None:
     TraceWriter(tmp_path / "it.trace", make_header()).close()
     writer = TraceWriter(tmp_path / "it.trace", make_header())
     writer.add(make_request(make_header(), np.random.default_rng(0)))
@@ -247,6 +245,6 @@ def test_without_a_request_there_is_no_trace(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match="no folder"):
         TraceWriter(tmp_path / "none" / "it.trace", make_header())

@@ -1,4 +1,4 @@
-"""A model takes recorded routing: what it executes, what policies hear, and that the answer is that of eager."""
+"""Forced routing: executed experts, the policy's events, and answers equal to eager with the same routing."""
 
 from __future__ import annotations
 
@@ -30,46 +30,46 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trace(folder: Path) -> tuple[Path, list[RequestTrace]]:
-    """Of one layer more than the model."""
+    """A trace with one layer more than the model."""
     path = folder.parent / "trace"
     return path, make_trace(path, 24, make_header(ALL, layers=4, active=3))
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> list[Routed]:
-    """What the engine is told of each layer."""
-    events: list[Routed] = []
+def events(monkeypatch: pytest.MonkeyPatch) -> list[Routed]:
+    """The events that the engine gets, one per layer."""
+    served: list[Routed] = []
     serve = Engine.serve
 
-    def listen(self: Engine, event: Routed) -> Any:
-        events.append(event)
+    def record(self: Engine, event: Routed) -> Any:
+        served.append(event)
         return serve(self, event)
 
-    monkeypatch.setattr(Engine, "serve", listen)
-    return events
+    monkeypatch.setattr(Engine, "serve", record)
+    return served
 
 
 @pytest.mark.parametrize("policy", ["lru", "finemoe", "mixtral-offloading"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_answers_are_those_of_eager_under_the_same_routing(
+def test_answers_equal_eager_with_the_same_routing(
     folder: Path, trace: tuple[Path, list[RequestTrace]], policy: str, batch: int
 ) -> None:
-    whole = eager(folder)
-    own = answer(whole, batch=batch)
-    replay_routing(whole, trace[0])
-    expected = [answer(whole, batch=batch) for _ in range(2)]
+    reference = eager(folder)
+    unforced = answer(reference, batch=batch)
+    replay_routing(reference, trace[0])
+    expected = [answer(reference, batch=batch) for _ in range(2)]
     with finemoe.load(folder, expert_memory="30%", policy=policy, map_store="none") as model:
         replay_routing(model, trace[0])
-        for wanted in expected:
-            assert torch.equal(answer(model, batch=batch), wanted)
+        for right in expected:
+            assert torch.equal(answer(model, batch=batch), right)
         assert model.finemoe.stats().replayed_routing == str(trace[0])
         model.finemoe.check_integrity()
     assert not torch.equal(expected[0], expected[1])  # another request of the trace
-    assert not torch.equal(expected[0], own)
+    assert not torch.equal(expected[0], unforced)
 
 
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
-def test_all_of_transformers_experts_take_it(
+def test_all_of_transformers_experts_implementations_can_be_forced(
     folder: Path, trace: tuple[Path, list[RequestTrace]], implementation: str
 ) -> None:
     one, other = eager(folder), eager(folder)
@@ -79,31 +79,31 @@ def test_all_of_transformers_experts_take_it(
     assert torch.equal(answer(one), answer(other))
 
 
-def test_what_is_executed_is_what_was_recorded(folder: Path, trace: tuple[Path, list[RequestTrace]]) -> None:
+def test_executed_experts_are_the_recorded_ones(folder: Path, trace: tuple[Path, list[RequestTrace]]) -> None:
     path, requests = trace
     with finemoe.load(folder, expert_memory="50%") as model:
         replay_routing(model, path)
         tap = RouterTap(model)
-        with tap.listening():
+        with tap.recording():
             answer(model, new_tokens=4)
         passes = tap.take()
     recorded = requests[0]  # one row of prompt, four decoded
     rows = [[0] * 12, [1], [2], [3]]
-    for ran, taken in zip(passes, rows, strict=True):
-        ids, weights = recorded.expert_ids[taken, :3], recorded.weights
+    for executed, row in zip(passes, rows, strict=True):
+        ids, weights = recorded.expert_ids[row, :3], recorded.weights
         assert weights is not None
-        shares = np.where(ids < 8, weights[taken, :3].astype(np.float32), 0)
+        shares = np.where(ids < 8, weights[row, :3].astype(np.float32), 0)
         shares /= shares.sum(-1, keepdims=True)
         for layer in range(3):
-            found, wanted = np.zeros((len(taken), 9)), np.zeros((len(taken), 9))
-            for token in range(len(taken)):
-                np.add.at(found[token], ran.ids[token, layer].numpy(), ran.weights[token, layer].numpy())
-                np.add.at(wanted[token], np.minimum(ids[token, layer], 8), shares[token, layer])
-            assert np.allclose(found, wanted, atol=0.01)  # weights are bfloat16
+            found, expected = np.zeros((len(row), 9)), np.zeros((len(row), 9))
+            for token in range(len(row)):
+                np.add.at(found[token], executed.ids[token, layer].numpy(), executed.weights[token, layer].numpy())
+                np.add.at(expected[token], np.minimum(ids[token, layer], 8), shares[token, layer])
+            assert np.allclose(found, expected, atol=0.01)  # weights are bfloat16
 
 
-def test_policies_hear_recorded_gates_and_lookahead(
-    folder: Path, trace: tuple[Path, list[RequestTrace]], heard: list[Routed]
+def test_policies_get_recorded_gates_and_lookahead(
+    folder: Path, trace: tuple[Path, list[RequestTrace]], events: list[Routed]
 ) -> None:
     path, requests = trace
     with finemoe.load(folder, expert_memory="50%", policy="mixtral-offloading") as model:
@@ -112,25 +112,25 @@ def test_policies_hear_recorded_gates_and_lookahead(
     probs, lookahead = requests[0].probs, requests[0].lookahead
     assert probs is not None
     assert lookahead is not None
-    routed = heard[-6:]  # two decoded tokens
-    for at, event in enumerate(routed):
-        row, layer = 1 + at // 3, at % 3
-        wanted = probs[row, layer].astype(np.float32)
+    routed = events[-6:]  # two decoded tokens
+    for number, event in enumerate(routed):
+        row, layer = 1 + number // 3, number % 3
+        expected = probs[row, layer].astype(np.float32)
         assert event.layer == layer
         assert event.gates is not None
-        assert np.allclose(event.gates[0], wanted / wanted.sum(), atol=1e-3)
+        assert np.allclose(event.gates[0], expected / expected.sum(), atol=1e-3)
         assert event.lookahead is not None
         ahead = lookahead[row, 0, layer].astype(np.float32) if layer < 2 else np.zeros(8)
         assert np.allclose(event.lookahead[0, 0], ahead, atol=1e-3)
 
 
-def test_no_lookahead_is_made_up(folder: Path, heard: list[Routed], tmp_path: Path) -> None:
+def test_missing_lookahead_stays_missing(folder: Path, events: list[Routed], tmp_path: Path) -> None:
     make_trace(tmp_path / "plain", 2, make_header(("weights",), active=3))
     with finemoe.load(folder, policy="finemoe", map_store="none", expert_memory="50%") as model:
         replay_routing(model, tmp_path / "plain")
         answer(model)
-    assert all(event.lookahead is None for event in heard)
-    assert all(np.count_nonzero(event.gates) <= 3 for event in heard[-3:] if event.gates is not None)
+    assert all(event.lookahead is None for event in events)
+    assert all(np.count_nonzero(event.gates) <= 3 for event in events[-3:] if event.gates is not None)
     with (
         finemoe.load(folder, policy="mixtral-offloading", expert_memory="50%") as model,
         pytest.raises(ConfigError, match="no lookahead, which --policy mixtral-offloading needs"),
@@ -138,7 +138,7 @@ def test_no_lookahead_is_made_up(folder: Path, heard: list[Routed], tmp_path: Pa
         replay_routing(model, tmp_path / "plain")
 
 
-def test_maps_of_replayed_routing_are_not_kept_as_the_models(
+def test_saving_maps_of_replayed_routing_is_refused(
     folder: Path, trace: tuple[Path, list[RequestTrace]], tmp_path: Path
 ) -> None:
     with (
@@ -156,9 +156,9 @@ def test_a_model_of_another_shape_is_refused(folder: Path, tmp_path: Path) -> No
 
 def test_restarting_gives_the_same_answers_again(folder: Path, trace: tuple[Path, list[RequestTrace]]) -> None:
     model = eager(folder)
-    replay = replay_routing(model, trace[0])
+    forced = replay_routing(model, trace[0])
     first = answer(model)
-    replay.restart()
+    forced.restart()
     assert torch.equal(answer(model), first)
 
 

@@ -1,4 +1,4 @@
-"""What is written is what is read, by us and by the stock safetensors library; nothing is loaded to be read."""
+"""Traces round-trip, are readable by the safetensors library, and are memory-mapped."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.trace.make import equal, make_header, make_request, make_trace
     appended=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_what_is_written_is_what_is_read(
+def test_requests_round_trip(
     tmp_path_factory: pytest.TempPathFactory,
     present: set[str],
     layers: int,
@@ -40,7 +40,7 @@ def test_what_is_written_is_what_is_read(
     header = make_header(tuple(present), layers=layers, experts=experts, active=min(2, experts))
     rng = np.random.default_rng(seed)
     made = [make_request(header, rng, prompt, decoded) for prompt, decoded in shape]
-    path = tmp_path_factory.mktemp("trip") / "it.trace"
+    path = tmp_path_factory.mktemp("round-trip") / "it.trace"
     for requests in [[request] for request in made] if appended else [made]:
         with TraceWriter(path, header, append=appended) as writer:
             for request in requests:
@@ -53,7 +53,7 @@ def test_what_is_written_is_what_is_read(
         assert trace.decode_only == all(request.phases.all() for request in made)
 
 
-def test_the_stock_library_reads_it(tmp_path: Path) -> None:
+def test_the_safetensors_library_reads_traces(tmp_path: Path) -> None:
     made = make_trace(tmp_path / "it.trace", header=make_header(("weights", "probs", "embeddings")))
     tables = load_file(tmp_path / "it.trace")
     assert np.array_equal(tables["expert_ids"], np.concatenate([request.expert_ids for request in made]))
@@ -76,7 +76,7 @@ def test_requests_are_read_only_views_of_the_file(tmp_path: Path) -> None:
     offsets = trace.row_offsets
     assert np.array_equal(column[offsets[1] : offsets[2]], request.expert_ids)
     trace.close()
-    assert request.expert_ids.shape[1:] == (3, 2)  # a view outlives its trace
+    assert request.expert_ids.shape[1:] == (3, 2)  # a view stays valid after `close`
 
 
 def test_columns_are_aligned(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_columns_are_aligned(tmp_path: Path) -> None:
         assert all(trace.column(name).flags.aligned for name in ("iterations", "rows", "token_ids", "probs"))  # type: ignore[union-attr]
 
 
-def test_a_request_that_is_not_there_is_an_index_error(tmp_path: Path) -> None:
+def test_a_missing_request_is_an_index_error(tmp_path: Path) -> None:
     make_trace(tmp_path / "it.trace")
     with open_trace(tmp_path / "it.trace") as trace, pytest.raises(IndexError, match="no request 3"):
         trace.request(3)
@@ -136,12 +136,12 @@ def test_a_request_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str
         ({"width": 4}, "embeddings"),
     ],
 )
-def test_a_header_that_contradicts_itself_is_refused(sizes: dict[str, int], named: str) -> None:
+def test_an_inconsistent_header_is_refused(sizes: dict[str, int], named: str) -> None:
     with pytest.raises(TraceError, match=named):
         TraceHeader(**{"model": "m", "layers": 3, "experts": 8, "active": 2, **sizes})  # type: ignore[arg-type]
 
 
-def test_a_split_is_by_request_shuffled_and_repeatable() -> None:
+def test_a_split_is_by_request_shuffled_and_reproducible() -> None:
     store, test = split(10, 0.7, seed=3)
     assert len(store) == 7
     assert sorted([*store, *test]) == list(range(10))

@@ -1,4 +1,4 @@
-"""Foreign layouts become traces: what they say is kept, what they lack is marked missing, what is damaged is named."""
+"""Importing other layouts: fields are kept, absent ones are marked missing, and damage is named."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LAYERS, ACTIVE = 3, 2
 TOKENS = (["a", "b", "a"], ["c", "a"])
 
 
-def imported(source: Path, target: Path, told: TraceMetadata | None = None, **options: Any) -> Any:
-    """The trace that a source becomes."""
-    importing = import_trace(source, target, told, **options)
+def imported(source: Path, target: Path, metadata: TraceMetadata | None = None, **options: Any) -> Any:
+    """Imports a source and opens the trace."""
+    importing = import_trace(source, target, metadata, **options)
     assert [*importing]
     return open_trace(target)
 
@@ -60,22 +60,22 @@ def test_arrays_become_decode_only_requests(tmp_path: Path) -> None:
         assert trace.request(0).probs is None
 
 
-def test_the_npz_itself_will_do(tmp_path: Path) -> None:
+def test_the_npz_may_be_given_instead_of_its_folder(tmp_path: Path) -> None:
     file = arrays(tmp_path / "some-moe") / "routing.npz"
-    told = TraceMetadata(model="a/model", experts=32, licence="Apache-2.0")
-    importing = import_trace(file, tmp_path / "it.trace", told)
+    metadata = TraceMetadata(model="a/model", experts=32, licence="Apache-2.0")
+    importing = import_trace(file, tmp_path / "it.trace", metadata)
     assert not importing.notices
     assert sum(importing) == 5
     with open_trace(tmp_path / "it.trace") as trace:
         assert (trace.header.model, trace.header.experts, trace.header.licence) == ("a/model", 32, "Apache-2.0")
 
 
-def test_a_number_of_experts_that_is_derived_is_said_to_be(tmp_path: Path) -> None:
+def test_a_derived_number_of_experts_gives_a_notice(tmp_path: Path) -> None:
     importing = import_trace(arrays(tmp_path / "m"), tmp_path / "it.trace")
     assert ["--experts" in notice for notice in importing.notices] == [True]
 
 
-def test_unordered_weights_are_put_in_order(tmp_path: Path) -> None:
+def test_weights_are_sorted(tmp_path: Path) -> None:
     probs = np.tile(np.array([0.25, 0.75], np.float16), (5, LAYERS, 1))
     with imported(arrays(tmp_path / "m", probs=probs), tmp_path / "it.trace") as trace:
         assert trace.request(0).expert_ids[0, 0].tolist() == [1, 6]
@@ -114,7 +114,7 @@ def test_missing_or_damaged_tokens_are_refused(tmp_path: Path) -> None:
 
 
 def fingerprint(full: bool = False, first: int = 3) -> dict[str, Any]:
-    """One request of the JSON layout: two decoded tokens, the inputs at places `first` and `first + 1`."""
+    """One request of the JSON layout: two decoded tokens, the inputs at positions `first` and `first + 1`."""
     text = ["<start>", "hm", "<assistant>", "well", ",", "<end>"]
 
     def layer(step: int, index: int) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def test_fingerprints_of_two_models_are_refused(tmp_path: Path) -> None:
 
 def simllm(version: str = "v1", weighted: bool = True, model: str = "org/a-moe") -> list[dict[str, Any]]:
     """Rows of two requests that ran interleaved: two prompt tokens and one decoded, then one prompt token."""
-    about = {"model_id": model, "expert_count": 6, "top_k": 2, "moe_layer_indices": [1, 2]}
+    provenance = {"model_id": model, "expert_count": 6, "top_k": 2, "moe_layer_indices": [1, 2]}
 
     def token(request: str, phase: str, index: int) -> dict[str, Any]:
         weights = {"gate_weights": [0.25, 0.75]} if weighted else {}
@@ -183,7 +183,7 @@ def simllm(version: str = "v1", weighted: bool = True, model: str = "org/a-moe")
         }  # fmt: skip
 
     return [
-        {"row_type": "header", "schema": f"simllm-preplay-trace-{version}", "provenance": about},
+        {"row_type": "header", "schema": f"simllm-preplay-trace-{version}", "provenance": provenance},
         {"row_type": "request", "request_id": "p0"},
         {"row_type": "request", "request_id": "p1"},
         {"row_type": "request", "request_id": "never ran"},
@@ -212,7 +212,7 @@ def test_simllm_traces_have_prefill_and_decode(tmp_path: Path, weighted: bool) -
         assert (second.phases.tolist(), second.rows.tolist()) == ([0], [0, 1])
         assert first.token_ids.tolist() == [40, 41, 40]
         assert trace.header.vocabulary is None
-        expected = [5, 2] if weighted else [2, 5]  # by weight, where there is one
+        expected = [5, 2] if weighted else [2, 5]  # sorted by weight, if there are weights
         assert first.expert_ids[1, 0].tolist() == expected
         assert (first.weights is not None) == weighted
 
@@ -220,7 +220,7 @@ def test_simllm_traces_have_prefill_and_decode(tmp_path: Path, weighted: bool) -
 def test_a_folder_of_simllm_traces_is_one_trace_and_weights_are_all_or_none(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", simllm())
     write_lines(tmp_path / "b.jsonl", simllm("v2", weighted=False))
-    write_lines(tmp_path / "c.jsonl", [{"prompt": "not ours"}])
+    write_lines(tmp_path / "c.jsonl", [{"prompt": "another file"}])
     importing = import_trace(tmp_path, tmp_path / "it.trace")
     assert [notice.partition(":")[0] for notice in importing.notices] == ["weights"]
     assert (len(importing), sum(importing)) == (4, 8)
@@ -237,7 +237,7 @@ def test_a_folder_of_simllm_traces_is_one_trace_and_weights_are_all_or_none(tmp_
         (4, {"phase": "warmup"}, ":5:"),
         (4, {"request_id": "stranger"}, ":5:"),
         (4, {"routing": []}, ":5:"),
-        (9, {"decode_forward_token_count": 9}, "promises 9 decode rows"),
+        (9, {"decode_forward_token_count": 9}, "states 9 decode rows"),
         (9, {"row_type": "note"}, "cut off"),
     ],
 )
@@ -254,7 +254,7 @@ def test_simllm_traces_of_two_models_are_refused(tmp_path: Path) -> None:
     assert "another model" in refused(tmp_path, tmp_path / "it.trace")
 
 
-def test_an_unknown_layout_lists_those_that_are_known(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_layout_lists_the_known_ones(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "readme.json").write_text("{}")
     message = refused(tmp_path / "src", tmp_path / "it.trace")
@@ -262,7 +262,7 @@ def test_an_unknown_layout_lists_those_that_are_known(tmp_path: Path) -> None:
     assert "no such file" in refused(tmp_path / "none", tmp_path / "it.trace")
 
 
-def test_an_import_replaces_a_trace_only_when_told_to(tmp_path: Path) -> None:
+def test_an_import_replaces_a_trace_only_with_overwrite(tmp_path: Path) -> None:
     source, target = arrays(tmp_path / "m"), tmp_path / "it.trace"
     list(import_trace(source, target))
     with pytest.raises(TraceError, match="--force"):
@@ -270,7 +270,7 @@ def test_an_import_replaces_a_trace_only_when_told_to(tmp_path: Path) -> None:
     list(import_trace(source, target, overwrite=True))
 
 
-def test_an_import_that_is_left_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+def test_an_unfinished_import_leaves_no_file(tmp_path: Path) -> None:
     for _ in import_trace(arrays(tmp_path / "m"), tmp_path / "it.trace"):
         break
     assert [each.name for each in tmp_path.iterdir()] == ["m"]

@@ -1,4 +1,4 @@
-"""Prompts come in many layouts; each is read, and what can't be is named."""
+"""Every layout of prompt files is read; errors name the file and the place in it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_layout_is_read(tmp_path: Path, entry: dict[str, Any], layout: str) ->
     assert read_prompts(path).texts == ("hi", "hi")
 
 
-def test_text_has_a_prompt_on_each_line(tmp_path: Path) -> None:
+def test_plain_text_has_a_prompt_per_line(tmp_path: Path) -> None:
     (tmp_path / "it.txt").write_text("  one\n\ntwo\n")
     assert read_prompts(tmp_path / "it.txt").texts == ("one", "two")
 
@@ -45,18 +45,18 @@ def test_strings_of_a_list_are_prompts(tmp_path: Path) -> None:
         read_prompts(tmp_path / "it.json", skip=3)
 
 
-def test_a_named_field_is_taken(tmp_path: Path) -> None:
+def test_a_named_field_is_read(tmp_path: Path) -> None:
     (tmp_path / "it.jsonl").write_text('{"prompt": "not this", "goal": "this"}')
     assert read_prompts(tmp_path / "it.jsonl", field="goal").texts == ("this",)
 
 
-def test_half_a_character_is_no_prompt(tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_refused(tmp_path: Path) -> None:
     (tmp_path / "it.jsonl").write_text('{"prompt": "hi"}\n{"prompt": "\\ud83d"}')
     with pytest.raises(ConfigError, match=r"^--prompts: .*it.jsonl:2: is not valid UTF-8$"):
         read_prompts(tmp_path / "it.jsonl")
 
 
-def test_what_holds_no_prompt_is_left_out_and_counted(tmp_path: Path) -> None:
+def test_entries_without_a_prompt_are_skipped_and_counted(tmp_path: Path) -> None:
     lines = [{"conversations": [{"from": "gpt", "value": "no"}]}, {"prompt": " "}, {"prompt": "hi"}]
     (tmp_path / "it.jsonl").write_text("\n".join(map(json.dumps, lines)))
     prompts = read_prompts(tmp_path / "it.jsonl")
@@ -75,7 +75,7 @@ def test_what_holds_no_prompt_is_left_out_and_counted(tmp_path: Path) -> None:
         ("", None, "holds no prompt"),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path: Path, content: str, field: str | None, named: str) -> None:
+def test_an_unreadable_entry_is_named(tmp_path: Path, content: str, field: str | None, named: str) -> None:
     (tmp_path / "it.jsonl").write_text(content)
     with pytest.raises(ConfigError) as error:
         read_prompts(tmp_path / "it.jsonl", field)
@@ -83,7 +83,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, content: str, field: str |
     assert str(error.value).startswith("--prompts: ")
 
 
-def test_no_file_no_text_and_no_gzip_are_refused(tmp_path: Path) -> None:
+def test_missing_binary_and_damaged_gzip_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "it.gz").write_bytes(b"plain")
     for name in ("none", "binary", "it.gz"):

@@ -1,4 +1,4 @@
-"""Published routing, imported: gpt-oss-20b and granite-3.0-1b. Needs the traces beside the repository."""
+"""Imports published routing of gpt-oss-20b and granite-3.0-1b. Needs the traces next to the repository."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ARRAYS, SIMLLM = ROUTING / "gpt-oss-20b", ROUTING / "granite-3.0-1b"
 @pytest.fixture(scope="module", autouse=True)
 def _traces_are_here() -> None:
     if not ARRAYS.is_dir() or not SIMLLM.is_dir():
-        pytest.skip("the published traces are not beside this repository")
+        pytest.skip("the published traces are not next to this repository")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Trace:
     return open_trace(path)
 
 
-def test_every_row_arrives(large: Trace) -> None:
+def test_every_row_is_imported(large: Trace) -> None:
     ids, weights = large.column("expert_ids"), large.column("weights")
     assert ids is not None and weights is not None
     with np.load(ARRAYS / "routing.npz") as source:
@@ -53,7 +53,7 @@ def test_routing_is_local_within_a_request(large: Trace) -> None:
     assert stats.top(0.25, stats.popularity_of_request) > stats.top(0.25, stats.popularity) > 0.5
 
 
-def test_prefill_and_decode_arrive(tmp_path: Path) -> None:
+def test_prefill_and_decode_are_imported(tmp_path: Path) -> None:
     importing = import_trace(SIMLLM / "routing-trace.jsonl", tmp_path / "it.trace")
     assert (len(importing), sum(importing)) == (8, 8 * 27)
     with open_trace(tmp_path / "it.trace") as trace:

@@ -1,4 +1,4 @@
-"""What is recorded is what the model did: whatever the budget, whatever ran beside it, however it was interrupted."""
+"""A recording is what the model executed, independent of the budget, the batch and earlier interrupts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recorded(
     folder: Path, budget: str = "50%", batch: int = 1, config: GenerateConfig = GREEDY, **options: Any
 ) -> list[RequestTrace]:
-    """The prompts' requests, recorded in float32: batches of any size then agree up to rounding."""
+    """Records the prompts in float32, so that batches of any size agree up to rounding."""
     with finemoe.load(folder, expert_memory=budget, dtype="float32") as model:
         session = Session(model)
         recorder = Recorder(session, config, **options)
@@ -54,7 +54,7 @@ def test_the_budget_changes_nothing(folder: Path, alone: list[RequestTrace]) -> 
         assert all(equal(one, other) for one, other in zip(recorded(folder, budget, lookahead=2), alone, strict=True))
 
 
-def test_a_batch_changes_nothing_but_roundings(folder: Path, alone: list[RequestTrace]) -> None:
+def test_a_batch_changes_only_rounding(folder: Path, alone: list[RequestTrace]) -> None:
     for one, other in zip(recorded(folder, batch=3, lookahead=2), alone, strict=True):
         for name in ("phases", "rows", "token_ids", "expert_ids"):
             assert np.array_equal(getattr(one, name), getattr(other, name)), name
@@ -62,24 +62,24 @@ def test_a_batch_changes_nothing_but_roundings(folder: Path, alone: list[Request
             assert getattr(one, name) == pytest.approx(getattr(other, name), abs=2e-3), name
 
 
-def test_iterations_are_the_prompt_and_every_token_that_was_fed_back(folder: Path, alone: list[RequestTrace]) -> None:
+def test_iterations_are_the_prompt_and_every_token_but_the_last(folder: Path, alone: list[RequestTrace]) -> None:
     with finemoe.load(folder, expert_memory="all", dtype="float32") as model:
         session = Session(model)
         for prompt, request in zip(PROMPTS, alone, strict=True):
             ids = session.prompt_ids(prompt)
             reply = session.reply(prompt, GREEDY)
-            fed = [*ids[0].tolist(), *reply.token_ids[:-1]]
-            assert request.token_ids.tolist() == fed
+            inputs = [*ids[0].tolist(), *reply.token_ids[:-1]]
+            assert request.token_ids.tolist() == inputs
             assert request.phases.tolist() == [0] + [1] * (len(reply.token_ids) - 1)
-            assert request.rows.tolist() == [0, *range(ids.shape[1], len(fed) + 1)]
+            assert request.rows.tolist() == [0, *range(ids.shape[1], len(inputs) + 1)]
             table = model.get_input_embeddings().weight.detach()
-            prefill, last = table[fed[: ids.shape[1]]].float().mean(0), table[fed[-1]].float()
+            prefill, last = table[inputs[: ids.shape[1]]].float().mean(0), table[inputs[-1]].float()
             assert request.embeddings is not None
             assert request.embeddings[0] == pytest.approx(prefill.numpy(), abs=1e-3)
             assert request.embeddings[-1] == pytest.approx(last.numpy(), abs=1e-3)
 
 
-def test_distributions_fit_what_was_executed(alone: list[RequestTrace]) -> None:
+def test_distributions_agree_with_executed_experts(alone: list[RequestTrace]) -> None:
     for request in alone:
         assert request.probs is not None and request.weights is not None
         assert request.probs.astype(float).sum(2) == pytest.approx(np.ones(request.probs.shape[:2]), abs=0.01)
@@ -89,14 +89,14 @@ def test_distributions_fit_what_was_executed(alone: list[RequestTrace]) -> None:
 
 
 def test_a_request_that_ends_early_ends_in_the_trace(folder: Path, alone: list[RequestTrace]) -> None:
-    end = int(alone[0].token_ids[alone[0].rows[3]])  # what the first prompt's third pass was fed: its second token
+    end = int(alone[0].token_ids[alone[0].rows[3]])  # input of the first prompt's fourth pass
     with finemoe.load(folder, expert_memory="50%", dtype="float32") as model:
         model.generation_config.eos_token_id = [end]
         session = Session(model)
         requests = Recorder(session, GREEDY).record([session.prompt_ids(prompt) for prompt in PROMPTS], 0)
     for request, other in zip(requests, alone, strict=True):
-        fed = other.token_ids[other.rows[1] :].tolist()
-        assert len(request) == (1 + fed.index(end) if end in fed else len(other))
+        inputs = other.token_ids[other.rows[1] :].tolist()
+        assert len(request) == (1 + inputs.index(end) if end in inputs else len(other))
         assert np.array_equal(request.expert_ids, other.expert_ids[: len(request.token_ids)])
     assert len(requests[0]) < len(alone[0])
 
@@ -109,7 +109,7 @@ def test_sampling_depends_on_the_seed_alone(folder: Path) -> None:
     assert tokens(1) == tokens(1) != tokens(2)
 
 
-def test_what_others_run_is_recorded_alike(folder: Path, alone: list[RequestTrace]) -> None:
+def test_a_request_run_by_the_caller_is_recorded_alike(folder: Path, alone: list[RequestTrace]) -> None:
     with finemoe.load(folder, expert_memory="50%", dtype="float32") as model:
         session = Session(model)
         recorder = Recorder(session, GREEDY, lookahead=2)
@@ -120,9 +120,9 @@ def test_what_others_run_is_recorded_alike(folder: Path, alone: list[RequestTrac
             output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **options)
             return int(output.shape[1] - ids.shape[1])
 
-        assert equal(recorder.overhear(answer, ids.shape[1]), alone[1])
+        assert equal(recorder.record_call(answer, ids.shape[1]), alone[1])
         with pytest.raises(UnsupportedModelError, match="one token a pass"):
-            recorder.overhear(lambda: answer() + 1, ids.shape[1])
+            recorder.record_call(lambda: answer() + 1, ids.shape[1])
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def recorder(folder: Path) -> Iterator[Recorder]:
         yield Recorder(Session(model), GREEDY, lookahead=1, settings={"a": 1})
 
 
-def test_the_header_tells_the_model(folder: Path, recorder: Recorder) -> None:
+def test_the_header_describes_the_model(folder: Path, recorder: Recorder) -> None:
     header = recorder.header
     assert (header.model, header.layers, header.experts, header.active) == ("tiny-chat", 3, 8, 3)
     assert (header.width, header.lookahead, header.missing) == (64, 1, ())
@@ -140,9 +140,9 @@ def test_the_header_tells_the_model(folder: Path, recorder: Recorder) -> None:
     assert recorder.notices == []
 
 
-def test_the_fingerprint_is_of_content_not_of_place(folder: Path, recorder: Recorder, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_content_not_on_the_path(folder: Path, recorder: Recorder, tmp_path: Path) -> None:
     own = recorder.header.fingerprint
-    other = make_chat_model(tmp_path / "elsewhere")
+    other = make_chat_model(tmp_path / "copy")
     headers = read_headers([other / "model.safetensors"])
     assert fingerprint(other, headers) == own
     config = json.loads((other / "config.json").read_text())
@@ -152,7 +152,7 @@ def test_the_fingerprint_is_of_content_not_of_place(folder: Path, recorder: Reco
     assert fingerprint(other, headers) != own
 
 
-def test_gates_that_cannot_be_tapped_leave_ids_and_a_notice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gates_that_cannot_be_tapped_give_a_notice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finemoe.model.router_hooks.find_routers", lambda _model, experts: [None] * len(experts))
     with finemoe.load(folder, expert_memory="50%") as model:
         session = Session(model)
@@ -165,7 +165,7 @@ def test_gates_that_cannot_be_tapped_leave_ids_and_a_notice(folder: Path, monkey
     request.check(recorder.header)
 
 
-def test_recording_after_an_interrupt_is_as_before(recorder: Recorder) -> None:
+def test_recording_works_after_an_interrupt(recorder: Recorder) -> None:
     ids = [torch.arange(5, 12)[None]]
     (before,) = recorder.record(ids, 0)
 

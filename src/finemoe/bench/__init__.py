@@ -1,7 +1,8 @@
-"""Measures finemoe beside transformers, on one checkpoint, in one run. `finemoe.bench.run.run_bench` is the way in.
+"""`finemoe bench`: finemoe and transformers on one checkpoint, in one run. `run.run_bench` is the entry point.
 
-`config` holds the settings, `link` the disk's own speed, `subject` what is passed between processes, `child` a row's
-process, `run` the order of rows, `figures` and `report` what follows from it, `table` their layout for people.
+`config` has the settings, `inputs` the prompts and texts, `disk_probe` the disk's bandwidth, `run` the order of rows,
+`worker_process` the process of a row, `measurements` the data between the two, `report` the figures derived from it and
+their comparison, `table` their layout.
 """
 
 from __future__ import annotations

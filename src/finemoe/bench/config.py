@@ -1,11 +1,11 @@
-"""Settings of `finemoe bench`. Imports no torch: the command line reads these fields."""
+"""Settings of `finemoe bench`. Its flags are generated from these fields, without importing torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from itertools import product
 
-from finemoe.config import EXPERT_DTYPES, REPLAY_HELP, STORED, LoadConfig
+from finemoe.config import EXPERT_DTYPES, REPLAY_HELP, STORED, LoadConfig, setting
 from finemoe.errors import ConfigError
 from finemoe.learned import NO_MAP_STORE
 from finemoe.policy import policy_class
@@ -19,86 +19,72 @@ _LEAST = {
     "prompt_tokens": 1, "context_tokens": 1, "new_tokens": 2, "offload_tokens": 2, "repeats": 1, "threads": 0,
     "link_probe_mib": 1, "perplexity_tokens": 2, "prompts_limit": 1, "warm_prompts_limit": 1,
 }  # fmt: skip
-_OF_PROMPTS = ("prompts_limit", "store", "warm_prompts", "warm_prompts_limit", "prompt_field")
-_OF_RANDOM_TOKENS = ("prompt_tokens", "context_tokens", "offload_tokens")
+_PROMPT_SETTINGS = ("prompts_limit", "store", "warm_prompts", "warm_prompts_limit", "prompt_field")
+_RANDOM_TOKEN_SETTINGS = ("prompt_tokens", "context_tokens", "offload_tokens")
 
 
 @dataclass(frozen=True)
 class BenchConfig(LoadConfig):
-    """What to measure. `expert_memory` and `policy` are lists here; the rest of `LoadConfig` holds for every row."""
+    """What to measure. `expert_memory`, `expert_dtype` and `policy` are lists; other settings hold for all rows."""
 
-    expert_memory: str = field(
-        default="25%,50%,75%,all", metadata={"help": "budgets to measure, separated by commas: bytes, shares or all"}
+    expert_memory: str = setting("25%,50%,75%,all", "budgets to measure, separated by commas: bytes, shares or all")
+    expert_dtype: str = setting(
+        STORED,
+        f"expert dtypes to measure, separated by commas, of {', '.join(EXPERT_DTYPES)}; all but {STORED} are lossy: "
+        "their perplexity is measured too",
     )
-    expert_dtype: str = field(
-        default=STORED,
-        metadata={
-            "help": f"expert dtypes to measure, separated by commas, of {', '.join(EXPERT_DTYPES)}; all but {STORED} "
-            "are lossy, and measured in perplexity too"
-        },
+    policy: str = setting("finemoe", "policies to measure, separated by commas")
+    device: str = setting("cpu", "cpu only; scripts/gpu_bench.py measures GPUs", advanced=True)
+    map_store: str | None = setting(
+        "none", "file of learned maps that rows of learning policies start from and update, in turn", advanced=True
     )
-    policy: str = field(default="finemoe", metadata={"help": "policies to measure, separated by commas"})
-    device: str = field(default="cpu", metadata={"help": "cpu; GPUs are measured by scripts/gpu_bench.py"})
-    map_store: str | None = field(
-        default="none",
-        metadata={"help": "file that rows of policies that learn start from, and add to, one row after the other"},
+    baselines: str = setting(
+        AUTO,
+        "rows of transformers, separated by commas: experts implementations with the whole model in memory "
+        f"({', '.join(RESIDENT)}), and disk-offload with the memory of the first budget; none; auto is all of them, or "
+        "none with --prompts",
     )
-    baselines: str = field(
-        default=AUTO,
-        metadata={
-            "help": "what of transformers to measure beside: experts implementations, with the whole model in memory "
-            f"({', '.join(RESIDENT)}), and disk-offload, given the memory of the first budget; none for nothing; auto "
-            "for all of them, or with --prompts for none"
-        },
+    prompt_tokens: int = setting(256, "length of the prompt whose first token is timed", advanced=True)
+    context_tokens: int = setting(32, "length of the prompt that is continued", advanced=True)
+    new_tokens: int = setting(32, "tokens to generate")
+    offload_tokens: int = setting(3, "tokens that disk-offload generates, which is slow", advanced=True)
+    prompts: str | None = setting(
+        None,
+        "answer these prompts instead of random tokens: a file as for finemoe record; answers are greedy, of at most "
+        "--new-tokens tokens, and policies keep learning from one to the next",
     )
-    prompt_tokens: int = field(default=256, metadata={"help": "length of the prompt whose first token is timed"})
-    context_tokens: int = field(default=32, metadata={"help": "length of the prompt that is continued"})
-    new_tokens: int = field(default=32, metadata={"help": "tokens to continue it by"})
-    offload_tokens: int = field(default=3, metadata={"help": "the same for disk-offload, which is slow"})
-    prompts: str | None = field(
-        default=None,
-        metadata={
-            "help": "instead of random tokens, answer these prompts: a file as for finemoe record; each answer is "
-            "greedy, of at most --new-tokens tokens, and the policies learn from one to the next"
-        },
+    prompts_limit: int | None = setting(None, "answer at most this many of --prompts")
+    warm_prompts: str | None = setting(
+        None, "prompts to answer first, unmeasured, so that policies learn", advanced=True
     )
-    prompts_limit: int | None = field(default=None, metadata={"help": "answer at most this many of --prompts"})
-    warm_prompts: str | None = field(
-        default=None, metadata={"help": "prompts to answer first, unmeasured, for policies that learn"}
+    warm_prompts_limit: int | None = setting(None, "answer at most this many of --warm-prompts", advanced=True)
+    store: str | None = setting(
+        None, "a trace of this model, recorded with other prompts, that policies learn from first", advanced=True
     )
-    warm_prompts_limit: int | None = field(default=None, metadata={"help": "at most this many of --warm-prompts"})
-    store: str | None = field(
-        default=None,
-        metadata={
-            "help": "a recorded trace of this model, of other prompts, that policies which learn take in first, as the "
-            "simulator's do",
-        },
+    prompt_field: str | None = setting(None, "the JSON field that holds the prompt", advanced=True)
+    replay_routing: str | None = setting(None, REPLAY_HELP, advanced=True)
+    perplexity: str | None = setting(
+        None,
+        "also measure the perplexity on this text file; that of lossy rows is always measured, by default on Python's "
+        "reference manual",
     )
-    prompt_field: str | None = field(default=None, metadata={"help": "the JSON field that holds the prompt"})
-    replay_routing: str | None = field(default=None, metadata={"help": REPLAY_HELP})
-    perplexity: str | None = field(
-        default=None,
-        metadata={
-            "help": "measure the perplexity on this text file, too; lossy rows are measured without being asked, on "
-            "Python's reference manual"
-        },
+    perplexity_tokens: int = setting(512, "how many tokens of that text", advanced=True)
+    repeats: int = setting(1, "how often to measure each row, in turn; medians are shown")
+    threads: int = setting(0, "torch's threads; 0 leaves the choice to torch")
+    seed: int = setting(0, "seed of the prompts' random tokens", advanced=True)
+    link_probe_mib: int = setting(512, "MiB to read for each measurement of the disk", advanced=True)
+    offload_dir: str | None = setting(
+        None,
+        "where disk-offload writes its copy of the experts (default: the folder for temporary files)",
+        advanced=True,
     )
-    perplexity_tokens: int = field(default=512, metadata={"help": "how many tokens of that text"})
-    repeats: int = field(default=1, metadata={"help": "how often to measure each row, in turn; medians are shown"})
-    threads: int = field(default=0, metadata={"help": "torch's threads; 0 leaves the choice to torch"})
-    seed: int = field(default=0, metadata={"help": "seed of the prompts' random tokens"})
-    link_probe_mib: int = field(default=512, metadata={"help": "MiB to read for each measurement of the disk"})
-    offload_dir: str | None = field(
-        default=None,
-        metadata={"help": "where disk-offload may write its copy of the experts; by default beside temporary files"},
-    )
-    timeout_s: float = field(default=1800.0, metadata={"help": "give up on a row after this many seconds"})
+    timeout_s: float = setting(1800.0, "stop a row after this many seconds", advanced=True)
 
     def __post_init__(self) -> None:
         if self.device != "cpu":
             raise ConfigError(f"--device: bench measures on the CPU, not on {self.device}; see scripts/gpu_bench.py")
         for budget, policy, expert_dtype in product(self.budgets, self.policies, self.expert_dtypes):
-            self.load_config(budget, policy, expert_dtype)  # checks itself
+            self.load_config(budget, policy, expert_dtype)  # validates itself
         if not self.budgets:
             raise ConfigError(f"--expert-memory: {self.expert_memory!r} names no budget")
         if not self.policies:
@@ -112,38 +98,38 @@ class BenchConfig(LoadConfig):
         if self.timeout_s <= 0:
             raise ConfigError(f"--timeout-s: {self.timeout_s} is not above 0")
         if self.replay_routing is not None and self.map_store != NO_MAP_STORE:
-            raise ConfigError("--map-store: maps of --replay-routing are not this model's; leave it out")
+            raise ConfigError("--map-store: with --replay-routing, maps are not of this model's routing; leave it out")
         self._check_perplexity()
         self._check_predictors()
-        self._check_requests()
+        self._check_prompt_settings()
 
     def _check_perplexity(self) -> None:
-        """Refuses no dtype at all, and flags of perplexity where it is not measured, or means nothing."""
+        """Raises `ConfigError` without a dtype, or for perplexity settings without effect."""
         if not self.expert_dtypes:
             raise ConfigError(f"--expert-dtype: {self.expert_dtype!r} names no dtype")
         if self.perplexity is None and not self.lossy and self.perplexity_tokens != self._default("perplexity_tokens"):
             raise ConfigError("--perplexity-tokens: has no effect without --perplexity FILE or a lossy --expert-dtype")
         if self.replay_routing is not None and self.perplexity is not None:
-            raise ConfigError("--perplexity: means nothing with --replay-routing, which answers nonsense; leave it out")
+            raise ConfigError("--perplexity: has no meaning with --replay-routing; leave it out")
 
     def _check_predictors(self) -> None:
-        """Refuses predictors that no policy takes, and a policy that lacks them."""
+        """Raises `ConfigError` for predictors that no policy takes, or a policy without its predictors."""
         takers = [policy for policy in self.policies if "predictors" in policy_class(policy).needs]
         if takers and self.predictors is None:
             raise ConfigError(f"--policy {takers[0]}: needs --predictors FILE, from finemoe trace train")
         if self.predictors is not None and not takers:
             raise ConfigError(f"--predictors: none of --policy {self.policy} takes any")
 
-    def _check_requests(self) -> None:
-        """No flag is ignored: refuses those that mean nothing with, or without, `--prompts`."""
+    def _check_prompt_settings(self) -> None:
+        """Raises `ConfigError` for settings without effect with, or without, `--prompts`."""
         defaults = {f.name: f.default for f in fields(self)}
         given = {name for name, default in defaults.items() if getattr(self, name) != default}
         if self.prompts is None:
-            for name in _OF_PROMPTS:
+            for name in _PROMPT_SETTINGS:
                 if name in given:
                     raise ConfigError(f"{_flag(name)}: has no effect without --prompts FILE")
             return
-        for name in _OF_RANDOM_TOKENS:
+        for name in _RANDOM_TOKEN_SETTINGS:
             if name in given:
                 raise ConfigError(f"{_flag(name)}: has no effect with --prompts")
         if self.warm_prompts_limit is not None and self.warm_prompts is None:
@@ -163,7 +149,7 @@ class BenchConfig(LoadConfig):
 
     @property
     def lossy(self) -> bool:
-        """Whether some rows' answers are not the checkpoint's own."""
+        """Whether some rows quantize experts, so that their answers differ from the checkpoint's."""
         return any(name != STORED for name in self.expert_dtypes)
 
     @property
@@ -182,7 +168,7 @@ class BenchConfig(LoadConfig):
         return () if named == "none" else _split(named)
 
     def load_config(self, budget: str, policy: str, expert_dtype: str = STORED) -> LoadConfig:
-        """How one row loads its model. Predictors go to the policies that take them."""
+        """The load settings of one row. Predictors and maps go only to policies that take them."""
         values = {f.name: getattr(self, f.name) for f in fields(LoadConfig)}
         if "predictors" not in policy_class(policy).needs:
             values["predictors"] = None

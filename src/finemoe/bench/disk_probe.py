@@ -1,4 +1,4 @@
-"""The physical ceiling: what the disk under a checkpoint gives, measured the simplest way, without the engine."""
+"""The physical ceiling: bandwidth of the disk under a checkpoint, measured without the engine; page-cache helpers."""
 
 from __future__ import annotations
 
@@ -21,59 +21,59 @@ THREADS = 4
 
 
 @dataclass(frozen=True)
-class LinkProbe:
-    """Reads of expert-sized stretches at random places, by `THREADS` threads, past the page cache if `direct`."""
+class DiskProbe:
+    """Bandwidth of random reads by `THREADS` threads, past the page cache if `direct`."""
 
     bandwidth_bytes_s: float
     direct: bool
     read_bytes: int = 0
 
 
-def probe(files: Sequence[Path], total_bytes: int, seed: int, stretch_bytes: int = CHUNK_BYTES) -> LinkProbe:
-    """Reads about `total_bytes` from random places of `files`.
+def probe(files: Sequence[Path], total_bytes: int, seed: int, run_bytes: int = CHUNK_BYTES) -> DiskProbe:
+    """Measures reads of about `total_bytes` at random offsets of `files`.
 
     Args:
-        stretch_bytes: how much is read in a row, in chunks of `CHUNK_BYTES`, all threads on one stretch: an expert's
-            size gives what the disk has for an engine that does nothing but wait for it.
+        run_bytes: bytes read contiguously, in chunks of `CHUNK_BYTES`, by all threads together. At an expert's size,
+            the bandwidth is that available to an engine on demand loads.
 
     Raises:
         OSError: a file can't be opened or read.
     """
     sizes = [file.stat().st_size for file in files]
-    chooser = random.Random(seed)  # noqa: S311 - places to read from
-    places: list[tuple[int, int]] = []
-    stretch = max(1, -(-stretch_bytes // CHUNK_BYTES))  # in chunks
-    while len(places) < max(THREADS, total_bytes // CHUNK_BYTES):
-        file = chooser.choices(range(len(files)), weights=sizes)[0]
-        last_page = max(0, sizes[file] - stretch * CHUNK_BYTES) // PAGE_BYTES
-        first = chooser.randint(0, last_page) * PAGE_BYTES
-        inside = max(1, min(stretch, -(-sizes[file] // CHUNK_BYTES)))
-        places += [(file, first + chunk * CHUNK_BYTES) for chunk in range(inside)]
+    random_source = random.Random(seed)  # noqa: S311 - not for security
+    offsets: list[tuple[int, int]] = []
+    run = max(1, -(-run_bytes // CHUNK_BYTES))  # in chunks
+    while len(offsets) < max(THREADS, total_bytes // CHUNK_BYTES):
+        file = random_source.choices(range(len(files)), weights=sizes)[0]
+        last_page = max(0, sizes[file] - run * CHUNK_BYTES) // PAGE_BYTES
+        first = random_source.randint(0, last_page) * PAGE_BYTES
+        inside = max(1, min(run, -(-sizes[file] // CHUNK_BYTES)))
+        offsets += [(file, first + chunk * CHUNK_BYTES) for chunk in range(inside)]
     descriptors, direct = _open(files)
     try:
         start_s = time.perf_counter()
-        read_bytes = _read_all(descriptors, iter(places))
-        return LinkProbe(read_bytes / (time.perf_counter() - start_s), direct, read_bytes)
+        read_bytes = _read_all(descriptors, iter(offsets))
+        return DiskProbe(read_bytes / (time.perf_counter() - start_s), direct, read_bytes)
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
 
 
 def evict(files: Sequence[Path]) -> None:
-    """Ask the kernel to drop the files' pages from its cache, what was written to them included."""
+    """Asks the kernel to drop the files' pages, dirty ones included, from the page cache."""
     if not hasattr(os, "posix_fadvise"):
         return
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         try:
-            os.fsync(descriptor)  # dirty pages are not dropped
+            os.fsync(descriptor)  # the kernel does not drop dirty pages
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
 
 
 def cached_share(files: Sequence[Path]) -> float | None:
-    """Share of the pages of `files` that are in the page cache; `None` where the kernel can't be asked."""
+    """Share of the pages of `files` that are in the page cache; `None` on systems without `mincore`."""
     if not sys.platform.startswith("linux"):
         return None
     libc = ctypes.CDLL(None, use_errno=True)
@@ -84,7 +84,7 @@ def cached_share(files: Sequence[Path]) -> float | None:
             view = np.frombuffer(mapped, dtype=np.uint8)
             address, size = ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(len(mapped))
             failed = libc.mincore(address, size, ctypes.c_void_p(flags.ctypes.data))
-            del view  # a mapping that is viewed can't be closed
+            del view  # a mapping with a view can't be closed
             if failed:
                 return None
             cached += int((flags & 1).sum())
@@ -93,7 +93,7 @@ def cached_share(files: Sequence[Path]) -> float | None:
 
 
 def _open(files: Sequence[Path]) -> tuple[list[int], bool]:
-    """Descriptors of `files`, direct where all of them can be opened and read so."""
+    """Descriptors of `files`, and whether they read directly; all do or none does."""
     descriptors: list[int] = []
     try:
         for file in files:
@@ -107,8 +107,8 @@ def _open(files: Sequence[Path]) -> tuple[list[int], bool]:
     return descriptors, True
 
 
-def _read_all(descriptors: Sequence[int], places: Iterator[tuple[int, int]]) -> int:
-    """Reads a chunk at every place; returns how many bytes came."""
+def _read_all(descriptors: Sequence[int], offsets: Iterator[tuple[int, int]]) -> int:
+    """Reads a chunk at every place; returns the number of bytes read."""
     lock = threading.Lock()
     counts = [0] * THREADS
     errors: list[OSError] = []
@@ -117,11 +117,11 @@ def _read_all(descriptors: Sequence[int], places: Iterator[tuple[int, int]]) -> 
         buffer = mmap.mmap(-1, CHUNK_BYTES)
         while not errors:
             with lock:
-                place = next(places, None)
-            if place is None:
+                offset = next(offsets, None)
+            if offset is None:
                 return
             try:
-                counts[reader] += os.preadv(descriptors[place[0]], [buffer], place[1])
+                counts[reader] += os.preadv(descriptors[offset[0]], [buffer], offset[1])
             except OSError as error:
                 errors.append(error)
 

@@ -1,4 +1,4 @@
-"""Real prompts for a benchmark: read, encoded once for all rows, those that are too long left out."""
+"""Inputs of a benchmark: prompts, encoded once for all rows; the text for perplexity; a trace to learn from."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Request = tuple[int, ...]  # token ids of a prompt, the chat template included
 
 
 class Requests(NamedTuple):
-    """What every row of a run answers: `warm` first, unmeasured."""
+    """The requests that every row answers: `warm` first, unmeasured."""
 
     measured: tuple[Request, ...]
     warm: tuple[Request, ...] = ()
-    stored: int = 0  # recorded requests that policies learn from before
+    stored: int = 0  # number of recorded requests that policies learn from first
 
 
 def read_requests(config: BenchConfig, checkpoint: Checkpoint, log: Callable[[str], None]) -> Requests:
@@ -36,7 +36,7 @@ def read_requests(config: BenchConfig, checkpoint: Checkpoint, log: Callable[[st
     Raises:
         CheckpointError: the model has no tokenizer.
         ConfigError: a file can't be read, or holds no prompt that fits; the message names the flag.
-        TraceError: `--store` is no trace.
+        TraceError: `--store` is not a trace.
     """
     if config.prompts is None:
         return Requests(())
@@ -48,7 +48,7 @@ def read_requests(config: BenchConfig, checkpoint: Checkpoint, log: Callable[[st
         flags = PromptFlags(flag, "--prompt-field")
         prompts = read_prompts(Path(file), config.prompt_field, limit, flags=flags)
         if prompts.skipped:
-            log(f"{flag}: entries without a prompt, left out: {prompts.skipped}")
+            log(f"{flag}: skipped entries without a prompt: {prompts.skipped}")
         return _encoded(tokenizer, prompts.texts, longest, flag, log)
 
     stored = 0
@@ -69,21 +69,21 @@ def _encoded(
     if not fitting:
         raise ConfigError(f"{flag}: none of the {len(encoded)} prompts has at most {longest} tokens")
     if left_out := len(encoded) - len(fitting):
-        log(f"{flag}: prompts that are empty or have more than {longest} tokens, left out: {left_out}")
+        log(f"{flag}: skipped prompts that are empty or longer than {longest} tokens: {left_out}")
     return fitting
 
 
-WINDOW_TOKENS = 256  # read at once, each window from its own beginning
+WINDOW_TOKENS = 256  # of independent windows for perplexity
 
 
 def read_text(config: BenchConfig, checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Token ids to measure perplexity on; none where nothing asks for it.
+    """Token ids to measure perplexity on; none if it is not measured.
 
-    Without `--perplexity FILE`, lossy rows are measured on Python's reference manual, as this Python has it.
+    Without `--perplexity FILE`, lossy rows use the reference manual of the running Python.
 
     Raises:
         CheckpointError: the model has no tokenizer.
-        ConfigError: the file can't be read, or is too short; the message names the flag.
+        ConfigError: the file can't be read, or has fewer than two tokens; the message names the flag.
     """
     if config.perplexity is None and (not config.lossy or config.replay_routing is not None):
         return ()
@@ -96,7 +96,7 @@ def read_text(config: BenchConfig, checkpoint: Checkpoint) -> tuple[int, ...]:
             text = Path(config.perplexity).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise ConfigError(f"--perplexity: {config.perplexity} can't be read ({error})") from error
-    # most tokenizers make at least a token of eight characters; a long book need not be encoded whole
+    # a token has rarely more than eight characters: a long file need not be encoded in full
     ids = load_tokenizer(checkpoint.folder)(text[: 64 * config.perplexity_tokens])["input_ids"]
     if len(ids) < 2:
         raise ConfigError(f"--perplexity: {config.perplexity} has fewer than two tokens")
@@ -105,7 +105,7 @@ def read_text(config: BenchConfig, checkpoint: Checkpoint) -> tuple[int, ...]:
 
 @torch.no_grad()
 def perplexity(model: Any, ids: Sequence[int]) -> float:
-    """The exponential of the mean negative log-likelihood of each token but a window's first, given those before it."""
+    """Perplexity of `ids`: exp of the mean negative log-likelihood of each token but the first of each window."""
     total, count = 0.0, 0
     for window in torch.tensor([list(ids)]).split(WINDOW_TOKENS, dim=1):
         if window.shape[1] > 1:
@@ -115,22 +115,23 @@ def perplexity(model: Any, ids: Sequence[int]) -> float:
     return math.exp(total / count)
 
 
-def teach(offload: Any, path: Path) -> None:
-    """The policy of a loaded model takes in a trace, as the simulator's policies do.
+def learn_trace(handle: Any, path: Path) -> None:
+    """Trains the policy of a loaded model on a trace, as the simulator does.
 
     Args:
-        offload: `model.finemoe`.
+        handle: `model.finemoe`.
+        path: the trace.
 
     Raises:
-        ConfigError: the trace is of another shape of model.
-        TraceError: the file is no trace.
+        ConfigError: the trace has another number of layers or experts than the model.
+        TraceError: the file is not a trace.
     """
     with open_trace(path) as trace:
-        header, layouts = trace.header, offload.expert_index.layouts
+        header, layouts = trace.header, handle.expert_index.layouts
         shape = len(layouts), max(layout.experts for layout in layouts)
         if (header.layers, header.experts) != shape:
             raise ConfigError(
                 f"--store: {path} has {header.layers} MoE layers of {header.experts} experts, the model {shape[0]} of "
                 f"{shape[1]}; record one with finemoe record"
             )
-        offload.learn(TraceView(trace).recorded(range(len(trace))))
+        handle.learn(TraceView(trace).recorded(range(len(trace))))

@@ -1,4 +1,4 @@
-"""What stands in a row: a subject, the order that its process gets, and what it hands back. Plain data, for JSON."""
+"""Data of a row: the variant measured, the task of its worker process, and the process's result. JSON-serialisable."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from finemoe.store.bandwidth import LINK_TOTALS
 
 Kind = Literal["finemoe", "resident", "disk-offload"]
 _COUNTED = ("accesses", "hits", "late", "bytes_read", "stall_s", "stalled_bytes")
-COUNTED = (*_COUNTED, *TOTALS, *POLICY_TIMINGS, *LINK_TOTALS)  # of the engine's, for each phase
-_TIMED = (*TOTALS, *POLICY_TIMINGS, "passages")  # of these, Durations
+COUNTED = (*_COUNTED, *TOTALS, *POLICY_TIMINGS, *LINK_TOTALS)  # the engine's counters, by phase
+_TIMED = (*TOTALS, *POLICY_TIMINGS, "passages")  # of these, those of type `Durations`
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One way to run the model. `budget` and `policy` are finemoe's, `implementation` is transformers'."""
+class Variant:
+    """One way to run the model: a row. `budget` and `policy` are finemoe's, `implementation` is transformers'."""
 
     kind: Kind
     budget: str = ""
@@ -33,7 +33,7 @@ class Subject:
 
     @property
     def lossy(self) -> bool:
-        """Whether its answers are not the checkpoint's own."""
+        """Whether experts are quantized, so that answers differ from the checkpoint's."""
         return self.expert_dtype != STORED
 
     @property
@@ -45,67 +45,67 @@ class Subject:
         return "transformers disk offload"
 
 
-def subjects(config: BenchConfig) -> tuple[Subject, ...]:
-    """The rows of a run, in the order in which they are measured."""
+def variants(config: BenchConfig) -> tuple[Variant, ...]:
+    """The rows of a benchmark, in the order in which they are measured."""
     rows = [
-        Subject("finemoe", budget=budget, policy=policy, expert_dtype=dtype)
+        Variant("finemoe", budget=budget, policy=policy, expert_dtype=dtype)
         for policy, dtype, budget in product(config.policies, config.expert_dtypes, config.budgets)
     ]
-    rows += [Subject("resident", implementation=n) for n in config.baseline_names if n != DISK_OFFLOAD]
+    rows += [Variant("resident", implementation=n) for n in config.baseline_names if n != DISK_OFFLOAD]
     if DISK_OFFLOAD in config.baseline_names:
-        rows.append(Subject("disk-offload", implementation="eager"))
+        rows.append(Variant("disk-offload", implementation="eager"))
     return tuple(rows)
 
 
 @dataclass(frozen=True)
-class Order:
-    """All that the process of one row needs to know."""
+class WorkerTask:
+    """Input of the worker process of one row."""
 
-    subject: Subject
+    variant: Variant
     load: dict[str, Any]  # fields of a LoadConfig
     prompt: tuple[int, ...]
     context: tuple[int, ...]
     new_tokens: int
     threads: int
-    expert_bytes: int = 1 << 20  # finemoe: how much the disk is asked for in a row, to measure it
-    memory_bytes: int = 0  # disk-offload: for weights
+    expert_bytes: int = 1 << 20  # finemoe: contiguous bytes per read of the disk probe
+    memory_bytes: int = 0  # disk-offload: limit for weights
     offload_folder: str = ""
-    requests: tuple[tuple[int, ...], ...] = ()  # real prompts, instead of `prompt` and `context`
-    warm: tuple[tuple[int, ...], ...] = ()  # to answer before them, unmeasured
-    store: str = ""  # a trace, to learn from before all of that
-    replay_routing: str | None = None  # the trace whose routing is forced onto the subject
-    text: tuple[int, ...] = ()  # to measure perplexity on, afterwards
+    requests: tuple[tuple[int, ...], ...] = ()  # of real prompts, instead of `prompt` and `context`
+    warm: tuple[tuple[int, ...], ...] = ()  # requests to answer first, unmeasured
+    store: str = ""  # a trace to learn from before `warm`
+    replay_routing: str | None = None  # the trace whose routing is forced onto the model
+    text: tuple[int, ...] = ()  # to measure perplexity on, last
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Order:
+    def from_dict(cls, raw: dict[str, Any]) -> WorkerTask:
         given: dict[str, Any] = {name: tuple(raw.pop(name)) for name in ("prompt", "context", "text")}
         given |= {name: tuple(tuple(ids) for ids in raw.pop(name)) for name in ("requests", "warm")}
-        return cls(subject=Subject(**raw.pop("subject")), **given, **raw)
+        return cls(variant=Variant(**raw.pop("variant")), **given, **raw)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of a run: the prompt, or the tokens after it. Counters are finemoe's; 0 for others."""
+    """One phase: the prompt (prefill), or the tokens after it (decoding). Counters are 0 for transformers' rows."""
 
     seconds: tuple[float, ...]  # of each step
-    disk_bytes: int | None  # read from storage by the process, as the kernel counts; None where it does not
+    disk_bytes: int | None  # read from storage by the process; None where the kernel does not count it
     accesses: int = 0
     hits: int = 0
     late: int = 0
     bytes_read: int = 0
     stall_s: float = 0.0
     stalled_bytes: int = 0
-    befores: Durations = NEVER  # these: see Tempo
+    befores: Durations = NEVER  # these three: see `LayerTiming`
     afters: Durations = NEVER
     arounds: Durations = NEVER
-    begins: Durations = NEVER  # these: see Thoughts
+    begins: Durations = NEVER  # these two: see `PolicyTimings`
     gates: Durations = NEVER
-    urgent_s: float = 0.0  # these: see Moved
+    urgent_s: float = 0.0  # these four: see `LinkTotals`
     urgent_bytes: float = 0.0
     prefetch_s: float = 0.0
     prefetch_bytes: float = 0.0
-    passages: Durations = NEVER
-    link_bytes_s: float | None = None  # raw bandwidth, measured between the steps; None where it was not
+    passages: Durations = NEVER  # of undisturbed prefetches, see `LinkTotals`
+    link_bytes_s: float | None = None  # raw bandwidth, measured between the steps; None if it was not
 
     @property
     def total_s(self) -> float:
@@ -118,15 +118,15 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What one process measured."""
+class RandomTokensResult:
+    """Result of a row on random tokens: a cold prompt, then the continuation of another."""
 
-    load_s: float  # from the call to the loaded model; imports excluded
-    prompt: Phase  # one step: the time to the first token after a cold start
+    load_s: float  # imports excluded
+    prompt: Phase  # one step: the first token after a cold start
     decode: Phase
     tokens: tuple[int, ...]
-    logits: tuple[str, ...]  # a hash of each token's logits, bit for bit
-    dense_bytes: int  # weights in memory that are not in the pool
+    logits: tuple[str, ...]  # hash of each token's logits, bit for bit
+    dense_bytes: int  # weights in memory outside the pool
     pool_bytes: int
     peak_rss_bytes: int
     torch_threads: int
@@ -135,63 +135,63 @@ class Measured:
 
     @property
     def weight_bytes(self) -> int:
-        """Dense weights and pool: what must be in memory."""
+        """Dense weights and pool."""
         return self.dense_bytes + self.pool_bytes
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Measured:
+    def from_dict(cls, raw: dict[str, Any]) -> RandomTokensResult:
         prompt, decode = Phase.from_dict(raw.pop("prompt")), Phase.from_dict(raw.pop("decode"))
         tokens, logits = tuple(raw.pop("tokens")), tuple(raw.pop("logits"))
-        explained = explained_from(raw.pop("explained"))
+        explained = explain_rows(raw.pop("explained"))
         return cls(prompt=prompt, decode=decode, tokens=tokens, logits=logits, explained=explained, **raw)
 
 
-def counted(offload: Any) -> dict[str, Any]:
-    """What `model.finemoe` has counted, by the names of `COUNTED`."""
+def counted(handle: Any) -> dict[str, Any]:
+    """The counters of `model.finemoe`, by the names of `COUNTED`."""
     kept = (
-        (offload.stats(), _COUNTED), (offload.layer_timing, TOTALS), (offload.policy_timings, POLICY_TIMINGS),
-        (offload.link_totals, LINK_TOTALS),
+        (handle.stats(), _COUNTED), (handle.layer_timing, TOTALS), (handle.policy_timings, POLICY_TIMINGS),
+        (handle.link_totals, LINK_TOTALS),
     )  # fmt: skip
     return {name: getattr(each, name) for each, names in kept for name in names}
 
 
-def explained_from(raw: list[dict[str, Any]] | None) -> tuple[ExplainRow, ...] | None:
-    """What `--explain` tells, out of JSON."""
+def explain_rows(raw: list[dict[str, Any]] | None) -> tuple[ExplainRow, ...] | None:
+    """The rows of `--explain`, from JSON."""
     return None if raw is None else tuple(ExplainRow.from_dict(row) for row in raw)
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One request, greedy. `decode` has a step for each token after the first; none if the first ended it."""
+class RequestResult:
+    """Result of one request, greedy. `decode` has a step for each token after the first."""
 
     prompt_tokens: int
-    prompt: Phase  # one step: the time to the first token
+    prompt: Phase  # one step: the first token
     decode: Phase
     tokens: tuple[int, ...]
-    logits: str  # a hash of the logits of all tokens, bit for bit
+    logits: str  # hash of all tokens' logits, bit for bit
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Answer:
+    def from_dict(cls, raw: dict[str, Any]) -> RequestResult:
         prompt, decode = Phase.from_dict(raw.pop("prompt")), Phase.from_dict(raw.pop("decode"))
         return cls(prompt=prompt, decode=decode, tokens=tuple(raw.pop("tokens")), **raw)
 
 
 @dataclass(frozen=True)
-class Answered:
-    """All requests of a row, in order, under a policy that learned from one to the next."""
+class PromptsResult:
+    """Result of a row on real prompts, in order; the policy keeps learning from one request to the next."""
 
-    load_s: float  # from the call to the loaded model; imports excluded
-    answers: tuple[Answer, ...]
+    load_s: float  # imports excluded
+    answers: tuple[RequestResult, ...]
     prefetched: int
     prefetched_used: int
     wasted: int
-    dense_bytes: int  # weights in memory that are not in the pool
+    dense_bytes: int  # weights in memory outside the pool
     pool_bytes: int
     peak_rss_bytes: int
     torch_threads: int
     explained: tuple[ExplainRow, ...] | None = None  # with --explain
     perplexity: float | None = None
-    expert_bytes: float = 0.0  # of one, as it is stored; 0 where none is offloaded
+    expert_bytes: float = 0.0  # stored bytes of one expert; 0 for transformers' rows
 
     @property
     def tokens(self) -> tuple[tuple[int, ...], ...]:
@@ -203,49 +203,52 @@ class Answered:
 
     @property
     def tokens_digest(self) -> str:
-        """A hash of all output token ids: the same for every policy and budget, or one of them is wrong."""
+        """Hash of all output token ids, which must be equal for all policies and budgets."""
         return hashlib.sha256(repr(self.tokens).encode()).hexdigest()[:16]
 
     @property
     def weight_bytes(self) -> int:
-        """Dense weights and pool: what must be in memory."""
+        """Dense weights and pool."""
         return self.dense_bytes + self.pool_bytes
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Answered:
-        answers = tuple(Answer.from_dict(answer) for answer in raw.pop("answers"))
-        explained = explained_from(raw.pop("explained"))
+    def from_dict(cls, raw: dict[str, Any]) -> PromptsResult:
+        answers = tuple(RequestResult.from_dict(answer) for answer in raw.pop("answers"))
+        explained = explain_rows(raw.pop("explained"))
         return cls(answers=answers, explained=explained, **raw)
 
 
-MIMIC_NAMES: tuple[str, ...] = (
-    "layer_s", "expert_s", "outside_s", "link_ratio", "before_gate", "gap", "lag", "begin_lag", "prefetch_slowdown",
+MACHINE_SETTINGS: tuple[str, ...] = (  # fields of a machine file for `finemoe simulate --machine`
+    "link_ratio", "before_gate", "gap", "lag", "begin_lag", "prefetch_slowdown",
     "compute_spread", "link_spread", "lag_spread", "tokens_per_unit",
 )  # fmt: skip
+MACHINE_FIGURES = ("layer_s", "expert_s", "outside_s", *MACHINE_SETTINGS)
 
 
-def mimic(prompts: Sequence[tuple[int, Phase]], decode: Phase, expert_bytes: float) -> dict[str, float | None]:
-    """Figures by name; `None` where a model was not offloaded, has a single MoE layer, or answered nothing.
+def machine_figures(
+    prompts: Sequence[tuple[int, Phase]], decode: Phase, expert_bytes: float
+) -> dict[str, float | None]:
+    """The simulator's machine settings as measured; `None` for transformers' rows, a single MoE layer or no answer.
 
-    - `layer_s`: one layer's compute for one token while decoding, as slow as readers and policy beside it make it, but
-      without waiting for experts; `before_gate`: the share of it before the gate speaks;
-    - `expert_s`: for how long the link is busy to move one urgent expert, while decoding;
+    - `layer_s`: one layer's compute for one token while decoding, without waiting for experts; readers and policy
+      threads slow it down; `before_gate`: the share of it before the gate;
+    - `expert_s`: busy time of the link per demand load, while decoding;
     - `outside_s`: from the last MoE layer of a token to the first of the next: head, sampling, embedding;
     - `link_ratio`, `gap`: `expert_s` and `outside_s` in units of `layer_s`;
-    - `lag`, `begin_lag`: in the same units, the mean time from a gate, and from an iteration's begin, until what a
-      policy beside the model made of it counted; waiting for an earlier thought is not in it;
-    - `lag_spread`: the standard deviation of the logarithm of that from a gate;
-    - `prefetch_slowdown`: how many times as long it takes to move one that is not urgent;
-    - `compute_spread`: the standard deviation of the logarithm of the time from a layer's end to the next gate;
-    - `link_spread`: the same of the time to move an expert, of prefetches that nothing else disturbed;
-    - `tokens_per_unit`: how many tokens of a prompt a layer computes in the time of one; over all prompts together.
+    - `lag`, `begin_lag`: in the same units, the mean time from a gate, and from the begin of an iteration, until an
+      asynchronous policy's scores take effect, without waiting for the event before;
+    - `lag_spread`: standard deviation of the logarithm of that from a gate;
+    - `prefetch_slowdown`: time to prefetch an expert / `expert_s`;
+    - `compute_spread`: standard deviation of the logarithm of the time from a layer's end to the next gate;
+    - `link_spread`: the same of the time to transfer an expert, over prefetches that no demand load disturbed;
+    - `tokens_per_unit`: tokens of a prompt that a layer computes in the time of one; over all prompts together.
 
     Args:
-        prompts: the tokens and the prefill of each.
-        decode: of all requests together.
-        expert_bytes: of one expert.
+        prompts: number of tokens and prefill phase of each prompt.
+        decode: the decode phases of all requests, merged.
+        expert_bytes: bytes of one expert.
     """
-    found: dict[str, float | None] = dict.fromkeys(MIMIC_NAMES)
+    found: dict[str, float | None] = dict.fromkeys(MACHINE_FIGURES)
     before_s, layer_s = decode.befores.mean_s, _layer_s(decode)
     if before_s is None or layer_s is None:
         return found
@@ -256,7 +259,7 @@ def mimic(prompts: Sequence[tuple[int, Phase]], decode: Phase, expert_bytes: flo
         "link_spread": decode.passages.spread,
         "lag_spread": decode.gates.spread,
     }
-    if (around_s := decode.arounds.mean_s) is not None:  # up to the first gate, so with that layer's part before it
+    if (around_s := decode.arounds.mean_s) is not None:  # includes the first layer's compute before its gate
         outside_s = max(0.0, around_s - before_s)
         found |= {"outside_s": outside_s, "gap": outside_s / layer_s}
     found |= _link(decode, expert_bytes, layer_s)
@@ -270,7 +273,7 @@ def mimic(prompts: Sequence[tuple[int, Phase]], decode: Phase, expert_bytes: flo
 
 
 def _link(decode: Phase, expert_bytes: float, layer_s: float) -> dict[str, float | None]:
-    """Without anything urgent, or any prefetch, both are as fast."""
+    """Link figures; without demand loads, prefetches give the transfer time."""
     times = [
         seconds * expert_bytes / moved
         for seconds, moved in ((decode.urgent_s, decode.urgent_bytes), (decode.prefetch_s, decode.prefetch_bytes))
@@ -286,6 +289,6 @@ def _link(decode: Phase, expert_bytes: float, layer_s: float) -> dict[str, float
 
 
 def _layer_s(phase: Phase) -> float | None:
-    """Compute of one layer, the mean over layers and passes."""
+    """Compute of one layer, the mean over layers and forward passes."""
     before_s, after_s = phase.befores.mean_s, phase.afters.mean_s
     return None if before_s is None or after_s is None else before_s + after_s

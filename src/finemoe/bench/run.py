@@ -1,4 +1,4 @@
-"""The benchmark: a process for every row, one after another, the disk measured and its cache emptied in between."""
+"""Runs a benchmark: a process per row, in turn, measuring the disk and evicting the page cache in between."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from typing import Any
 
 import psutil
 
-from finemoe.bench import disk_probe as link
+from finemoe.bench import disk_probe
 from finemoe.bench.config import BATCHED, DISK_OFFLOAD, BenchConfig
 from finemoe.bench.inputs import Requests, read_requests, read_text
-from finemoe.bench.measurements import Answered, Measured, Order, Subject, subjects
-from finemoe.bench.report import ANSWER_NAMES, NAMES, BenchReport, BenchRun, summarise
+from finemoe.bench.measurements import PromptsResult, RandomTokensResult, Variant, WorkerTask, variants
+from finemoe.bench.report import PROMPT_FIGURES, RANDOM_TOKEN_FIGURES, BenchReport, BenchRun, summarise
 from finemoe.checkpoint import Checkpoint, ExpertIndex, locate, read_headers
 from finemoe.errors import CheckpointError
 from finemoe.gguf.locate import refuse_gguf
@@ -39,19 +39,19 @@ Log = Callable[[str], None]
 
 
 def run_bench(config: BenchConfig, log: Log) -> BenchReport:
-    """Measures everything that `config` names. A row that fails is reported as failed; the others go on.
+    """Measures all rows that `config` names. A failing row is reported; the others still run.
 
     Args:
-        log: takes a line about what goes on.
+        log: called with lines on the progress.
 
     Raises:
-        FinemoeError: there is nothing to measure: no such model, policy or weights; or a budget is below the minimum.
+        FinemoeError: no such model, policy or weights, or a budget is below the minimum.
     """
     refuse_gguf(config.model, "bench")
     checkpoint = locate(chosen_model(config.model), config.revision)
     described = describe(str(checkpoint.folder), trust_remote_code=config.trust_remote_code)
     expert_index = described.expert_index
-    refuse_budgets(config, checkpoint)
+    check_budgets(config, checkpoint)
     if config.replay_routing is not None:
         experts = [layout.experts for layout in expert_index.layouts]
         with open_routing(config.replay_routing) as trace:
@@ -59,31 +59,31 @@ def run_bench(config: BenchConfig, log: Log) -> BenchReport:
     expert_bytes = expert_index.weight_bytes // expert_index.experts
     requests = read_requests(config, checkpoint, log)
     text = read_text(config, checkpoint)
-    make_copies(config, checkpoint, expert_index, log)
-    bench = _Bench(replace(config, model=str(checkpoint.folder)), checkpoint, expert_bytes, requests, text, log)
-    runs = [bench.run(subject, repeat) for repeat in range(config.repeats) for subject in bench.due(repeat)]
+    write_quantized_copies(config, checkpoint, expert_index, log)
+    runner = _BenchRunner(replace(config, model=str(checkpoint.folder)), checkpoint, expert_bytes, requests, text, log)
+    runs = [runner.run(variant, repeat) for repeat in range(config.repeats) for variant in runner.variants(repeat)]
     rows, fastest = summarise(runs)
     return BenchReport(
         model=checkpoint.name,
         host=describe_host(),
-        link_held_bytes_s=config.link_bandwidth_bytes_s,
+        link_limit_bytes_s=config.link_bandwidth_bytes_s,
         replayed_routing=config.replay_routing,
         settings={name: value for name, value in asdict(config).items() if name != "model"},
-        link_direct=all(probe.direct for probe in bench.probes),
-        link_bytes_s=tuple(probe.bandwidth_bytes_s for probe in bench.probes),
+        link_direct=all(probe.direct for probe in runner.probes),
+        link_bytes_s=tuple(probe.bandwidth_bytes_s for probe in runner.probes),
         rows=rows,
         fastest_resident=fastest,
-        names=ANSWER_NAMES if requests.measured else NAMES,
+        names=PROMPT_FIGURES if requests.measured else RANDOM_TOKEN_FIGURES,
         requests=_sizes(requests) if requests.measured else None,
         perplexity_tokens=len(text),
     )
 
 
-def refuse_budgets(config: BenchConfig, checkpoint: Checkpoint) -> None:
-    """Looks at headers only.
+def check_budgets(config: BenchConfig, checkpoint: Checkpoint) -> None:
+    """Checks all budgets, reading headers only.
 
     Raises:
-        BudgetError: a row could never load its model with one of the budgets; the message names the minimum.
+        BudgetError: a budget is below the minimum of a row, which the message names.
     """
     model_config = read_config(checkpoint.folder, trust_remote_code=config.trust_remote_code)
     for expert_dtype in config.expert_dtypes:
@@ -94,8 +94,8 @@ def refuse_budgets(config: BenchConfig, checkpoint: Checkpoint) -> None:
             pool_slots(described.expert_index, model_config, budget, described.expert_index.slot_bytes)
 
 
-def make_copies(config: BenchConfig, checkpoint: Checkpoint, expert_index: ExpertIndex, log: Log) -> None:
-    """The quantized copies that lossy rows read, so that no row's time to load has their making in it."""
+def write_quantized_copies(config: BenchConfig, checkpoint: Checkpoint, expert_index: ExpertIndex, log: Log) -> None:
+    """Writes the quantized copies that lossy rows read, so that this is not in their load times."""
     for scheme in (SCHEMES[name] for name in config.expert_dtypes if name in SCHEMES):
         copy = ExpertCopy(expert_index, scheme, copy_folder(checkpoint, read_headers(checkpoint.files), scheme))
         log(f"copy of the experts as {scheme.name} ...")
@@ -115,7 +115,7 @@ def _sizes(requests: Requests) -> dict[str, int]:
 
 
 def describe_host() -> dict[str, str | int]:
-    """What the figures depend on."""
+    """The hardware and the versions that the figures depend on."""
     model = platform.processor() or platform.machine()
     try:
         names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
@@ -132,8 +132,8 @@ def describe_host() -> dict[str, str | int]:
     }
 
 
-class _Bench:
-    """One benchmark under way."""
+class _BenchRunner:
+    """Runs the rows of one benchmark."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class _Bench:
         perplexity_ids: tuple[int, ...],
         log: Log,
     ) -> None:
-        self.probes: list[link.LinkProbe] = []
+        self.probes: list[disk_probe.DiskProbe] = []
         self._config = config
         self._checkpoint = checkpoint
         self._expert_bytes = expert_bytes
@@ -153,33 +153,33 @@ class _Bench:
         self._log = log
         self._memory_bytes = 0  # dense weights and pool of the first finemoe row that ran
         text = read_config(checkpoint.folder, trust_remote_code=config.trust_remote_code).get_text_config()
-        chooser = random.Random(config.seed)  # noqa: S311 - tokens of a prompt
-        draw = [chooser.randrange(text.vocab_size) for _ in range(config.prompt_tokens + config.context_tokens)]
+        random_source = random.Random(config.seed)  # noqa: S311 - not for security
+        draw = [random_source.randrange(text.vocab_size) for _ in range(config.prompt_tokens + config.context_tokens)]
         self._prompt, self._context = tuple(draw[: config.prompt_tokens]), tuple(draw[config.prompt_tokens :])
 
-    def due(self, repeat: int) -> list[Subject]:
-        """The rows of a repeat: those that take minutes are measured once."""
+    def variants(self, repeat: int) -> list[Variant]:
+        """The rows of a repeat; those that take minutes are measured once."""
         slow = {BATCHED, DISK_OFFLOAD}
-        return [s for s in subjects(self._config) if repeat == 0 or not slow & {s.kind, s.implementation}]
+        return [s for s in variants(self._config) if repeat == 0 or not slow & {s.kind, s.implementation}]
 
-    def run(self, subject: Subject, repeat: int) -> BenchRun:
-        self._log(f"{subject.name} ({repeat + 1} of {self._config.repeats}) ...")
+    def run(self, variant: Variant, repeat: int) -> BenchRun:
+        self._log(f"{variant.name} ({repeat + 1} of {self._config.repeats}) ...")
         self._probe()
-        link.evict(self._checkpoint.files)
-        cached_share = link.cached_share(self._checkpoint.files)
+        disk_probe.evict(self._checkpoint.files)
+        cached_share = disk_probe.cached_share(self._checkpoint.files)
         if cached_share is not None and cached_share > 0.05:
-            self._log(f"  {cached_share:.0%} of the checkpoint stay in the page cache: another process has it open")
-        outcome = self._measure(subject)
+            self._log(f"  {cached_share:.0%} of the checkpoint stays in the page cache: another process has it open")
+        outcome = self._measure(variant)
         self._probe()
         link_bytes_s = sum(probe.bandwidth_bytes_s for probe in self.probes[-2:]) / 2
-        held = self._config.link_bandwidth_bytes_s
-        if held is not None and subject.kind == "finemoe":
-            link_bytes_s = min(link_bytes_s, held)
+        limit = self._config.link_bandwidth_bytes_s
+        if limit is not None and variant.kind == "finemoe":
+            link_bytes_s = min(link_bytes_s, limit)
         if isinstance(outcome, str):
             self._log(f"  failed: {outcome}")
-            return BenchRun(subject, repeat, link_bytes_s, cached_share, error=outcome)
-        run = BenchRun(subject, repeat, link_bytes_s, cached_share, outcome)
-        if subject.kind == "finemoe" and not self._memory_bytes:
+            return BenchRun(variant, repeat, link_bytes_s, cached_share, error=outcome)
+        run = BenchRun(variant, repeat, link_bytes_s, cached_share, outcome)
+        if variant.kind == "finemoe" and not self._memory_bytes:
             self._memory_bytes = outcome.weight_bytes
         ttft_s, tpot_s = run.figures["ttft_s"], run.figures["tpot_s"]
         self._log(
@@ -192,26 +192,26 @@ class _Bench:
         config = self._config
         total_bytes, seed = config.link_probe_mib << 20, config.seed + len(self.probes)
         try:
-            self.probes.append(link.probe(self._checkpoint.files, total_bytes, seed, self._expert_bytes))
+            self.probes.append(disk_probe.probe(self._checkpoint.files, total_bytes, seed, self._expert_bytes))
         except OSError as error:
             raise CheckpointError(f"{error.filename or self._checkpoint.folder}: can't be read ({error})") from error
 
-    def _measure(self, subject: Subject) -> Measured | Answered | str:
-        """Runs a row in a process of its own. Returns one line if it fails."""
+    def _measure(self, variant: Variant) -> RandomTokensResult | PromptsResult | str:
+        """Runs a row in its own process. Returns its result, or one line if it fails."""
         config = self._config
-        if subject.kind == "disk-offload" and not self._memory_bytes:
-            return "there is no finemoe row to take the memory of"
+        if variant.kind == "disk-offload" and not self._memory_bytes:
+            return "there is no finemoe row whose memory it could be given"
         load = config.load_config(
-            subject.budget or config.budgets[0], subject.policy or config.policies[0], subject.expert_dtype
+            variant.budget or config.budgets[0], variant.policy or config.policies[0], variant.expert_dtype
         )
-        compared = subject.kind == "finemoe" or subject.implementation == "eager"
+        measures_perplexity = variant.kind == "finemoe" or variant.implementation == "eager"
         with tempfile.TemporaryDirectory(prefix="finemoe-bench-", dir=config.offload_dir) as scratch:
-            order = Order(
-                subject=subject,
+            task = WorkerTask(
+                variant=variant,
                 load=asdict(load),
                 prompt=self._prompt,
                 context=self._context,
-                new_tokens=config.offload_tokens if subject.kind == "disk-offload" else config.new_tokens,
+                new_tokens=config.offload_tokens if variant.kind == "disk-offload" else config.new_tokens,
                 threads=config.threads,
                 expert_bytes=self._expert_bytes,
                 memory_bytes=self._memory_bytes,
@@ -220,16 +220,16 @@ class _Bench:
                 warm=self._requests.warm,
                 store="" if config.store is None else str(Path(config.store).absolute()),
                 replay_routing=config.replay_routing,
-                text=self._perplexity_ids if compared else (),
+                text=self._perplexity_ids if measures_perplexity else (),
             )
-            return run_order(order, Path(scratch), config.timeout_s)
+            return run_worker(task, Path(scratch), config.timeout_s)
 
 
-def run_order(order: Order, scratch: Path, timeout_s: float) -> Measured | Answered | str:
-    """Runs an order in a process of its own. Returns the last line of its complaint if it fails."""
-    order_file, result_file = scratch / "order.json", scratch / "result.json"
-    order_file.write_text(json.dumps(asdict(order)))
-    command = [sys.executable, "-m", "finemoe.bench.worker_process", str(order_file), str(result_file)]
+def run_worker(task: WorkerTask, scratch: Path, timeout_s: float) -> RandomTokensResult | PromptsResult | str:
+    """Runs a task in a worker process. Returns its result, or its last line of output if it fails."""
+    task_file, result_file = scratch / "task.json", scratch / "result.json"
+    task_file.write_text(json.dumps(asdict(task)))
+    command = [sys.executable, "-m", "finemoe.bench.worker_process", str(task_file), str(result_file)]
     with (scratch / "stderr.txt").open("w+") as stderr:
         try:
             done = subprocess.run(
@@ -246,7 +246,7 @@ def run_order(order: Order, scratch: Path, timeout_s: float) -> Measured | Answe
         lines = stderr.read().strip().splitlines()
     if done.returncode == 0 and result_file.exists():
         raw: dict[str, Any] = json.loads(result_file.read_text())
-        return Answered.from_dict(raw) if order.requests else Measured.from_dict(raw)
+        return PromptsResult.from_dict(raw) if task.requests else RandomTokensResult.from_dict(raw)
     if done.returncode == -signal.SIGKILL:
-        return "killed, perhaps for want of memory"
+        return "killed, perhaps out of memory"
     return lines[-1] if lines else f"ended with exit status {done.returncode}"

@@ -123,14 +123,14 @@ def _learn(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     from finemoe.jit import compiler
     from finemoe.policy import make_policy, policy_class
-    from finemoe.sim.prediction_report import draw_guess, guess
-    from finemoe.sim.report import check
+    from finemoe.sim.prediction_report import draw_prediction, predict_request
+    from finemoe.sim.report import check_plot
     from finemoe.trace import open_trace, split
 
     if "predictors" in policy_class(arguments.policy).needs:
         raise ConfigError(f"--policy: {arguments.policy} makes no predictions by layer")
     if arguments.plot is not None:
-        check(Path(arguments.plot))
+        check_plot(Path(arguments.plot))
     with open_trace(arguments.trace) as trace:
         header, jit = trace.header, compiler()
         policy = make_policy(arguments.policy, header.layers, header.experts, jit=jit)
@@ -142,7 +142,7 @@ def _show(arguments: argparse.Namespace) -> int:
             if (maps.policy, maps.layers, maps.experts) != (arguments.policy, header.layers, header.experts):
                 raise ConfigError(f"--map-store: {arguments.map_store} is for another policy or model shape")
             policy.load_state_dict(maps.arrays)
-        found = guess(trace, policy, arguments.request, store, jit)
+        found = predict_request(trace, policy, arguments.request, store, jit)
     if arguments.iteration is not None and not 0 <= arguments.iteration < len(found.phases):
         raise ConfigError(f"--iteration: {arguments.iteration} is not one of 0 to {len(found.phases) - 1}")
     chosen = found.chosen(arguments.iteration)
@@ -154,7 +154,7 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         which = "" if arguments.iteration is None else f", iteration {arguments.iteration}"
         title = f"{header.model}, request {arguments.request}{which}: {arguments.policy}"
-        draw_guess(found, title, Path(arguments.plot), arguments.iteration)
+        draw_prediction(found, title, Path(arguments.plot), arguments.iteration)
         print(f"drawn to {arguments.plot}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(described))

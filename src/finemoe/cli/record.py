@@ -16,7 +16,7 @@ from finemoe.errors import ConfigError
 from finemoe.metrics import explain_table
 from finemoe.trace import TraceWriter, refuse_existing
 from finemoe.trace.prompts import read_prompts
-from finemoe.trace.spool import left_behind
+from finemoe.trace.spool import pending_requests
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = read_prompts(Path(arguments.prompts), config.field, config.limit, config.skip)
     if prompts.skipped:
         print(f"skipped entries without a prompt: {prompts.skipped}", file=sys.stderr)
-    if config.append and (waiting := left_behind(out)):
+    if config.append and (waiting := pending_requests(out)):
         print(f"resuming an interrupted recording with {waiting} finished requests", file=sys.stderr)
     from tqdm import tqdm
 
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
                         recorded += 1
                         bar.update()
         except BaseException:
-            if recorded and not left_behind(out):  # otherwise the error names the spool
+            if recorded and not pending_requests(out):  # otherwise the error names the spool
                 print(f"\n{out} holds the {recorded} finished requests; --append adds to it", file=sys.stderr)
             raise
         if load_config.explain:

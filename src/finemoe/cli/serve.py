@@ -8,7 +8,6 @@ from contextlib import closing
 from finemoe.cli.flags import add_flags, read_flags
 from finemoe.config import LoadConfig
 from finemoe.errors import ConfigError
-from finemoe.policy import policy_class
 from finemoe.serving.config import ServeConfig
 from finemoe.system import unmap_idle_code
 
@@ -25,16 +24,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit status."""
     load_config, config = read_flags(arguments, LoadConfig), read_flags(arguments, ServeConfig)
     refuse_missing_extra()
-    from finemoe.serving.middleware import to_standard_error
+    from finemoe.serving.middleware import log_to_stderr
     from finemoe.serving.server import address_of, read_api_key, reserve
 
-    refuse_useless_schedule(config, load_config)
     api_key = read_api_key(config)
     with closing(reserve(config)) as taken:  # before the model is loaded: that may take minutes
         from finemoe.serving.app import open_service
         from finemoe.serving.server import Server, ended_by_ctrl_c
 
-        to_standard_error()
+        log_to_stderr()
         with open_service(load_config, config, api_key) as service:
             server, name = Server(service.app, service.app_state), service.app_state.served.name
             unmap_idle_code()
@@ -43,15 +41,6 @@ def run(arguments: argparse.Namespace) -> int:
     if ended_by_ctrl_c(server):
         raise KeyboardInterrupt
     return 0
-
-
-def refuse_useless_schedule(config: ServeConfig, load_config: LoadConfig) -> None:
-    """Raises `ConfigError` where answers are to be scheduled by what the policy does not know."""
-    if config.schedule == "overlap" and not policy_class(load_config.policy).predicts_requests:
-        raise ConfigError(
-            f"--schedule: --policy {load_config.policy} does not foresee what a prompt uses; give --policy finemoe, or "
-            "fifo"
-        )
 
 
 def refuse_missing_extra() -> None:

@@ -1,4 +1,4 @@
-"""`finemoe simulate`: replay a recorded trace under modelled links, policy by policy."""
+"""`finemoe simulate`: replay a recorded trace on a modelled machine, policy by policy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from finemoe.cli.flags import add_flags, read_flags
 from finemoe.errors import ConfigError
-from finemoe.sim.config import SimulateConfig
+from finemoe.sim.config import PRESETS, SimulateConfig, read_machine
 from finemoe.system import refuse_unwritable
 
 
@@ -19,19 +19,32 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Adds this command's flags."""
     parser.add_argument("trace", metavar="TRACE", help="a recorded trace (finemoe record, finemoe trace import)")
     parser.add_argument(
-        "--json", nargs="?", const="-", default=None, metavar="OUT", help="write JSON to OUT, or print it and no table"
+        "--json",
+        nargs="?",
+        const="-",
+        default=None,
+        metavar="OUT",
+        help="write JSON to OUT, or print it instead of the table",
     )
-    parser.add_argument("--plot", default=None, metavar="OUT.png", help="draw it too; needs finemoe[plots]")
+    parser.add_argument("--plot", default=None, metavar="OUT.png", help="also draw it; needs finemoe[plots]")
+    parser.add_argument(
+        "--machine",
+        default=None,
+        metavar="NAME|FILE",
+        help=f"the modelled machine: {', '.join(PRESETS)} (this machine's disk), each with --shape; or a JSON or TOML "
+        "file of its timing, such as finemoe bench measures",
+    )
     add_flags(parser, SimulateConfig)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit status."""
+    _apply_machine(arguments)
     config = read_flags(arguments, SimulateConfig)
     if arguments.plot:
-        from finemoe.sim.report import check
+        from finemoe.sim.report import check_plot
 
-        check(Path(arguments.plot))
+        check_plot(Path(arguments.plot))
     if arguments.json not in {None, "-"}:
         refuse_unwritable("--json", Path(arguments.json))
     from tqdm import tqdm
@@ -47,11 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
     for name, reason in left_out.items():
         print(f"finemoe: {name} is left out: {reason}", file=sys.stderr)
     if not policies:
-        raise ConfigError("--policy: this trace has not enough for any of them")
+        raise ConfigError("--policy: this trace lacks what each of these policies needs")
     ratios = link_ratios(config)
     if config.hardware:
         print(f"finemoe: {config.shape} on {config.hardware}: link ratio {ratios[0]:.3g}", file=sys.stderr)
-    _say_what_is_compiled()
+    _announce_compilation()
     cells = [Cell(p, share, ratio) for share in config.shares for ratio in ratios for p in policies]
     total = len(cells) * count_iterations(arguments.trace, config)
     with tqdm(total=total, desc="Replaying", unit=" iterations", leave=False, delay=1, disable=None) as bar:
@@ -86,11 +99,24 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _say_what_is_compiled() -> None:
+def _apply_machine(arguments: argparse.Namespace) -> None:
+    """Sets the flags that `--machine` stands for, except those given."""
+    if arguments.machine is None:
+        return
+    settings, given = read_machine(arguments.machine), vars(arguments)
+    if "hardware" in given:
+        if "hardware" in settings:
+            raise ConfigError("--hardware: contradicts --machine, which names the machine; leave one out")
+        settings.pop("link_ratio", None)  # the preset gives it
+    for name, value in settings.items():
+        given.setdefault(name, value)
+
+
+def _announce_compilation() -> None:
     from finemoe.jit import kernels_cached
 
     if not kernels_cached():
-        print("finemoe: compiling what replays, once on this machine: half a minute", file=sys.stderr)
+        print("finemoe: compiling the simulator, once on this machine: half a minute", file=sys.stderr)
 
 
 def _write(path: Path, text: str) -> None:

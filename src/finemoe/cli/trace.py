@@ -225,7 +225,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def describe(trace: Trace) -> dict[str, Any]:
     """Describes a trace as a JSON object; of the vocabulary, only its size."""
-    from finemoe.trace.spool import left_behind
+    from finemoe.trace.spool import pending_requests
 
     header = trace.header.as_dict()
     vocabulary = header.pop("vocabulary")
@@ -238,7 +238,7 @@ def describe(trace: Trace) -> dict[str, Any]:
         "decode_only": trace.decode_only,
         "missing": list(trace.header.missing),
         "vocabulary_size": None if vocabulary is None else len(vocabulary),
-        "left_behind": left_behind(trace.path),
+        "left_behind": pending_requests(trace.path),
     }
 
 

@@ -1,1 +1,1 @@
-"""The engine: serves one layer at a time from the slots."""
+"""Runs one MoE layer at a time: pins resident experts, loads missing ones, and computes each as it becomes ready."""

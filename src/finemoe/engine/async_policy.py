@@ -1,4 +1,4 @@
-"""Runs a policy beside the forward pass: the model never waits for a search, and a search that is late is dropped."""
+"""Runs a policy asynchronously on a worker thread, so that the forward pass never waits for a search."""
 
 from __future__ import annotations
 
@@ -17,21 +17,19 @@ import numpy.typing as npt
 from finemoe.metrics import NEVER, Durations
 from finemoe.policy import Policy
 from finemoe.policy.base import StateDict
-from finemoe.policy.cache_state import Scores
 from finemoe.types import Recorded, Routed, Step
 
 R = TypeVar("R")
-_ITERATIONS_BEHIND = 4  # with more than these waiting, an iteration goes unobserved: the policy can't keep up
-
-
-POLICY_TIMINGS = ("begins", "gates")  # of Thoughts
+_MAX_QUEUED_ITERATIONS = 4  # with more than these queued, new iterations are skipped: the policy can't keep up
+POLICY_TIMINGS = ("begins", "gates")  # attributes of PolicyTimings, and their keys in the results of `finemoe bench`
 
 
 @dataclass
 class PolicyTimings:
-    """How long those took that counted, of an iteration's begin and of a gate.
+    """Latency of the events whose scores were published: begins of iterations, and routed layers.
 
-    From the event, or from the end of the thought before it, to the scores. Waiting for a core is in it.
+    From the event, or from the end of the event before it if that is later, to the new scores. Includes waiting for a
+    core.
     """
 
     begins: Durations = NEVER
@@ -39,150 +37,158 @@ class PolicyTimings:
 
 
 class AsyncPolicy(Policy):
-    """Stands for another policy, which hears the events on a thread of its own.
+    """Runs another policy asynchronously on a worker thread.
 
-    Events come back at once; the scores are the other's latest ones, copied over when it has thought something through.
-    While newer events wait, it is told to observe only (`Policy.behind`): its predictions would be late. What is read
-    in the middle of a copy is a mix of two rankings, both of them valid.
+    Events are queued and return at once. The scores here are a copy of the inner policy's, updated after each event.
+    While newer events are queued the inner policy only observes (`Policy.lagging`), and its scores for that event are
+    dropped: they would be late. A reader may see a copy in progress, a mix of two valid rankings.
 
     Args:
-        policy: the other one; from now on only this object may use it.
-        published: called from the thread after new scores.
+        policy: the inner policy; from now on only this object may use it.
+        on_scores: called from the worker thread after new scores.
+
+    Attributes:
+        searches: events processed by the inner policy.
+        dropped: of these, without new scores as newer events were queued; also counts skipped iterations.
+        timings: `None` unless attached, by `finemoe bench`.
     """
 
-    def __init__(self, policy: Policy, published: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, policy: Policy, on_scores: Callable[[], None] = lambda: None) -> None:
         super().__init__(policy.layers, policy.experts)
         self.inner = policy
-        self.published = published
+        self.on_scores = on_scores
         self.margin, self.switch = policy.margin, policy.switch
-        kind = (
+        shared = (
             "prefetches", "needs", "uses", "lookahead", "substitutes", "clairvoyant", "compiles", "runs_async",
             "throttles_prefetch",
         )  # fmt: skip
-        self.__dict__.update({name: getattr(policy, name) for name in kind})
+        self.__dict__.update({name: getattr(policy, name) for name in shared})
         if policy.prefetch_priority is policy.retention_priority:
             self.prefetch_priority = self.retention_priority
-        self.searches = 0  # events that scores were asked of
-        self.late = 0  # of these, dropped
-        self.policy_timings = PolicyTimings()
+        self.searches = 0
+        self.dropped = 0
+        self.timings: PolicyTimings | None = None
         self._idle_since_s = 0.0
-        self._events: deque[tuple[float, Callable[..., Any], tuple[Any, ...]]] = deque()  # with their times
-        self._calls: SimpleQueue[Callable[[], object] | None] = SimpleQueue()  # there are events: None; or a question
-        self._skipping = False  # this iteration goes unobserved
-        self._fault: BaseException | None = None
+        # time, method, arguments; the time is 0 without timings
+        self._events: deque[tuple[float, Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._calls: SimpleQueue[Callable[[], object] | None] = SimpleQueue()  # None: look for events
+        self._skipping = False  # the current iteration is not observed
+        self._error: BaseException | None = None
         self._closed = False
-        self._copy()
+        self._copy_scores()
         self._thread = threading.Thread(target=self._run, name="finemoe-policy", daemon=True)
         self._thread.start()
 
     def begin(self, steps: Sequence[Step]) -> None:
-        self._skipping = len(self._events) > _ITERATIONS_BEHIND * (self.layers + 2)
+        self._skipping = len(self._events) > _MAX_QUEUED_ITERATIONS * (self.layers + 2)
         if self._skipping:
-            self.late += 1
-            self._tell(self.inner.begin, ())  # what comes later does not follow what was seen last
+            self.dropped += 1
+            self._enqueue(self.inner.begin, ())  # the next observed iteration does not follow the last one
         else:
-            self._tell(self.inner.begin, tuple(steps))
+            self._enqueue(self.inner.begin, tuple(steps))
 
     def routed(self, event: Routed) -> None:
         if not self._skipping:
-            self._tell(self.inner.routed, event)
+            self._enqueue(self.inner.routed, event)
 
     def end(self) -> None:
         if not self._skipping:
-            self._tell(self.inner.end)
+            self._enqueue(self.inner.end)
 
     def learn(self, recorded: Recorded) -> None:
-        self._tell(self.inner.learn, recorded)
+        self._enqueue(self.inner.learn, recorded)
 
-    def ask_ahead(self, embedding: npt.NDArray[np.float32], reply: Callable[[Scores | None], object]) -> None:
-        """What the other policy foresees of a prompt; `reply` hears it from the thread, when that gets there."""
-        self._calls.put(lambda: reply(self.inner.predict_request(embedding)))
-
-    def settle(self) -> None:
-        """Returns when everything is thought through. Raises what a thought has raised."""
-        self._ask(lambda: None)
+    def flush(self) -> None:
+        """Blocks until all queued events are processed. Raises errors of the worker thread."""
+        self._call(lambda: None)
 
     @property
     def num_updates(self) -> int:
         return self.inner.num_updates
 
     def state_dict(self) -> StateDict:
-        """What it knows once the events so far are thought through; empty after `close`. From any thread."""
-        return self._ask(self.inner.state_dict) or {}
+        """The inner policy's, after all events queued so far; empty after `close`. From any thread."""
+        return self._call(self.inner.state_dict) or {}
 
     def load_state_dict(self, state_dict: Mapping[str, npt.NDArray[Any]]) -> None:
-        self._ask(lambda: self.inner.load_state_dict(state_dict))
-
-    def _ask(self, question: Callable[[], R]) -> R | None:
-        """The answer, found on the policy's thread between two events; `None` if that has ended."""
-        answers: list[R] = []
-        done = threading.Event()
-
-        def ask() -> None:
-            try:
-                answers.append(question())
-            finally:
-                done.set()
-
-        self._calls.put(ask)
-        while self._thread.is_alive() and not done.wait(0.1):
-            pass
-        self._raise()
-        return answers[0] if answers else None
+        self._call(lambda: self.inner.load_state_dict(state_dict))
 
     def finish(self) -> Policy | None:
-        """Ends the thread once everything is thought through. Returns the policy, or `None` if a thought has failed."""
+        """Processes all queued events and ends the thread. Returns the inner policy, or `None` after an error in it."""
         with suppress(BaseException):
-            self.settle()
+            self.flush()
         self.close()
-        return self.inner if self._fault is None else None
+        return self.inner if self._error is None else None
 
     def close(self) -> None:
-        """Ends the thread, after the thought under way."""
+        """Ends the thread after its current event; queued ones are discarded."""
         self._closed = True
         self._calls.put(None)
         self._thread.join()
 
-    def _tell(self, what: Callable[..., Any], *arguments: Any) -> None:
-        self._raise()
-        self._events.append((time.perf_counter(), what, arguments))
+    def _call(self, function: Callable[[], R]) -> R | None:
+        """Calls a function on the worker thread, between two events. Blocks; `None` if the thread has ended."""
+        results: list[R] = []
+        done = threading.Event()
+
+        def call() -> None:
+            try:
+                results.append(function())
+            finally:
+                done.set()
+
+        self._calls.put(call)
+        while self._thread.is_alive() and not done.wait(0.1):
+            pass
+        self._raise_error()
+        return results[0] if results else None
+
+    def _enqueue(self, method: Callable[..., Any], *arguments: Any) -> None:
+        self._raise_error()
+        self._events.append((0.0 if self.timings is None else time.perf_counter(), method, arguments))
         self._calls.put(None)
 
-    def _raise(self) -> None:
-        if self._fault is not None:
-            raise self._fault
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
 
     def _run(self) -> None:
         while True:
-            question = self._calls.get()
+            function = self._calls.get()
             try:
-                while self._events and not self._closed:  # all: a Ctrl-C may have kept one from being called out
-                    self._think(*self._events.popleft())
+                # all events, not one: Ctrl-C may have interrupted an earlier `_enqueue` before its `put`
+                while self._events and not self._closed:
+                    self._process(*self._events.popleft())
                 if self._closed:
                     return
-                if question is not None:
-                    question()
-            except BaseException as fault:  # noqa: BLE001 - belongs to whoever tells the next event
-                self._fault = fault
+                if function is not None:
+                    function()
+            except BaseException as error:  # noqa: BLE001 - raised by the next event or call
+                self._error = error
                 return
 
-    def _think(self, told_s: float, what: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    def _process(self, queued_s: float, method: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self.inner.lagging = bool(self._events)
-        what(*arguments)
+        method(*arguments)
         self.searches += 1
         if self.inner.lagging:
-            self.late += 1
+            self.dropped += 1
         else:
-            self._copy()
-            took = Durations.one(time.perf_counter() - max(told_s, self._idle_since_s))
-            if what == self.inner.begin:
-                self.policy_timings.begins += took
-            elif what == self.inner.routed:
-                self.policy_timings.gates += took
-            self.published()
-        self._idle_since_s = time.perf_counter()
+            self._copy_scores()
+            if self.timings is not None and queued_s:
+                self._record(self.timings, queued_s, method)
+            self.on_scores()
+        if self.timings is not None:
+            self._idle_since_s = time.perf_counter()
 
-    def _copy(self) -> None:
+    def _record(self, timings: PolicyTimings, queued_s: float, method: Callable[..., Any]) -> None:
+        duration = Durations.one(time.perf_counter() - max(queued_s, self._idle_since_s))
+        if method == self.inner.begin:
+            timings.begins += duration
+        elif method == self.inner.routed:
+            timings.gates += duration
+
+    def _copy_scores(self) -> None:
         np.copyto(self.retention_priority, self.inner.retention_priority)
         if self.prefetch_priority is not self.retention_priority:
             np.copyto(self.prefetch_priority, self.inner.prefetch_priority)

@@ -1,6 +1,7 @@
-"""The life of a layer: ask the policy, move experts, hand them out ready first, let them go.
+"""Serves one MoE layer: submits loads of missing experts, yields experts as they become ready, unpins them after use.
 
-The engine knows neither a policy's insides nor what is computed with an expert.
+The engine connects a `CacheManager` (decides), a `Transfer` (moves bytes) and a `SlotPool` (owns the slots). It knows
+neither how a policy decides nor what is computed with an expert.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from finemoe.engine.layer_timing import LayerTiming
 from finemoe.errors import ExpertReadError, FinemoeError
@@ -23,19 +24,23 @@ ChooseHostComputed = Callable[[Sequence[int]], Collection[int]]
 
 
 class Engine:
-    """Serves experts to layers out of a pool. One layer at a time.
+    """Serves experts to layers from a bounded pool, one layer at a time.
 
-    While the link is idle, the transfer asks for a prefetch from a thread of its own; so pool and controller are only
-    touched under the engine's lock, which is never held while computing or waiting.
+    The transfer requests prefetches from its own threads while the link is idle. So pool and cache manager are only
+    used under the engine's lock, which is never held while computing or waiting.
 
     Args:
-        pool: the slots, of this machine's memory or of devices; starts empty.
-        controller: decides; starts empty, with the pool's number of slots as capacity.
+        pool: the slots, in RAM or on devices; starts empty.
+        cache_manager: decides what to load and evict; starts empty, with the pool's number of slots as capacity.
         transfer: moves bytes into slots.
-        verify: called with every landed expert and its slot; raises if the slot's bytes are not that expert's.
-        clock: seconds, for the stall time and the tempo.
-        experts: how many there are. Once all of them are resident, or have room and none was missed lately, there is
-            nothing to decide, and the policy is not told any more.
+        verify: called with every landed expert and its slot; raises if the slot does not hold that expert's bytes.
+        clock: in seconds; for stall time and layer timing.
+        experts: `L * E`. Once all of them are resident, or have a slot and none was missed in the last iteration, the
+            policy has nothing to decide and is not called. `None`: it always is.
+
+    Attributes:
+        deciding: whether the policy observes the current iteration.
+        layer_timing: `None` unless attached, by `finemoe bench`.
     """
 
     def __init__(
@@ -51,54 +56,42 @@ class Engine:
         self.cache_manager = cache_manager
         self.transfer = transfer
         self.counters = Counters()
-        self.layer_timing = LayerTiming(cache_manager.policy.layers)
+        self.layer_timing: LayerTiming | None = None
+        self.deciding = True
         self._verify = verify
         self._clock = clock
         self._experts = experts
-        self.deciding = True  # whether the policy is told of this iteration
-        self._missed = -1  # accesses that found nothing, up to the last iteration
+        self._last_misses = -1  # misses and late hits up to the previous iteration
         self._lock = threading.RLock()
-        self._prefetching: dict[ExpertId, None] = {}  # in flight and not needed yet, in order
-        self._preload: tuple[ExpertId, ...] = ()  # to be brought into free slots, in order
-        self._preloaded = 0  # how many of these were seen to
-        self._preloading: set[ExpertId] = set()  # of these, in flight and not needed yet: never withdrawn
+        self._prefetching: dict[ExpertId, None] = {}  # in flight and not needed yet, in order of submission
+        self._preload: tuple[ExpertId, ...] = ()  # to load into free slots, in order
+        self._preload_next = 0  # index into these
+        self._preloading: set[ExpertId] = set()  # of these, in flight and not needed yet; never cancelled
+        self._needs_clear = False  # `clear` was interrupted
         self._held: list[ExpertId] = []  # pinned by `hold`
-        self._broken_off = False  # a layer was left in the middle, and clearing up after it was interrupted too
         if cache_manager.policy.prefetches:
             transfer.when_idle = self._prefetch
 
     @property
     def lock(self) -> threading.RLock:
-        """Held by whoever wants counts that belong together: prefetches go on after an answer."""
+        """Hold it to read several counters consistently: prefetches continue between requests."""
         return self._lock
 
     def preload(self, experts: Sequence[ExpertId]) -> None:
-        """From now on, whenever the link is idle, bring these in while there are free slots, wanted or not."""
+        """From now on, while the link is idle, loads these into free slots, whatever their prefetch priority."""
         with self._lock:
             self._preload = tuple(experts)
-            self._preloaded = 0
+            self._preload_next = 0
             self.transfer.when_idle = self._prefetch
         self.transfer.wake()
 
     def begin(self, steps: Sequence[Step]) -> None:
-        """An iteration begins: what the running requests bring to it."""
+        """An iteration begins, with one step per running request."""
         with self._lock:
-            decided, self.deciding = self.deciding, not self._at_rest()
-            if self.deciding or decided:
+            was_deciding, self.deciding = self.deciding, not self._nothing_to_decide()
+            if self.deciding or was_deciding:
                 self.cache_manager.begin(steps if self.deciding else ())
         self._wake()
-
-    def _at_rest(self) -> bool:
-        """Whether there is nothing to decide: all experts are resident, or have room and none was missed lately."""
-        missed, self._missed = self._missed, self.counters.misses + self.counters.late
-        if self._experts is None:
-            return False
-        return self.pool.resident == self._experts or (self.pool.slots >= self._experts and missed == self._missed)
-
-    def _wake(self) -> None:
-        """What is worth prefetching may have changed; at rest it has not, and waking readers costs the model time."""
-        if self.deciding or self._preloaded < len(self._preload):
-            self.transfer.wake()
 
     def end(self) -> None:
         """The iteration is over: all its layers were served."""
@@ -111,7 +104,7 @@ class Engine:
         """Yields `(expert, slot)` for each of a layer's experts, ready ones first, each exactly once.
 
         A slot holds its expert from when it is yielded until the next step of the iterator. An iterator that is not
-        run to its end (an error in between, Ctrl-C) empties the pool: nothing half-done is ever reused.
+        exhausted (an error in between, Ctrl-C) empties the pool, so that no partly written slot is ever used.
 
         Args:
             event: the layer, and the experts that it needs.
@@ -119,16 +112,23 @@ class Engine:
         Raises:
             ExpertReadError: an expert's bytes can't be read.
         """
-        if self._broken_off:
+        if self._needs_clear:
             self.clear()
         stalled_s = self.counters.stall_s
-        self.layer_timing.gate(event.layer, self._clock())
+        if self.layer_timing is not None:
+            self.layer_timing.layer_routed(event.layer, self._clock())
         try:
             pending: dict[ExpertId, None] = {}
             ready = self._route(event, pending)
+            if not pending and (self.transfer.when_idle is None or not self._may_prefetch()):
+                # nothing can take a slot before the layer ends: unpin all at once
+                for expert, slot in ready:
+                    yield expert.expert, slot
+                self._release(ready)
+                ready.clear()
             while ready or pending:
                 if not ready:
-                    ready.extend(self._settle(self._wait(), pending))
+                    ready.extend(self._handle_landed(self._wait(), pending))
                     continue
                 expert, slot = ready.popleft()
                 yield expert.expert, slot
@@ -136,9 +136,10 @@ class Engine:
                     self.pool.unpin(expert)
                     self._execute(self.cache_manager.used(expert))
                 if landed := self.transfer.poll():
-                    ready.extend(self._settle(landed, pending))
+                    ready.extend(self._handle_landed(landed, pending))
                 self._wake()
-            self.layer_timing.end(event.layer, self._clock(), self.counters.stall_s - stalled_s)
+            if self.layer_timing is not None:
+                self.layer_timing.layer_done(event.layer, self._clock(), self.counters.stall_s - stalled_s)
         except BaseException:
             self.clear()
             raise
@@ -146,34 +147,32 @@ class Engine:
     def serve_waves(
         self, event: Routed, computed_on_host: ChooseHostComputed | None = None
     ) -> Iterator[list[tuple[int, int]]]:
-        """`serve` for devices, which compute on their own time: yields all that is ready at once.
+        """`serve` for devices, which run asynchronously. Yields waves: all experts that are ready at that moment.
 
-        Before the next step of the iterator its caller must have launched what reads the slots of a wave, and told the
-        pool. Nothing is counted as stall: what the device waited for, the device knows.
+        Before the next step of the iterator its caller must have launched the kernels that read a wave's slots, and
+        recorded their end in the pool. No stall is counted here: devices measure theirs by events.
 
         Args:
             event: the layer, and the experts that it needs.
-            elsewhere: told of what misses; what it names is computed elsewhere, and not fetched.
+            computed_on_host: called with the missing experts; those that it returns are computed on the host, and
+                neither loaded nor yielded.
 
         Raises:
             ExpertReadError: an expert's bytes can't be read.
         """
-        if self._broken_off:
+        if self._needs_clear:
             self.clear()
         try:
             pending: dict[ExpertId, None] = {}
             ready = list(self._route(event, pending, computed_on_host))
             while ready or pending:
                 if not ready:
-                    ready += self._settle(self.transfer.wait(), pending)
+                    ready += self._handle_landed(self.transfer.wait(), pending)
                     continue
                 wave, ready = ready, []
                 yield [(expert.expert, slot) for expert, slot in wave]
-                with self._lock:
-                    for expert, _ in wave:
-                        self.pool.unpin(expert)
-                        self._execute(self.cache_manager.used(expert))
-                ready += self._settle(self.transfer.poll(), pending)
+                self._release(wave)
+                ready += self._handle_landed(self.transfer.poll(), pending)
                 self._wake()
         except BaseException:
             self.clear()
@@ -190,14 +189,14 @@ class Engine:
         Raises:
             ExpertReadError: an expert's bytes can't be read; the pool is emptied.
         """
-        if self._broken_off:
+        if self._needs_clear:
             self.clear()
         self.release()
         try:
             pending: dict[ExpertId, None] = {}
             self._held += (expert for expert, _ in self._route(event, pending))
             while pending:
-                self._held += (expert for expert, _ in self._settle(self._wait(), pending))
+                self._held += (expert for expert, _ in self._handle_landed(self._wait(), pending))
         except BaseException:
             self.clear()
             raise
@@ -222,32 +221,54 @@ class Engine:
             self._held.clear()
 
     def clear(self) -> None:
-        """Empty the pool. Nothing must be using it."""
+        """Cancels all transfers and empties the pool. No slot may be in use."""
         with self._lock:
-            self._broken_off = True
+            self._needs_clear = True
             self._held.clear()
             self.transfer.cancel_all()
             self.pool.clear()
             self.cache_manager.clear()
             self._prefetching.clear()
             self._preloading.clear()
-            self._preloaded = 0
-            self._missed = -1
-            self.layer_timing.break_off()
-            self._broken_off = False
+            self._preload_next = 0
+            self._last_misses = -1
+            if self.layer_timing is not None:
+                self.layer_timing.discard_layer()
+            self._needs_clear = False
 
     def check_integrity(self) -> None:
-        """Raises `InvariantError` if pool and controller disagree with themselves or each other."""
+        """Raises `InvariantError` if pool or cache manager is inconsistent."""
         with self._lock:
             self.pool.check_integrity()
             self.cache_manager.check_integrity()
 
+    def _nothing_to_decide(self) -> bool:
+        """Whether all experts are resident, or have a slot and none was missed in the last iteration."""
+        last_misses, self._last_misses = self._last_misses, self.counters.misses + self.counters.late
+        if self._experts is None:
+            return False
+        return self.pool.resident == self._experts or (
+            self.pool.slots >= self._experts and last_misses == self._last_misses
+        )
+
+    def _may_prefetch(self) -> bool:
+        """Whether a prefetch may start, if the transfer asks for one."""
+        return self.deciding or self._preload_next < len(self._preload)
+
+    def _wake(self) -> None:
+        """Wakes idle readers, as there may be something new to prefetch; skipped when there can't be."""
+        if self._may_prefetch():
+            self.transfer.wake()
+
     def _route(
         self, event: Routed, pending: dict[ExpertId, None], computed_on_host: ChooseHostComputed | None = None
     ) -> deque[tuple[ExpertId, int]]:
-        """Books what a layer needs. Returns what is ready, pinned; `pending` becomes what is to come."""
+        """Routing is known: pins resident experts, submits demand loads, cancels prefetches that lost their priority.
+
+        Returns the resident ones with their slots. Adds the others to `pending`.
+        """
         if landed := self.transfer.poll():
-            self._settle(landed, {})
+            self._handle_landed(landed, {})
         ready: deque[tuple[ExpertId, int]] = deque()
         missing: list[int] = []
         with self._lock:
@@ -270,31 +291,38 @@ class Engine:
                 else:
                     self.counters.misses += 1
                     missing.append(needed.expert)
-            away = computed_on_host(missing) if computed_on_host is not None and missing else ()
-            self.counters.computed_on_host += len(away)
-            for index in away:
+            on_host = computed_on_host(missing) if computed_on_host is not None and missing else ()
+            self.counters.computed_on_host += len(on_host)
+            for index in on_host:
                 del pending[ExpertId(event.layer, index)]
-            self._execute(self.cache_manager.routed(event, observe=self.deciding, computed_on_host=away))
+            self._execute(self.cache_manager.routed(event, observe=self.deciding, computed_on_host=on_host))
             for expert in self._prefetching:
                 if not self.cache_manager.should_continue_prefetch(expert) or self.cache_manager.short_of_slots:
                     self.transfer.cancel(expert)
             if landed := self.transfer.poll():
-                ready.extend(self._settle(landed, pending))
+                ready.extend(self._handle_landed(landed, pending))
         self._wake()
         return ready
 
-    def _prefetch(self, device: int = 0) -> None:
-        """The link of a device is idle. Called by the transfer, from a thread of its own."""
+    def _release(self, used: Iterable[tuple[ExpertId, int]]) -> None:
+        """Unpins experts after use; demand loads that wait for a slot may take theirs."""
         with self._lock:
-            self._settle(self.transfer.poll(self._prefetching), {})
+            for expert, _ in used:
+                self.pool.unpin(expert)
+                self._execute(self.cache_manager.used(expert))
+
+    def _prefetch(self, device: int = 0) -> None:
+        """The link of a device is idle. Called by the transfer, from one of its threads."""
+        with self._lock:
+            self._handle_landed(self.transfer.poll(self._prefetching), {})
             fetch = self.cache_manager.prefetch(device)
             if fetch is not None:
                 self._prefetching[fetch.expert] = None
                 self._execute(Plan((fetch,)))
                 return
-            while self._preloaded < len(self._preload):
-                expert = self._preload[self._preloaded]
-                self._preloaded += 1
+            while self._preload_next < len(self._preload):
+                expert = self._preload[self._preload_next]
+                self._preload_next += 1
                 if (fetch := self.cache_manager.prefetch_if_free(expert)) is not None:
                     self._preloading.add(expert)
                     self._execute(Plan((fetch,)))
@@ -313,16 +341,19 @@ class Engine:
         self.counters.stalled_bytes += int(self.transfer.waited_bytes - start_bytes)
         return landed
 
-    def _settle(self, landed: list[Landed], pending: dict[ExpertId, None]) -> list[tuple[ExpertId, int]]:
-        """Books what landed. Returns those that the layer waits for, pinned."""
+    def _handle_landed(self, landed: list[Landed], pending: dict[ExpertId, None]) -> list[tuple[ExpertId, int]]:
+        """Makes landed experts resident and frees the slots of failed prefetches.
+
+        Returns those that were in `pending`, pinned, with their slots.
+        """
         ready = []
         for expert, error in landed:
             with self._lock:
                 if error is not None:
-                    unasked = expert in self._prefetching or expert in self._preloading
-                    if not isinstance(error, Cancelled) and not unasked:
-                        raise self._failure(expert, error)
-                    self._drop(expert)
+                    is_prefetch = expert in self._prefetching or expert in self._preloading
+                    if not isinstance(error, Cancelled) and not is_prefetch:
+                        raise self._read_error(expert, error)
+                    self._handle_failed_prefetch(expert)
                     continue
                 self._prefetching.pop(expert, None)
                 self._preloading.discard(expert)
@@ -338,15 +369,15 @@ class Engine:
                 self._execute(self.cache_manager.landed(expert))
         return ready
 
-    def _drop(self, expert: ExpertId) -> None:
-        """A prefetch was withdrawn, or can't be read: whoever needs it, now or later, will load it, or fail by it."""
+    def _handle_failed_prefetch(self, expert: ExpertId) -> None:
+        """Frees the slot of a cancelled or failed prefetch; the next demand load retries, or reports the error."""
         self._prefetching.pop(expert, None)
         self._preloading.discard(expert)
         self.pool.failed(expert)
         self.cache_manager.failed(expert)
         self._execute(self.cache_manager.retry())
 
-    def _failure(self, expert: ExpertId, error: Exception) -> Exception:
+    def _read_error(self, expert: ExpertId, error: Exception) -> Exception:
         if not isinstance(error, OSError) or isinstance(error, FinemoeError):
             return error
         place = f"{error.filename}: " if error.filename else ""

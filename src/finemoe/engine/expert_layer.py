@@ -1,8 +1,8 @@
-"""The one function that transformers calls for every experts module, and its slow plain twin.
+"""The experts function registered with transformers, and the module's own `forward` as its exact reference.
 
-It branches on the layout attributes that transformers puts on experts modules (`is_transposed`, `has_bias`, `has_gate`,
-`has_post_expert_norm`), never on a model's name. Whether this arithmetic equals a module's own, bit for bit, is tried
-at load (`choose_path`); a module for which it does not runs by its own `forward`, the twin, one expert at a time.
+The arithmetic branches on the layout attributes that transformers sets on experts modules (`is_transposed`, `has_bias`,
+`has_gate`, `has_post_expert_norm`), never on a model's name. At load, `choose_accumulator` checks that it equals the
+module's own `forward` bit for bit; a module for which it does not runs by that `forward`, one expert at a time.
 """
 
 from __future__ import annotations
@@ -21,34 +21,49 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from finemoe.checkpoint import Field, LayerLayout
 from finemoe.engine.engine import Engine
-from finemoe.engine.token_dispatch import rows_of
+from finemoe.engine.token_dispatch import dispatch_tokens
 from finemoe.errors import FinemoeError
-from finemoe.store import SlotPool
 from finemoe.store.quantization import Dequantizer
 from finemoe.types import Routed
 
-IMPLEMENTATION = "finemoe"
-HANDLE = "finemoe_layer"  # the attribute of an experts module that holds its ExpertLayer
-Accumulator = Literal["hidden", "weights", "float32"]
-Floats = npt.NDArray[np.float32]
-Listen = Callable[[Tensor, Tensor], Tensor | None]  # ids, weights -> gates, lookahead [B, 1 + n, E]; B may be left out
-Kernel = Literal["eager", "grouped_mm"]  # whose arithmetic
-# a slot's bytes as tensors: by what fields lie in it, then by the slot and their offsets
-Views = dict[tuple[Any, ...], dict[tuple[int, tuple[int, ...]], dict[str, Tensor]]]
+IMPLEMENTATION = "finemoe"  # `experts_implementation`
+HANDLE = "finemoe_layer"  # attribute of an experts module that holds its ExpertLayer
+Accumulator = Literal["hidden", "weights", "float32"]  # dtype in which experts' results are added up
 ACCUMULATORS: tuple[Accumulator, ...] = ("hidden", "weights", "float32")
+Kernel = Literal["eager", "grouped_mm"]  # the experts implementation of transformers whose results are reproduced
+# executed indices, weights [T, K] -> gate distributions and lookahead [B, 1 + n, E], or [1 + n, E] for one request
+ReadGates = Callable[[Tensor, Tensor], Tensor | None]
+# tensors over slots: by the layout's fields, then by slot and the fields' offsets, then by parameter name
+Views = dict[tuple[Any, ...], dict[tuple[int, tuple[int, ...]], dict[str, Tensor]]]
+_Floats = npt.NDArray[np.float32]
+
+
+def finemoe_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts function registered with transformers. `self` is the experts module."""
+    layer: ExpertLayer | None = self.__dict__.get(HANDLE)
+    if layer is None:
+        raise FinemoeError("experts_implementation='finemoe' needs a model loaded by finemoe.load()")
+    return layer.run(self, hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, finemoe_experts)
 
 
 class ExpertLayer:
-    """What an experts module holds in place of its weights.
+    """Runs one MoE layer's experts; an experts module holds it instead of its weights.
 
     Args:
-        engine: hands out slots.
-        lock: held while a layer runs; shared by all layers of a model, its passes, and whoever closes it.
+        engine: provides slots.
+        lock: held while a layer runs; shared by all layers of a model, its forward passes, and `close`.
         layer: index of this MoE layer.
-        layout: how an expert lies in a slot.
-        dtypes: of the module's parameters, by name; a slot in another dtype is cast on use.
-        dequantizer: restores what is stored quantized; may be shared by all layers of a model, as the lock is.
-        views: of the engine's slots, shared by all layers of a model: by the thousand they take memory too.
+        layout: of an expert's parameters in a slot.
+        dtypes: of the module's parameters, by name; slots in another dtype are cast on use.
+        dequantizer: restores quantized parameters; may be shared by all layers, as the lock is.
+        views: cache of tensors over slots, shared by all layers to save memory.
+
+    Attributes:
+        accumulator: `None`: the module's own `forward` is used.
+        read_gates: set if the policy uses gate distributions.
     """
 
     device = torch.device("cpu")  # of its inputs and outputs
@@ -64,24 +79,29 @@ class ExpertLayer:
         dequantizer: Dequantizer | None = None,
         views: Views | None = None,
     ) -> None:
-        self.engine: Engine | None = engine
+        self.engine: Engine | None = engine  # None: closed
         self.layer = layer
         self.layout = layout
-        self.accumulator: Accumulator | None = None  # None: the twin
-        self.listen: Listen | None = None  # set where the policy wants to know what the gate said
-        self._said: tuple[Floats | None, Floats | None] = None, None
-        self._active = 0  # K, of the call under way
+        self.accumulator: Accumulator | None = None
+        self.read_gates: ReadGates | None = None
+        self._gates: tuple[_Floats | None, _Floats | None] = None, None  # [B, E], lookahead [B, n, E]
+        self._active = 0  # K of the current call
         self._lock = lock
         self._dtypes = dtypes
         self._dequantizer = dequantizer or Dequantizer()
-        form = tuple((field.name, field.dtype, field.stored_shape) for field in layout.fields)
-        self._views = ({} if views is None else views).setdefault(form, {})
+        key = tuple((field.name, field.dtype, field.stored_shape) for field in layout.fields)
+        self._views = ({} if views is None else views).setdefault(key, {})
         self._as_stored = all(field.in_place and field.dtype == dtypes.get(field.name) for field in layout.fields)
-        # twin: an expert, its parameters, its serving
+        # by `hold`: the expert, its parameters, its iterator of `serve`
         self._held: tuple[int, dict[str, Tensor], Iterator[tuple[int, int]]] | None = None
 
     def run(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """The module's output `[T, D]` for hidden `[T, D]`, executed indices and weights `[T, K]`."""
+        """The module's output `[T, D]` for hidden states `[T, D]`, executed indices and routing weights `[T, K]`.
+
+        Raises:
+            FinemoeError: gradients are requested, or the model was closed.
+            ExpertReadError: an expert's bytes can't be read.
+        """
         if torch.is_grad_enabled() and hidden.requires_grad:
             raise FinemoeError("offloaded experts have no gradients; run the model under torch.no_grad()")
         with self._lock:
@@ -92,50 +112,50 @@ class ExpertLayer:
 
     def _run(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         self._active = index.shape[1]
-        self._hear(hidden, index, weights)
+        self._observe_gates(hidden, index, weights)
         if self.accumulator is None:
             return compute_reference(self, module, hidden, index, weights)
         return self.compute(module, hidden, index, weights, self.accumulator)
 
-    def _hear(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
-        """Take down what the policy wants to know of the gate."""
+    def _observe_gates(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
+        """Reads the gate distributions that the policy uses, for this call's `routed_event`."""
         del hidden
-        if self.listen is not None:
-            self._take_down(self.listen(index, weights))
+        if self.read_gates is not None:
+            self._store_gates(self.read_gates(index, weights))
 
-    def _take_down(self, said: Tensor | None) -> None:
-        """Keep what a listener has said, in host memory."""
-        self._said = None, None
-        if said is not None:
-            rows = said.numpy().reshape(-1, *said.shape[-2:])
-            gates, ahead = np.ascontiguousarray(rows[:, 0]), np.ascontiguousarray(rows[:, 1:])  # as kernels want them
-            self._said = gates, ahead if ahead.shape[1] else None
+    def _store_gates(self, rows: Tensor | None) -> None:
+        """Keeps what `ReadGates` returned, in host memory."""
+        self._gates = None, None
+        if rows is not None:
+            stacked = rows.numpy().reshape(-1, *rows.shape[-2:])
+            gates, lookahead = np.ascontiguousarray(stacked[:, 0]), np.ascontiguousarray(stacked[:, 1:])
+            self._gates = gates, lookahead if lookahead.shape[1] else None
 
     def compute(
         self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor, accumulator: Accumulator
     ) -> Tensor:
-        """`run`, by our own arithmetic."""
+        """The output by our own arithmetic; arguments as in `run`."""
         return compute_as_ready(self, module, hidden, index, weights, accumulator)
 
     def serve(self, experts: Sequence[int]) -> Iterator[tuple[int, int]]:
         """`Engine.serve` for this layer."""
         assert self.engine is not None
-        return self.engine.serve(self.event(experts))
+        return self.engine.serve(self.routed_event(experts))
 
-    def event(self, experts: Sequence[int]) -> Routed:
-        """That it needs these."""
-        return Routed(self.layer, experts, *self._said, self._active)
+    def routed_event(self, experts: Sequence[int]) -> Routed:
+        """The event for this layer, which needs these experts; with the current call's gates."""
+        return Routed(self.layer, experts, *self._gates, self._active)
 
     def parameters(self, expert: int, slot: int) -> dict[str, Tensor]:
-        """One expert's parameters by name, out of its slot; without a copy wherever the checkpoint's layout allows.
+        """One expert's parameters by name: views of its slot where the stored form allows, otherwise converted.
 
-        Quantized ones are valid until the next call.
+        Dequantized parameters are valid until the next call.
         """
         offsets_bytes = self.layout.offsets_bytes[expert]
         views = self._views.get((slot, offsets_bytes))
         if views is None:
             assert self.engine is not None
-            views = slot_views(self.engine.pool, slot, self.layout.fields, offsets_bytes)
+            views = field_views(self.engine.pool.bytes_of(slot), self.layout.fields, offsets_bytes)
             self._views[slot, offsets_bytes] = views
         if self._as_stored:
             return views
@@ -144,7 +164,7 @@ class ExpertLayer:
         return plain | self._dequantizer.restore(self.layout, stored, self._dtypes)
 
     def hold(self, expert: int) -> dict[str, Tensor]:
-        """Twin: the parameters of one expert, valid until another one is held or `release` is called."""
+        """One expert's parameters for `compute_reference`, valid until another is held or `release` is called."""
         if self._held is None or self._held[0] != expert:
             self.release()
             serving = self.serve([expert])
@@ -153,8 +173,8 @@ class ExpertLayer:
         return self._held[1]
 
     def release(self) -> None:
-        """Twin: let go of the held expert."""
-        held, self._held = self._held, None  # forgotten first: what fails to end must not be used again
+        """Unpins the held expert."""
+        held, self._held = self._held, None  # cleared first, so that an interrupted release leaves no stale expert
         if held is not None:
             next(held[2], None)
 
@@ -164,7 +184,7 @@ class ExpertLayer:
 
 
 class LazyParameter:
-    """Stands for a stripped parameter `[E, ..]` in a module's `__dict__`, so that the module's own code finds it."""
+    """Replaces a parameter `[E, ..]` in a module's `__dict__`; indexing it by an expert loads that expert."""
 
     def __init__(self, layer: ExpertLayer, name: str, meta: Tensor) -> None:
         self._layer = layer
@@ -187,86 +207,47 @@ class LazyParameter:
         return self.ndim
 
 
-def slot_views(pool: SlotPool, slot: int, fields: Sequence[Field], offsets_bytes: Sequence[int]) -> dict[str, Tensor]:
-    """A slot's bytes as the tensors that the checkpoint stores, by parameter name. Shared, not copied."""
-    return field_views(pool.bytes_of(slot), fields, offsets_bytes)
-
-
-def field_views(raw: Tensor, fields: Sequence[Field], offsets_bytes: Sequence[int]) -> dict[str, Tensor]:
-    """One expert's bytes, uint8, as the tensors that they hold, by parameter name. Shared, not copied."""
-    return {
-        field.name: raw[offset_bytes : offset_bytes + field.length_bytes].view(field.dtype).view(field.stored_shape)
-        for field, offset_bytes in zip(fields, offsets_bytes, strict=True)
-    }
-
-
-def finemoe_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The experts function registered with transformers."""
-    layer: ExpertLayer | None = self.__dict__.get(HANDLE)
-    if layer is None:
-        raise FinemoeError("experts_implementation='finemoe' needs a model loaded by finemoe.load()")
-    return layer.run(self, hidden_states, top_k_index, top_k_weights)
-
-
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, finemoe_experts)
-
-
 def compute_as_ready(
     layer: ExpertLayer, module: Any, hidden: Tensor, index: Tensor, weights: Tensor, accumulator: Accumulator
 ) -> Tensor:
-    """Computes experts as they become ready, and adds their results up in ascending order of experts.
+    """Computes experts as they become ready, and adds their results in ascending order of experts.
 
-    The order of the additions, and so every rounding, is that of eager, whatever was resident.
+    So the order of additions, and with it every rounding, is that of transformers' eager experts, whatever is resident.
     """
     dtype = {"hidden": hidden.dtype, "weights": weights.dtype, "float32": torch.float32}[accumulator]
     output = torch.zeros_like(hidden, dtype=dtype)  # [T, D]
-    rows = rows_of(hidden, index, weights, layer.layout.experts)
-    order = iter(rows.experts)
-    turn = next(order, None)
-    early: dict[int, Tensor] = {}  # computed before their turn
-    with closing(layer.serve(rows.experts)) as serving:  # type: ignore[type-var] # a generator
+    dispatch = dispatch_tokens(hidden, index, weights, layer.layout.experts)
+    order = iter(dispatch.experts)
+    following = next(order, None)  # the next to add
+    results: dict[int, Tensor] = {}  # computed, not added yet
+    with closing(layer.serve(dispatch.experts)) as serving:  # type: ignore[type-var] # a generator
         for expert, slot in serving:
-            x, scale = rows.of(expert)
-            early[expert] = (apply_expert(module, layer.parameters(expert, slot), x) * scale).to(dtype)
-            while turn in early:
-                rows.add(output, turn, early.pop(turn))
-                turn = next(order, None)
+            x, scale = dispatch.rows(expert)
+            results[expert] = (apply_expert(module, layer.parameters(expert, slot), x) * scale).to(dtype)
+            while following in results:
+                dispatch.add(output, following, results.pop(following))
+                following = next(order, None)
     return output.to(hidden.dtype)
 
 
-def apply_expert(module: Any, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-    """One expert on its rows `[n, D]`, by the module's layout attributes."""
-    up = "gate_up_proj" if module.has_gate else "up_proj"
-    x = _project(module, parameters, up, x)
-    x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
-    x = _project(module, parameters, "down_proj", x)
-    # a flag that older transformers does not know
-    return module.post_expert_norm(x) if getattr(module, "has_post_expert_norm", False) else x
-
-
-def _project(module: Any, parameters: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    x = x @ parameters[name] if module.is_transposed else F.linear(x, parameters[name])
-    return x + parameters[f"{name}_bias"] if module.has_bias else x
-
-
 def compute_reference(layer: ExpertLayer, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """The module's own `forward`, over parameters that are fetched as they are indexed."""
-    own: Callable[..., Tensor] = type(module).forward.__wrapped__  # type: ignore[attr-defined]
+    """The module's own `forward`, over `LazyParameter`s: exact by construction, one expert at a time."""
+    forward: Callable[..., Tensor] = type(module).forward.__wrapped__  # type: ignore[attr-defined]
     try:
-        return own(module, hidden, index, weights)
+        return forward(module, hidden, index, weights)
     finally:
         layer.release()
 
 
-def choose_path(layer: ExpertLayer, module: nn.Module, width: int, dtype: torch.dtype) -> Accumulator | None:
-    """Which way of adding up makes `compute_as_ready` equal to the twin, bit for bit, on this module's own weights.
+def choose_accumulator(layer: ExpertLayer, module: nn.Module, width: int, dtype: torch.dtype) -> Accumulator | None:
+    """The accumulator with which `compute_as_ready` equals `compute_reference` bit for bit, on the module's weights.
 
     Args:
         width: `D` of the module's input.
         dtype: of the hidden states.
 
     Returns:
-        The accumulator, or `None` where only the twin will do, or where these weights can't tell (all zero).
+        `None` if none does, or if these weights can't show it (all zero).
     """
     experts = min(3, layer.layout.experts)
     generator = torch.Generator().manual_seed(0)
@@ -287,8 +268,31 @@ def choose_path(layer: ExpertLayer, module: nn.Module, width: int, dtype: torch.
                     torch.equal(layer.compute(module, *case, accumulator), output)
                     for case, output in zip(cases, expected, strict=True)
                 )
-            except (AttributeError, KeyError, RuntimeError, TypeError):  # not the shape of module that it can run
+            except (AttributeError, KeyError, RuntimeError, TypeError):  # a module of another form than `apply_expert`
                 return None
             if equal:
                 return accumulator
     return None
+
+
+def apply_expert(module: Any, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    """One expert's output `[n, D]` for its rows `[n, D]`, by the module's layout attributes."""
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    x = _project(module, parameters, up, x)
+    x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+    x = _project(module, parameters, "down_proj", x)
+    # older transformers do not set this attribute
+    return module.post_expert_norm(x) if getattr(module, "has_post_expert_norm", False) else x
+
+
+def _project(module: Any, parameters: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    x = x @ parameters[name] if module.is_transposed else F.linear(x, parameters[name])
+    return x + parameters[f"{name}_bias"] if module.has_bias else x
+
+
+def field_views(raw: Tensor, fields: Sequence[Field], offsets_bytes: Sequence[int]) -> dict[str, Tensor]:
+    """One expert's bytes, uint8 `[slot_bytes]`, as tensors in the stored form, by parameter name. Views, not copies."""
+    return {
+        field.name: raw[offset_bytes : offset_bytes + field.length_bytes].view(field.dtype).view(field.stored_shape)
+        for field, offset_bytes in zip(fields, offsets_bytes, strict=True)
+    }

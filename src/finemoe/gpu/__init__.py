@@ -1,1 +1,1 @@
-"""Everything that only a GPU needs: streams, device slots, copies from host memory."""
+"""Experts on GPUs: device slots, copies from pinned host memory, and layers that run without waiting for the device."""

@@ -1,4 +1,4 @@
-"""A device that is none: the same streams and events on the CPU, for tests of everything that is above them."""
+"""A `Device` on the CPU, with the same streams and events: runs everything above it without a GPU, for tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class CpuEvent:
-    """A point in the work of a `CpuDevice`."""
+    """An event on a stream of a `CpuDevice`."""
 
     def __init__(self) -> None:
         self._fired = threading.Event()
@@ -33,17 +33,17 @@ class CpuEvent:
 
 
 class CpuDevice:
-    """Copies run on a thread, computation in its caller's.
+    """Copies run on a thread, kernels in the thread that launches them.
 
     Args:
-        memory_bytes: what it says that it has.
+        memory_bytes: reported as available.
     """
 
     def __init__(self, memory_bytes: int = 1 << 40) -> None:
         self.torch_device = torch.device("cpu")
         self._memory_bytes = memory_bytes
-        self._work: SimpleQueue[Callable[[], object]] = SimpleQueue()
-        threading.Thread(target=self._run, name="finemoe-copies", daemon=True).start()
+        self._copy_stream: SimpleQueue[Callable[[], object]] = SimpleQueue()
+        threading.Thread(target=self._run, name="finemoe-copy-stream", daemon=True).start()
 
     def available_bytes(self) -> int:
         return self._memory_bytes
@@ -54,26 +54,26 @@ class CpuDevice:
         return torch.empty(size_bytes, dtype=torch.uint8)
 
     def pin(self, memory: Tensor) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def unpin(self, memory: Tensor) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def copy(self, into: Tensor, source: Tensor) -> None:
-        self._work.put(lambda: into.copy_(source))
+        self._copy_stream.put(lambda: into.copy_(source))
 
-    def mark_copies(self) -> CpuEvent:
+    def record_copies(self) -> CpuEvent:
         event = CpuEvent()
-        self._work.put(event.fire)
+        self._copy_stream.put(event.fire)
         return event
 
-    def mark_compute(self) -> CpuEvent:
+    def record_compute(self) -> CpuEvent:
         event = CpuEvent()
-        event.fire()  # it was computed when it was launched
+        event.fire()  # kernels run when they are launched
         return event
 
     def copies_wait(self, event: CpuEvent) -> None:
-        self._work.put(event.wait)
+        self._copy_stream.put(event.wait)
 
     def compute_wait(self, event: CpuEvent) -> None:
         event.wait()
@@ -86,4 +86,4 @@ class CpuDevice:
 
     def _run(self) -> None:
         while True:
-            self._work.get()()
+            self._copy_stream.get()()

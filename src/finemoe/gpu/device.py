@@ -1,7 +1,7 @@
-"""What the data path asks of a device: memory, two streams, and events that order them.
+"""Devices as the rest of `gpu` sees them: memory, a compute stream, a copy stream, and events that order the two.
 
-The compute stream is the one that the model's kernels go to. The copy stream only carries weights into slots. Work on
-one stream runs in the order in which it was given; nothing orders two streams but events.
+The model's kernels run on the compute stream; the copy stream only copies weights into slots. Work on one stream runs
+in the order of submission; only events order work on different streams.
 """
 
 from __future__ import annotations
@@ -19,64 +19,92 @@ class Event(Protocol):
     """A point in a stream's work."""
 
     def done(self) -> bool:
-        """Whether the stream has come to this point. Never blocks."""
+        """Whether the stream has reached this point. Never blocks."""
 
     def wait(self) -> None:
-        """Block the calling thread until it has."""
+        """Block the calling thread until the stream has reached this point."""
 
     def since_s(self, earlier: Any) -> float:
         """Seconds from `earlier`, an event of the same device, to this one. Both must be done."""
 
 
 class Device(Protocol):
-    """One device with its streams. Safe to use from several threads."""
+    """One device with its two streams. Thread-safe."""
 
     torch_device: torch.device
 
     def available_bytes(self) -> int:
-        """Memory that can be taken."""
+        """Memory that can be allocated."""
 
     def allocate(self, size_bytes: int) -> Tensor:
-        """Memory of the device: uint8 `[size_bytes]`.
+        """Device memory: uint8 `[size_bytes]`.
 
         Raises:
             MemoryError: there is not that much.
         """
 
     def pin(self, memory: Tensor) -> None:
-        """Lock host memory into place, so that copies out of it run by themselves.
+        """Page-lock host memory, so that copies from it are asynchronous.
 
         Raises:
             MemoryError: the system does not allow it.
         """
 
     def unpin(self, memory: Tensor) -> None:
-        """Undo `pin`; nothing must be copying out of it."""
+        """Undo `pin`. No copy from the memory may be in progress."""
 
     def copy(self, into: Tensor, source: Tensor) -> None:
-        """Copy bytes from pinned host memory into the device's, on the copy stream. Returns at once."""
+        """Copy bytes from pinned host memory to the device, on the copy stream. Returns at once."""
 
-    def mark_copies(self) -> Event:
-        """The point after all copies so far."""
+    def record_copies(self) -> Event:
+        """An event after all copies submitted so far."""
 
-    def mark_compute(self) -> Event:
-        """The point after everything that the calling thread has launched so far."""
+    def record_compute(self) -> Event:
+        """An event after all kernels that the calling thread has launched so far."""
 
     def copies_wait(self, event: Any) -> None:
-        """Later copies start after `event`, one of its own. Blocks nobody."""
+        """Copies submitted from now on start after `event`, one of this device. Does not block."""
 
     def compute_wait(self, event: Any) -> None:
-        """What is launched from now on runs after `event`. Blocks nobody where the device can wait by itself."""
+        """Kernels launched from now on run after `event`. Does not block, except on `CpuDevice`."""
 
     def read_back(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Small tensors as they are once all that was launched so far has run, in host memory. Blocks until then."""
+        """Copy small tensors to host memory. Blocks until all kernels launched so far have run."""
 
     def upload(self, tensor: Tensor) -> Tensor:
-        """A small host tensor on the device, for what is launched from now on. Returns at once."""
+        """Copy a small host tensor to the device, before the kernels launched from now on. Returns at once."""
+
+
+def open_devices(device: str) -> Sequence[Device]:
+    """The devices that a `--device` names; none for the CPU.
+
+    Raises:
+        ConfigError: this machine does not have such a device.
+    """
+    return tuple(CudaDevice(index) for index in cuda_indices(device))
+
+
+def cuda_indices(device: str) -> tuple[int, ...]:
+    """Indices of the CUDA devices that a `--device` names; none for the CPU, and for `auto` without CUDA.
+
+    Raises:
+        ConfigError: this machine does not have such a device.
+    """
+    if device == "cpu":
+        return ()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return (0,) if count else ()
+    if not count:
+        raise ConfigError(f"--device: {device}, but torch finds no CUDA device here; give cpu or auto")
+    indices = tuple(int(part.partition(":")[2] or 0) for part in device.split(","))
+    if (largest := max(indices)) >= count:
+        raise ConfigError(f"--device: there is no cuda:{largest}; this machine has {count}, from cuda:0 on")
+    return indices
 
 
 class CudaEvent:
-    """A point in the work of a CUDA stream."""
+    """An event on a CUDA stream."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self.event = torch.cuda.Event(enable_timing=True)
@@ -93,15 +121,15 @@ class CudaEvent:
 
 
 class CudaDevice:
-    """A GPU.
+    """A CUDA GPU.
 
     Args:
-        index: which one.
+        index: as in `cuda:index`.
     """
 
     def __init__(self, index: int) -> None:
         self.torch_device = torch.device("cuda", index)
-        self._copies = torch.cuda.Stream(self.torch_device)
+        self._copy_stream = torch.cuda.Stream(self.torch_device)
 
     def available_bytes(self) -> int:
         free_bytes, _ = torch.cuda.mem_get_info(self.torch_device)
@@ -115,7 +143,7 @@ class CudaDevice:
             raise MemoryError(str(error).splitlines()[0]) from error
 
     def pin(self, memory: Tensor) -> None:
-        # in place: torch's own pinned allocations are rounded up to a power of two
+        # existing memory is registered, as torch rounds its own pinned allocations up to a power of two
         runtime: Any = torch.cuda.cudart()
         portable = 1  # cudaHostRegisterPortable: for all devices
         with torch.cuda.device(self.torch_device):
@@ -128,60 +156,26 @@ class CudaDevice:
         runtime.cudaHostUnregister(memory.data_ptr())
 
     def copy(self, into: Tensor, source: Tensor) -> None:
-        with torch.cuda.stream(self._copies):
+        with torch.cuda.stream(self._copy_stream):
             into.copy_(source, non_blocking=True)
 
-    def mark_copies(self) -> CudaEvent:
-        return CudaEvent(self._copies)
+    def record_copies(self) -> CudaEvent:
+        return CudaEvent(self._copy_stream)
 
-    def mark_compute(self) -> CudaEvent:
+    def record_compute(self) -> CudaEvent:
         return CudaEvent(torch.cuda.current_stream(self.torch_device))
 
     def copies_wait(self, event: CudaEvent) -> None:
-        self._copies.wait_event(event.event)
+        self._copy_stream.wait_event(event.event)
 
     def compute_wait(self, event: CudaEvent) -> None:
         torch.cuda.current_stream(self.torch_device).wait_event(event.event)
 
     def read_back(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        # pinned buffers of this size come from torch's cache; the copies follow the kernels on the compute stream
-        read = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
-        self.mark_compute().wait()
-        return read
+        # torch caches small pinned buffers; the copies follow the kernels on the compute stream
+        copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+        self.record_compute().wait()
+        return copies
 
     def upload(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory().to(self.torch_device, non_blocking=True)
-
-
-def names_devices(device: str) -> tuple[int, ...]:
-    """Indices of the CUDA devices that a `--device` names; empty for the CPU, and for `auto` where there is none.
-
-    Raises:
-        ConfigError: a device that this machine does not have.
-    """
-    if device == "cpu":
-        return ()
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto":
-        return (0,) if count else ()
-    if not count:
-        raise ConfigError(f"--device: {device}, but torch finds no CUDA device here; give cpu or auto")
-    named = tuple(int(part.partition(":")[2] or 0) for part in device.split(","))
-    if (largest := max(named)) >= count:
-        raise ConfigError(f"--device: there is no cuda:{largest}; this machine has {count}, from cuda:0 on")
-    return named
-
-
-def open_devices(device: str) -> Sequence[Device]:
-    """The devices that a `--device` names, ready for use; none for the CPU.
-
-    Raises:
-        ConfigError: a device that this machine does not have.
-    """
-    named = names_devices(device)
-    if not named:
-        return ()
-
-    return [CudaDevice(index) for index in named]

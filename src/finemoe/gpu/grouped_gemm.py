@@ -1,7 +1,7 @@
-"""Resident experts in one grouped matmul: transformers' own `grouped_mm` way, over slots instead of experts.
+"""Several experts in one grouped matmul, as transformers' `grouped_mm` experts do it, over slots instead of experts.
 
-A token's results are kept apart, one row for each (token, k), and added up when all are there, in the order of k. So
-the sum does not depend on what was resident; the matmuls do not either where `agrees` has tried it.
+Each (token, k) pair has a result row of its own; a token's rows are added up once all are there, in the order of k. So
+the sum does not depend on what was resident. Nor do the matmuls, where `grouped_is_exact` has checked that.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch.nn import functional as F  # noqa: N812 - the name that torch users k
 
 from finemoe.checkpoint import LayerLayout
 
-MOST_GROUPS = 1000  # of torch's kernel: below 1024
-_FEW = 64  # indices that plain Python is through with before numpy has begun
-Indices = npt.NDArray[np.int64]
+MAX_GROUPS = 1000  # per matmul; torch's kernel takes fewer than 1024
+_MAX_PYTHON_INDICES = 64  # up to so many, plain Python is faster than numpy
+_Indices = npt.NDArray[np.int64]
 
 
 def stack_slots(memory: Tensor, layout: LayerLayout) -> dict[str, Tensor]:
-    """A device's slots, uint8 `[C, slot_bytes]`, as one tensor `[C, ..]` for each parameter. Shared, not copied."""
+    """A device's slots, uint8 `[C, slot_bytes]`, as one tensor `[C, ..]` per parameter, by name. Views, not copies."""
     return {
         field.name: memory[:, offset_bytes : offset_bytes + field.length_bytes]
         .view(field.dtype)
@@ -32,53 +32,58 @@ def stack_slots(memory: Tensor, layout: LayerLayout) -> dict[str, Tensor]:
     }
 
 
-def rows_of_experts(ids: Tensor, experts: int) -> dict[int, Sequence[int] | Indices]:
-    """Which (token, k) pairs, as `token * K + k`, each expert computes; ids `[T, K]` of `experts` or more: nobody's."""
-    if ids.numel() <= _FEW:  # decoding
+def group_pairs(index: Tensor, experts: int) -> dict[int, Sequence[int] | _Indices]:
+    """The (token, k) pairs that each expert computes, as `token * K + k`, experts ascending.
+
+    Args:
+        index: executed experts `[T, K]`, in host memory; entries `>= experts` are ignored.
+        experts: `E`.
+    """
+    if index.numel() <= _MAX_PYTHON_INDICES:  # decoding
         few: dict[int, list[int]] = {}
-        for pair, expert in enumerate(ids.reshape(-1).tolist()):
+        for pair, expert in enumerate(index.reshape(-1).tolist()):
             if 0 <= expert < experts:
                 few.setdefault(expert, []).append(pair)
         return {expert: few[expert] for expert in sorted(few)}
-    flat = ids.reshape(-1).numpy()
+    flat = index.reshape(-1).numpy()
     pairs = np.argsort(flat, kind="stable")
     hit, starts = np.unique(flat[pairs], return_index=True)
     rows = np.split(pairs, starts[1:])
     return {int(expert): row for expert, row in zip(hit, rows, strict=True) if 0 <= expert < experts}
 
 
-def windows(slots: Sequence[int]) -> Iterator[slice]:
-    """Ascending slots in stretches of those that lie close enough for one matmul."""
+def split_slots(slots: Sequence[int]) -> Iterator[slice]:
+    """Splits ascending slots into parts that span at most `MAX_GROUPS` slots each, for one matmul."""
     start = 0
     for end in range(1, len(slots) + 1):
-        if end == len(slots) or slots[end] - slots[start] >= MOST_GROUPS:
+        if end == len(slots) or slots[end] - slots[start] >= MAX_GROUPS:
             yield slice(start, end)
             start = end
 
 
 class Groups(NamedTuple):
-    """Which rows go through which slots, as a grouped matmul wants it. Tensors on the slots' device."""
+    """The groups of one grouped matmul: one per slot of `span`, empty ones included. Tensors on the slots' device."""
 
-    span: slice  # of the slots
-    ends: Tensor  # int32: for each slot of the span, where its rows end
-    owner: Tensor  # int64 [n]: the slot of each row
+    span: slice  # of the device's slots
+    ends: Tensor  # int32, for each slot of the span: end of its rows
+    row_slots: Tensor  # int64 [n]: the slot of each row
 
     def to(self, device: torch.device) -> Groups:
-        return Groups(self.span, self.ends.to(device), self.owner.to(device))
+        return Groups(self.span, self.ends.to(device), self.row_slots.to(device))
 
 
 def plan_groups(
-    rows: Sequence[tuple[int, Sequence[int] | Indices]], active: int, upload: Callable[[Tensor], Tensor]
+    rows: Sequence[tuple[int, Sequence[int] | _Indices]], active: int, upload: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Groups]:
-    """All that a grouped matmul must be told, in one upload.
+    """The indices of one grouped matmul, in one upload.
 
     Args:
-        rows: slot and (token, k) pairs of each expert, slots ascending, less than `MOST_GROUPS` apart.
+        rows: slot and (token, k) pairs of each expert; slots ascending, spanning at most `MAX_GROUPS`.
         active: `K`.
-        upload: brings a host tensor to the device.
+        upload: copies a host tensor to the device.
 
     Returns:
-        The pairs, sorted by slot, and their tokens, int64 `[n]`; and the groups.
+        The pairs, in the order of slots, and their tokens, int64 `[n]`; and the groups.
     """
     slots, counts = [slot for slot, _ in rows], [len(pairs) for _, pairs in rows]
     first, last = slots[0], slots[-1] + 1
@@ -87,12 +92,19 @@ def plan_groups(
     sizes[np.subtract(slots, first)] = counts
     parts = pairs, pairs // active, np.repeat(slots, counts), sizes.cumsum()
     plan = upload(torch.from_numpy(np.concatenate(parts)))
-    chosen, tokens, owner, ends = plan.split([len(part) for part in parts])
-    return chosen, tokens, Groups(slice(first, last), ends.to(torch.int32), owner)
+    ordered, tokens, row_slots, ends = plan.split([len(part) for part in parts])
+    return ordered, tokens, Groups(slice(first, last), ends.to(torch.int32), row_slots)
 
 
 def apply_experts(module: Any, stacks: dict[str, Tensor], x: Tensor, groups: Groups) -> Tensor:
-    """Several experts, each on its own rows of `[n, D]`, by the module's layout attributes."""
+    """The outputs `[n, D]` of several experts for their rows `[n, D]`, by the module's layout attributes.
+
+    Args:
+        module: the experts module.
+        stacks: all slots as parameters `[C, ..]`, by name.
+        x: rows in the order of slots.
+        groups: of `plan_groups`.
+    """
     up = "gate_up_proj" if module.has_gate else "up_proj"
     x = _project(module, stacks, up, x, groups)
     x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
@@ -105,4 +117,4 @@ def _project(module: Any, stacks: dict[str, Tensor], name: str, x: Tensor, group
     if not module.is_transposed:
         weight = weight.transpose(-2, -1)
     x = F.grouped_mm(x.to(weight.dtype), weight, offs=groups.ends)
-    return x.add_(stacks[f"{name}_bias"][groups.owner]) if module.has_bias else x
+    return x.add_(stacks[f"{name}_bias"][groups.row_slots]) if module.has_bias else x

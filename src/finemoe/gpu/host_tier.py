@@ -1,6 +1,6 @@
-"""The host tier: experts in pinned memory, as the devices want them, between the disk and the devices' slots.
+"""The host tier: a pinned cache of experts in host memory, between the disk and the devices' slots.
 
-It has a budget of its own. An expert that a device holds may be here too: nothing is ever written back.
+It has a budget of its own. It may also hold experts that a device holds: weights are never written back.
 """
 
 from __future__ import annotations
@@ -15,22 +15,26 @@ from finemoe.gpu.device import Device
 from finemoe.store.slot_pool import RamSlotPool
 from finemoe.types import ExpertId
 
-_CANDIDATES = 64  # to go: to rank thousands would take as long as to read one
-Rank = Callable[[ExpertId], float]
+_MAX_CANDIDATES = 64  # for eviction: ranking thousands would take as long as reading an expert
+Priority = Callable[[ExpertId], float]
 
 
 class HostTier:
-    """Experts in pinned host memory. Not safe for threads: used under the lock of its link.
+    """Experts in pinned host memory. Not thread-safe: used under the copier's lock.
+
+    Eviction: of the `_MAX_CANDIDATES` least recently used experts that are not being copied, the one with the lowest
+    priority.
 
     Args:
-        experts: all of them, in the order in which they are to fill the memory.
+        experts: all of them, in the order in which free slots are filled.
         slots: how many of them fit.
-        slot_bytes: size of each.
-        devices: that copy out of it.
-        rank: what an expert is worth to the policy: of those asked for longest ago, the lowest goes.
+        slot_bytes: size of each slot.
+        devices: the devices that copy from it.
+        priority: an expert's retention priority; higher is kept longer.
 
     Raises:
-        BudgetError: the machine has not this much memory, or may not pin it; the message names the flag.
+        BudgetError: the machine does not have this much memory, or does not allow pinning it; the message names the
+            flag.
     """
 
     def __init__(
@@ -39,13 +43,13 @@ class HostTier:
         slots: int,
         slot_bytes: int,
         devices: Sequence[Device],
-        rank: Rank = lambda _: 0.0,
+        priority: Priority = lambda _: 0.0,
     ) -> None:
         self.pool = RamSlotPool(slots, slot_bytes, "--host-memory")
-        self.rank = rank
+        self.priority = priority
         self._devices = devices
         self._absent = dict.fromkeys(experts)
-        self._ready: dict[ExpertId, int] = {}  # how often it is being copied; the one asked for longest ago first
+        self._ready: dict[ExpertId, int] = {}  # number of users; least recently used first
         try:
             devices[0].pin(self.pool.memory)
         except MemoryError as error:
@@ -59,30 +63,38 @@ class HostTier:
     def resident(self) -> int:
         return len(self._ready)
 
+    @property
+    def free_slots(self) -> int:
+        return self.pool.free
+
     def holds(self, expert: ExpertId) -> bool:
-        """Whether its bytes are here, ready."""
+        """Whether the expert is ready."""
         return expert in self._ready
 
-    def take(self, expert: ExpertId) -> Tensor | None:
-        """The bytes of an expert, uint8 `[slot_bytes]`, which stay until `release`; `None` if it is not here."""
+    def acquire(self, expert: ExpertId) -> Tensor | None:
+        """The bytes of an expert, uint8 `[slot_bytes]`, kept until `release`; `None` if it is not ready."""
         if expert not in self._ready:
             return None
         self._ready[expert] = self._ready.pop(expert) + 1
         return self.pool.bytes_of(self.pool.pin(expert))
 
     def release(self, expert: ExpertId) -> None:
+        """Undo one `acquire`."""
         self._ready[expert] -= 1
         self.pool.unpin(expert)
 
     def reserve(self, expert: ExpertId) -> memoryview | None:
-        """Room to read an expert into, until `landed` or `failed`; `None` while all others are in use."""
+        """A slot to read an expert into, until `landed` or `failed`; evicts one if no slot is free.
+
+        `None` if all others are in use.
+        """
         victim = None
-        if not self.spare:
-            idle = (each for each, copies in self._ready.items() if not copies)
-            oldest = tuple(islice(idle, _CANDIDATES))
-            if not oldest:
+        if not self.free_slots:
+            unused = (each for each, users in self._ready.items() if not users)
+            candidates = tuple(islice(unused, _MAX_CANDIDATES))
+            if not candidates:
                 return None
-            victim = min(oldest, key=self.rank)
+            victim = min(candidates, key=self.priority)
             del self._ready[victim]
             self._absent[victim] = None
         slot = self.pool.reserve(expert, victim)
@@ -90,7 +102,7 @@ class HostTier:
         return self.pool.writable(slot)
 
     def loading(self, expert: ExpertId) -> Tensor:
-        """The bytes of an expert that were read and not reported as `landed` yet."""
+        """The bytes of an expert between `reserve` and `landed`."""
         return self.pool.bytes_of(self.pool.slot_of(expert))
 
     def landed(self, expert: ExpertId) -> None:
@@ -101,17 +113,12 @@ class HostTier:
         self.pool.failed(expert)
         self._absent[expert] = None
 
-    @property
-    def spare(self) -> int:
-        """Slots that were never filled, or lost their expert to a failed read."""
-        return self.pool.free
-
     def next_absent(self) -> ExpertId | None:
-        """What to fill a spare slot with."""
-        return next(iter(self._absent), None) if self.spare else None
+        """The expert to read into a free slot; `None` if there is no free slot, or all experts are here."""
+        return next(iter(self._absent), None) if self.free_slots else None
 
     def close(self) -> None:
-        """Give the memory back. Nothing must be copying out of it or reading into it."""
+        """Free the memory. No copy from it or read into it may be in progress."""
         self._devices[0].unpin(self.pool.memory)
         self._ready.clear()
         self.pool.close()

@@ -1,4 +1,4 @@
-"""A model on devices: its tiers, from the disk by way of pinned host memory to slots on GPUs."""
+"""Builds a model's memory tiers on devices at load (disk, pinned host memory, device slots); chooses its kernel."""
 
 from __future__ import annotations
 
@@ -20,87 +20,75 @@ from finemoe.engine.expert_layer import ExpertLayer, Kernel, Views, field_views
 from finemoe.errors import BudgetError, ConfigError, InvariantError
 from finemoe.gpu.copier import HostToDeviceCopier
 from finemoe.gpu.copy_queue import CopyPiece
+from finemoe.gpu.counters import DeviceHitCounter, StallCounter
 from finemoe.gpu.device import Device
-from finemoe.gpu.expert_layer import DeviceExpertLayer, Touched, agrees
+from finemoe.gpu.expert_layer import DeviceExpertLayer, grouped_is_exact
 from finemoe.gpu.host_tier import HostTier
-from finemoe.gpu.hybrid_cpu import HostCompute, measure
-from finemoe.gpu.slot_pool import DeviceSlotPool, Stalls
+from finemoe.gpu.hybrid_cpu import HostCompute, measure_costs
+from finemoe.gpu.slot_pool import DeviceSlotPool
 from finemoe.metrics import Counters
 from finemoe.store import DiskStore
 from finemoe.store.reader import ReaderThreads
 from finemoe.system import available_bytes
 from finemoe.types import ExpertId
 
-HOST_SHARE = 0.8  # of the available memory, at most, where --host-memory is not given
-ALIGN_BYTES = 256  # of a parameter in a slot: what torch's allocator gives on a GPU, and kernels are chosen by
-LEAST_SLOTS = 2  # of a device: one is computed while one comes in
+HOST_SHARE = 0.8  # of the available memory, at most, without --host-memory
+ALIGN_BYTES = 256  # of a parameter in a slot, as torch's allocator aligns on a GPU: kernels are chosen by alignment
+MIN_SLOTS = 2  # per device: one is computed while the other is copied to
 Dtypes = dict[str, torch.dtype]
 
 
-def arranged(layout: LayerLayout, dtypes: Dtypes) -> LayerLayout:
-    """How an expert lies in a device's slot: every parameter as the module wants it, none to be restored on use."""
-    end, fields, offsets = 0, [], []
-    for field in layout.fields:
-        dtype = dtypes[field.name]
-        length = int(torch.Size(field.shape).numel()) * dtype.itemsize
-        plain = {"stored_shape": field.shape, "dtype": dtype, "length_bytes": length}
-        fields.append(replace(field, transposed=False, order=None, **plain))  # type: ignore[arg-type] # by name
-        offsets.append(round_up(end, ALIGN_BYTES))
-        end = offsets[-1] + length
-    everyone = (tuple(offsets),) * layout.experts
-    return replace(layout, fields=tuple(fields), offsets_bytes=everyone, length_bytes=end)
-
-
-def arrange(raw: Tensor, expert: int, stored: LayerLayout, wanted: LayerLayout) -> None:
-    """Turns one expert's bytes, as the checkpoint has them, into those of a device's slot. In place."""
-    views = field_views(raw, stored.fields, stored.offsets_bytes[expert])
-    pairs = zip(stored.fields, wanted.fields, strict=True)
-    made = [f.restore(views[f.name]).to(w.dtype).clone(memory_format=torch.contiguous_format) for f, w in pairs]
-    for field, begin, value in zip(wanted.fields, wanted.offsets_bytes[expert], made, strict=True):
-        raw[begin : begin + field.length_bytes] = value.reshape(-1).view(torch.uint8)
-
-
-class Tiers:
-    """Where the experts of one model are, and the way between.
+class DeviceTiers:
+    """The memory tiers of one model on devices, in the order of a load: `allocate`, `make_copier`, `make_layer`.
 
     Args:
-        devices: that have the slots; the dense part is on the first.
-        catalog: the experts as the checkpoint has them.
+        devices: the devices that have the slots; the dense weights are on the first.
+        expert_index: of the checkpoint.
         dtypes: of each MoE layer's parameters, by name.
+
+    Attributes:
+        layouts: of an expert's parameters in a device's slot, for each MoE layer.
     """
 
     def __init__(self, devices: Sequence[Device], expert_index: ExpertIndex, dtypes: Sequence[Dtypes]) -> None:
         self.devices = devices
-        self._expert_index = expert_index
-        self.layouts = tuple(arranged(layout, own) for layout, own in zip(expert_index.layouts, dtypes, strict=True))
+        self.layouts = tuple(
+            device_layout(layout, own) for layout, own in zip(expert_index.layouts, dtypes, strict=True)
+        )
         largest = max(layout.length_bytes for layout in self.layouts)
         self.slot_bytes = round_up(largest, PAGE_BYTES if largest >= PLACED_BYTES else ALIGN_BYTES)
-        self._host_slot_bytes = max(self.slot_bytes, expert_index.slot_bytes)  # read in one form, kept in the other
-        self._as_stored = all(map(_same, expert_index.layouts, self.layouts))  # but for its place
-        self._most = max(layout.experts for layout in self.layouts)
         self.host_slots = 0
-        self._host_compute: HostCompute | None = None
         self.pool: DeviceSlotPool | None = None
-        self.link: HostToDeviceCopier | None = None
-        self.stalls, self.touched = Stalls(Counters()), Touched(Counters())
-        self._firsts: tuple[int, ...] | None = None  # slots of each layer's expert 0, where all experts have one
+        self.copier: HostToDeviceCopier | None = None
+        self._expert_index = expert_index
+        # read in the checkpoint's layout, then converted in place
+        self._host_slot_bytes = max(self.slot_bytes, expert_index.slot_bytes)
+        self._as_stored = all(map(_differ_only_in_offsets, expert_index.layouts, self.layouts))
+        self._max_experts = max(layout.experts for layout in self.layouts)
+        self._host_compute: HostCompute | None = None
+        self._stalls, self._hits = StallCounter(Counters()), DeviceHitCounter(Counters())
+        self._first_slots: tuple[int, ...] | None = None  # of each layer's expert 0, if every expert has its own slot
 
-    def allocate(self, slots: int, least: int, dense_bytes: int, host_memory: str | None) -> DeviceSlotPool:
-        """The slots on the devices; refuses a host tier that the machine can't have before anything is read.
+    @property
+    def host_memory_bytes(self) -> int:
+        return self.host_slots * self._host_slot_bytes
+
+    def allocate(self, slots: int, min_host_slots: int, dense_bytes: int, host_memory: str | None) -> DeviceSlotPool:
+        """Allocates the slots on the devices, and checks the host tier's size before anything is read.
 
         Args:
             slots: on all devices together.
-            least: slots that a step needs.
-            dense_bytes: of the rest of the model.
-            host_memory: as the user gave it.
+            min_host_slots: experts that one step of the model needs.
+            dense_bytes: of the dense weights.
+            host_memory: as given by the user.
 
         Raises:
-            BudgetError: too much, or too little; the message names the flag.
+            BudgetError: too much or too little memory; the message names the flag.
         """
-        if slots < (few := len(self.devices) * LEAST_SLOTS):
+        if slots < (least := len(self.devices) * MIN_SLOTS):
             raise BudgetError(
-                f"--expert-memory: {slots} experts on {len(self.devices)} devices; at least {few} are needed, "
-                f"{format_bytes(few * self.slot_bytes)}"
+                f"--expert-memory: {slots} experts on {len(self.devices)} devices; at least {least} are needed, "
+                f"{format_bytes(least * self.slot_bytes)}"
             )
         first, own = self.devices[0], -(-slots // len(self.devices)) * self.slot_bytes
         if own + dense_bytes > first.available_bytes():
@@ -109,98 +97,107 @@ class Tiers:
                 f"not fit on {first.torch_device}, where {format_bytes(first.available_bytes())} are available; give a "
                 "smaller budget"
             )
-        self.host_slots = self._count_host_slots(least, dense_bytes, host_memory)
-        every = slots == self._expert_index.experts and len(self.devices) == 1
-        self._firsts = tuple(accumulate((layout.experts for layout in self.layouts), initial=0)) if every else None
-        self.pool = DeviceSlotPool(self.devices, slots, self.slot_bytes, self.home, self._own if every else None)
+        self.host_slots = self._count_host_slots(min_host_slots, dense_bytes, host_memory)
+        all_fit = slots == self._expert_index.experts and len(self.devices) == 1
+        first_slots = tuple(accumulate((layout.experts for layout in self.layouts), initial=0))
+        self._first_slots = first_slots if all_fit else None
+        self.pool = DeviceSlotPool(
+            self.devices, slots, self.slot_bytes, self._device_of, self._fixed_slot if all_fit else None
+        )
         return self.pool
 
-    def _own(self, expert: ExpertId) -> int:
-        assert self._firsts is not None
-        return self._firsts[expert.layer] + expert.expert
-
-    @property
-    def host_memory_bytes(self) -> int:
-        return self.host_slots * self._host_slot_bytes
-
-    def home(self, expert: ExpertId) -> int:
-        """The device that an expert lives on: round-robin, as the controller has it."""
-        return (expert.layer * self._most + expert.expert) % len(self.devices)
-
-    def connect(self, store: DiskStore, threads: int) -> HostToDeviceCopier:
-        """The host tier, and the link over it."""
+    def make_copier(self, store: DiskStore, threads: int) -> HostToDeviceCopier:
+        """The host tier, reader threads that fill it, and the copier from it to the devices."""
         experts = [ExpertId(layer, e) for layer, layout in enumerate(self.layouts) for e in range(layout.experts)]
         host = HostTier(experts, self.host_slots, self._host_slot_bytes, self.devices)
         readers = ReaderThreads(store, threads, prefetch_threads=threads)  # nothing else needs the cores
-        self.link = HostToDeviceCopier(
-            host, readers, self.devices, self.pieces, None if self._as_stored else self._arrange
-        )
-        return self.link
+        convert = None if self._as_stored else self._convert
+        self.copier = HostToDeviceCopier(host, readers, self.devices, self._pieces, convert)
+        return self.copier
 
-    def help_out(self, layers: Sequence[ExpertLayer], modules: Sequence[Any], dtype: torch.dtype) -> None:
-        """Let the host compute what misses where that is faster. Not for modules with weights that experts share."""
-        assert self.link is not None
-        able = [pair for pair in zip(layers, modules, strict=True) if _computes_anywhere(*pair)]
+    def make_layer(
+        self, engine: Engine, lock: threading.RLock, layer: int, dtypes: Dtypes, views: Views
+    ) -> DeviceExpertLayer:
+        """The handle of an experts module."""
+        assert self.pool is not None
+        layout = self.layouts[layer]
+        made = DeviceExpertLayer(
+            engine, lock, layer, layout, dtypes, self.pool, stalls=self._stalls, hits=self._hits, views=views
+        )
+        made.first_slot = None if self._first_slots is None else self._first_slots[layer]
+        return made
+
+    def enable_host_compute(self, layers: Sequence[ExpertLayer], modules: Sequence[Any], dtype: torch.dtype) -> None:
+        """Measures the costs of `--host-compute auto`, and enables it for all layers that can be computed on the host.
+
+        Args:
+            layers: made by `make_layer`.
+            modules: their experts modules.
+            dtype: of hidden states.
+        """
+        assert self.copier is not None
+        able = [pair for pair in zip(layers, modules, strict=True) if _runs_on_host(*pair)]
         if not able:
             return
         layer, module = able[0]
         first = ExpertId(layer.layer, 0)
         up = next(f for f in self.layouts[layer.layer].fields if f.name in {"gate_up_proj", "up_proj"})
         x = torch.zeros(1, up.shape[0] if module.is_transposed else up.shape[-1], dtype=dtype)
-        costs = measure(self.devices[0], module, lambda raw: self.host_views(first, raw), self._host_slot_bytes, x)
-        self._host_compute = HostCompute(self.link, self.host_views, costs)
+        costs = measure_costs(
+            self.devices[0], module, lambda raw: self._host_views(first, raw), self._host_slot_bytes, x
+        )
+        self._host_compute = HostCompute(self.copier, self._host_views, costs)
         for layer, _ in able:
             assert isinstance(layer, DeviceExpertLayer)
-            layer.host = self._host_compute
+            layer.host_compute = self._host_compute
 
-    def host_views(self, expert: ExpertId, raw: Tensor) -> dict[str, Tensor]:
-        """An expert's parameters as the module wants them, out of its bytes in the host tier. Shared, not copied."""
-        wanted = self.layouts[expert.layer]
-        kept = self._expert_index.layouts[expert.layer] if self._as_stored else wanted
-        return field_views(raw, wanted.fields, kept.offsets_bytes[expert.expert])
+    def attach_engine(self, engine: Engine) -> None:
+        """From now on counts into this engine's counters, and evicts from the host tier by its policy's priorities."""
+        assert self.copier is not None
+        retention_priority = engine.cache_manager.policy.retention_priority
+        self.copier.host.priority = lambda expert: float(retention_priority[expert])
+        if self._first_slots is not None:  # all experts fit
+            engine.preload([ExpertId(n, e) for n, layout in enumerate(self.layouts) for e in range(layout.experts)])
+        self._stalls.reset()
+        self._stalls.counters = self._hits.counters = engine.counters
+
+    def collect_counters(self) -> None:
+        """Adds what the devices have counted to the engine's counters. Waits for the devices."""
+        self._stalls.collect(wait=True)
+        self._hits.collect()
 
     def close(self) -> None:
-        """End what is not closed with the link."""
+        """Ends the host's compute thread. The host tier is closed by the copier."""
         if self._host_compute is not None:
             self._host_compute.close()
 
-    def follow(self, engine: Engine) -> None:
-        """From now on this engine serves: its counters tell of stalls, its policy what the host tier keeps."""
-        assert self.link is not None
-        retention_priority = engine.cache_manager.policy.retention_priority
-        self.link.host.rank = lambda expert: float(retention_priority[expert])
-        if self._firsts is not None:  # there is room for all
-            engine.preload([ExpertId(n, e) for n, layout in enumerate(self.layouts) for e in range(layout.experts)])
-        self.stalls.drop()
-        self.stalls.counters = self.touched.counters = engine.counters
+    def _device_of(self, expert: ExpertId) -> int:
+        """Round-robin, as in the cache manager."""
+        return (expert.layer * self._max_experts + expert.expert) % len(self.devices)
 
-    def settle(self) -> None:
-        """Count what devices did and the host has not heard of yet. Waits for them."""
-        self.stalls.settle(wait=True)
-        self.touched.settle()
+    def _fixed_slot(self, expert: ExpertId) -> int:
+        assert self._first_slots is not None
+        return self._first_slots[expert.layer] + expert.expert
 
-    def layer(
-        self, engine: Engine, lock: threading.RLock, layer: int, dtypes: Dtypes, views: Views
-    ) -> DeviceExpertLayer:
-        """A handle for an experts module."""
-        assert self.pool is not None
-        layout = self.layouts[layer]
-        handle = DeviceExpertLayer(
-            engine, lock, layer, layout, dtypes, self.pool, stalls=self.stalls, touched=self.touched, views=views
-        )
-        handle.first = None if self._firsts is None else self._firsts[layer]
-        return handle
+    def _host_layout(self, layer: int) -> LayerLayout:
+        """The layout of experts in the host tier."""
+        return self._expert_index.layouts[layer] if self._as_stored else self.layouts[layer]
 
-    def pieces(self, expert: ExpertId) -> list[CopyPiece]:
-        """Where an expert's parameters lie in a slot of the host tier, and where in one of a device."""
-        wanted = self.layouts[expert.layer]
-        kept = self._expert_index.layouts[expert.layer] if self._as_stored else wanted
-        sources, targets = kept.offsets_bytes[expert.expert], wanted.offsets_bytes[expert.expert]
-        lengths = [field.length_bytes for field in wanted.fields]
+    def _host_views(self, expert: ExpertId, raw: Tensor) -> dict[str, Tensor]:
+        """An expert's parameters as the module takes them, as views of its bytes in the host tier."""
+        offsets_bytes = self._host_layout(expert.layer).offsets_bytes[expert.expert]
+        return field_views(raw, self.layouts[expert.layer].fields, offsets_bytes)
+
+    def _pieces(self, expert: ExpertId) -> list[CopyPiece]:
+        """Where an expert's parameters are in a slot of the host tier, and in a slot of a device."""
+        layout = self.layouts[expert.layer]
+        sources = self._host_layout(expert.layer).offsets_bytes[expert.expert]
+        targets = layout.offsets_bytes[expert.expert]
+        lengths = [field.length_bytes for field in layout.fields]
         return [CopyPiece(*piece) for piece in zip(sources, targets, lengths, strict=True)]
 
-    def _arrange(self, expert: ExpertId, raw: Tensor) -> None:
-        arrange(raw, expert.expert, self._expert_index.layouts[expert.layer], self.layouts[expert.layer])
+    def _convert(self, expert: ExpertId, raw: Tensor) -> None:
+        convert_expert(raw, expert.expert, self._expert_index.layouts[expert.layer], self.layouts[expert.layer])
 
     def _count_host_slots(self, least: int, dense_bytes: int, host_memory: str | None) -> int:
         experts = self._expert_index.experts
@@ -217,10 +214,10 @@ class Tiers:
         return slots
 
 
-class DeviceReader:
-    """The slow plain twin of the way to a device, for debug runs."""
+class DeviceVerifier:
+    """`--verify` on devices: reads every loaded expert a second time, and compares it with its slot. Slow."""
 
-    def __init__(self, tiers: Tiers, expert_index: ExpertIndex, files: Sequence[Path]) -> None:
+    def __init__(self, tiers: DeviceTiers, expert_index: ExpertIndex, files: Sequence[Path]) -> None:
         self._tiers = tiers
         self._expert_index = expert_index
         self._files = tuple(files)
@@ -232,49 +229,84 @@ class DeviceReader:
         if (arrival := pool.arrival(slot)) is not None:
             arrival.end.wait()
         raw = torch.zeros(max(self._tiers.slot_bytes, self._expert_index.slot_bytes), dtype=torch.uint8)
-        for run in self._expert_index.byte_ranges(expert):
-            with self._files[run.file].open("rb") as file:
-                file.seek(run.file_offset_bytes)
-                piece = bytearray(file.read(run.length_bytes))
-            end = run.slot_offset_bytes + run.length_bytes
-            raw[run.slot_offset_bytes : end] = torch.frombuffer(piece, dtype=torch.uint8)
-        stored, wanted = self._expert_index.layouts[expert.layer], self._tiers.layouts[expert.layer]
-        arrange(raw, expert.expert, stored, wanted)
-        held = pool.bytes_of(slot).cpu()
-        for field, begin in zip(wanted.fields, wanted.offsets_bytes[expert.expert], strict=True):
+        for byte_range in self._expert_index.byte_ranges(expert):
+            with self._files[byte_range.file].open("rb") as file:
+                file.seek(byte_range.file_offset_bytes)
+                data = bytearray(file.read(byte_range.length_bytes))
+            end = byte_range.slot_offset_bytes + byte_range.length_bytes
+            raw[byte_range.slot_offset_bytes : end] = torch.frombuffer(data, dtype=torch.uint8)
+        stored, layout = self._expert_index.layouts[expert.layer], self._tiers.layouts[expert.layer]
+        convert_expert(raw, expert.expert, stored, layout)
+        loaded = pool.bytes_of(slot).cpu()
+        for field, begin in zip(layout.fields, layout.offsets_bytes[expert.expert], strict=True):
             span = slice(begin, begin + field.length_bytes)
-            if not torch.equal(raw[span], held[span]):
+            if not torch.equal(raw[span], loaded[span]):
                 raise InvariantError(
                     f"slot {slot} does not hold {expert}: its {field.name} differs from the checkpoint"
                 )
 
 
 def choose_kernel(
-    layer: DeviceExpertLayer, module: nn.Module, width: int, dtype: torch.dtype, wanted: Literal["auto"] | Kernel
+    layer: DeviceExpertLayer, module: nn.Module, width: int, dtype: torch.dtype, requested: Literal["auto"] | Kernel
 ) -> Kernel:
-    """Whose arithmetic an experts module runs with, by `--expert-kernel`.
+    """The kernel of an experts module, by `--expert-kernel`.
+
+    Args:
+        width: `D` of the module's input.
+        dtype: of the hidden states.
+        requested: the flag's value.
 
     Raises:
-        ConfigError: grouped matmuls were asked for, and can't run it.
+        ConfigError: the module's own `forward` would need several devices, or `grouped_mm` can't run it.
     """
     if layer.accumulator is None and len(layer.pool.devices) > 1:
         raise ConfigError("--device: this model's experts run by their own code, on one device; name one alone")
-    if wanted == "eager" or (wanted == "auto" and dtype != torch.bfloat16):  # the kernel's own dtype; others are slow
+    if requested == "eager" or (requested == "auto" and dtype != torch.bfloat16):  # grouped_mm is slow for others
         return "eager"
-    same = agrees(layer, module, width, dtype) if layer.accumulator is not None else None
-    if wanted == "grouped_mm" and same is None:
+    exact = grouped_is_exact(layer, module, width, dtype) if layer.accumulator is not None else None
+    if requested == "grouped_mm" and exact is None:
         raise ConfigError(
             "--expert-kernel: grouped_mm can't compute this model's experts on this device; give auto or eager"
         )
-    return "grouped_mm" if same or wanted == "grouped_mm" else "eager"
+    return "grouped_mm" if exact or requested == "grouped_mm" else "eager"
 
 
-def _computes_anywhere(layer: ExpertLayer, module: Any) -> bool:
-    """Whether all that an experts module computes with is in its experts' slots."""
+def device_layout(layout: LayerLayout, dtypes: Dtypes) -> LayerLayout:
+    """The layout of an expert in a device's slot: every parameter as the module takes it, without conversion on use."""
+    end, fields, offsets = 0, [], []
+    for field in layout.fields:
+        dtype = dtypes[field.name]
+        length = int(torch.Size(field.shape).numel()) * dtype.itemsize
+        plain = {"stored_shape": field.shape, "dtype": dtype, "length_bytes": length}
+        fields.append(replace(field, transposed=False, order=None, **plain))  # type: ignore[arg-type] # by name
+        offsets.append(round_up(end, ALIGN_BYTES))
+        end = offsets[-1] + length
+    offsets_bytes = (tuple(offsets),) * layout.experts
+    return replace(layout, fields=tuple(fields), offsets_bytes=offsets_bytes, length_bytes=end)
+
+
+def convert_expert(raw: Tensor, expert: int, stored: LayerLayout, target: LayerLayout) -> None:
+    """Converts one expert's bytes from the checkpoint's layout to a device's, in place.
+
+    Args:
+        raw: uint8, large enough for both.
+        expert: index within the layer.
+        stored: layout in the checkpoint.
+        target: layout of `device_layout`.
+    """
+    views = field_views(raw, stored.fields, stored.offsets_bytes[expert])
+    pairs = zip(stored.fields, target.fields, strict=True)
+    values = [f.restore(views[f.name]).to(t.dtype).clone(memory_format=torch.contiguous_format) for f, t in pairs]
+    for field, begin, value in zip(target.fields, target.offsets_bytes[expert], values, strict=True):
+        raw[begin : begin + field.length_bytes] = value.reshape(-1).view(torch.uint8)
+
+
+def _differ_only_in_offsets(stored: LayerLayout, target: LayerLayout) -> bool:
+    """Whether each parameter's bytes are the same in both layouts."""
+    return all(s.in_place and s.dtype == t.dtype for s, t in zip(stored.fields, target.fields, strict=True))
+
+
+def _runs_on_host(layer: ExpertLayer, module: Any) -> bool:
+    """Whether an experts module has no weights outside its experts' slots, which would be on the device."""
     own = [*module.parameters(), *module.buffers()]
     return layer.accumulator is not None and not own
-
-
-def _same(stored: LayerLayout, wanted: LayerLayout) -> bool:
-    """Whether the checkpoint's parameters are those of the device's slot, byte for byte."""
-    return all(s.in_place and s.dtype == w.dtype for s, w in zip(stored.fields, wanted.fields, strict=True))

@@ -1,14 +1,12 @@
-"""The slots of the devices: one stretch of memory on each, and for every slot what was last done with it.
+"""Expert slots on devices: one allocation per device, and the events that order reads and writes of each slot.
 
-What is in a slot is a matter of streams: a slot is handed out as soon as its copies are under way, with the event that
-tells their end (`Arrival`), and may be given away as soon as its last use was launched, with the event that tells its
-end (`after`). Whoever reads or writes lets its stream wait.
+Copies and kernels are asynchronous. A slot is ready once its copies are submitted, and may be reused once the kernels
+that read it are launched. So each slot has two events: the end of its copies (`Arrival`), which kernels that read it
+wait for, and the end of its last use, which the next copies into it wait for.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,14 +16,13 @@ from torch import Tensor
 from finemoe.config import format_bytes
 from finemoe.errors import BudgetError
 from finemoe.gpu.device import Device, Event
-from finemoe.metrics import Counters
 from finemoe.store.slot_pool import SlotPool
 from finemoe.types import ExpertId
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """An expert on its way into a slot: from before its first byte moved to after its last."""
+    """The copy of an expert into a slot: an event before its first byte, and one after its last."""
 
     start: Event
     end: Event
@@ -34,28 +31,28 @@ class Arrival:
 
 @dataclass(eq=False)
 class DeviceSlot:
-    """A slot as the link writes to it."""
+    """One slot, as `HostToDeviceCopier` writes to it."""
 
     device: int
-    into: Tensor  # uint8 [slot_bytes]
-    after: Event | None = None  # the end of its last use
-    arrival: Arrival | None = None  # of what is in it, until that has been waited for
+    memory: Tensor  # uint8 [slot_bytes]
+    last_use: Event | None = None  # end of the kernels that read it last
+    arrival: Arrival | None = None  # None: no kernel has to wait
 
 
-def share_out(slots: int, devices: int) -> tuple[int, ...]:
-    """Slots of each device: as the controller spreads its capacity."""
+def slots_per_device(slots: int, devices: int) -> tuple[int, ...]:
+    """Splits `slots` over devices, as the cache manager splits its capacity."""
     return tuple((slots + devices - 1 - i) // devices for i in range(devices))
 
 
 class DeviceSlotPool(SlotPool):
-    """Slots for experts on devices, experts spread over them round-robin.
+    """A slot pool in the memory of devices, with experts spread over them round-robin.
 
     Args:
-        devices: where.
-        slots: `C`, on all of them together.
-        slot_bytes: size of each.
-        home: the device that an expert lives on.
-        own: the one slot that an expert may have, where there is one for each.
+        devices: one allocation is made on each.
+        slots: `C`, in total.
+        slot_bytes: size of each slot.
+        device_of: number of the device that holds an expert.
+        fixed_slot: the slot of each expert, where every expert has a slot of its own.
 
     Raises:
         BudgetError: a device does not have this much memory; the message names the flag.
@@ -66,15 +63,15 @@ class DeviceSlotPool(SlotPool):
         devices: Sequence[Device],
         slots: int,
         slot_bytes: int,
-        home: Callable[[ExpertId], int] = lambda _: 0,
-        own: Callable[[ExpertId], int] | None = None,
+        device_of: Callable[[ExpertId], int] = lambda _: 0,
+        fixed_slot: Callable[[ExpertId], int] | None = None,
     ) -> None:
-        counts = share_out(slots, len(devices))
-        super().__init__(counts, slot_bytes, home, own)
-        self.epoch = 0  # how often it was emptied
+        counts = slots_per_device(slots, len(devices))
+        super().__init__(counts, slot_bytes, device_of, fixed_slot)
+        self.epoch = 0  # number of `clear`s
         self.devices = tuple(devices)
         self.memory: list[Tensor] = []  # uint8 [slots, slot_bytes] of each device
-        self._places: list[DeviceSlot] = []
+        self._device_slots: list[DeviceSlot] = []
         for index, (device, count) in enumerate(zip(devices, counts, strict=True)):
             size_bytes, available = count * slot_bytes, device.available_bytes()
             too_much = BudgetError(
@@ -88,94 +85,49 @@ class DeviceSlotPool(SlotPool):
             except MemoryError as error:
                 raise too_much from error
             self.memory.append(memory)
-            self._places += [DeviceSlot(index, row) for row in memory.unbind(0)]
+            self._device_slots += [DeviceSlot(index, row) for row in memory.unbind(0)]
 
-    def device_of(self, slot: int) -> int:
-        return self._places[slot].device
+    def device_of_slot(self, slot: int) -> int:
+        return self._device_slots[slot].device
 
     def bytes_of(self, slot: int) -> Tensor:
-        """The slot's bytes: uint8 `[slot_bytes]` on its device, shared, not copied."""
-        return self._places[slot].into
+        """The slot's bytes: uint8 `[slot_bytes]` on its device. A view, not a copy."""
+        return self._device_slots[slot].memory
 
     def writable(self, slot: int) -> DeviceSlot:
-        """The slot, for a link to copy into."""
-        place = self._places[slot]
-        place.arrival = None
-        return place
+        """The slot, to copy an expert into."""
+        device_slot = self._device_slots[slot]
+        device_slot.arrival = None
+        return device_slot
 
     def arrival(self, slot: int) -> Arrival | None:
-        """What the slot's readers have to wait for still; `None` once that was waited for."""
-        return self._places[slot].arrival
+        """What kernels that read the slot have to wait for; `None` after `clear_arrival`."""
+        return self._device_slots[slot].arrival
 
     def has_arrived(self, slot: int) -> bool:
-        arrival = self._places[slot].arrival
+        arrival = self._device_slots[slot].arrival
         return arrival is None or arrival.end.done()
 
-    def arrived(self, slot: int) -> None:
-        """All readers from now on come after the slot's arrival."""
-        self._places[slot].arrival = None
+    def clear_arrival(self, slot: int) -> None:
+        """All kernels launched from now on run after the slot's arrival."""
+        self._device_slots[slot].arrival = None
 
-    def used(self, slot: int, end: Event) -> None:
-        """Nothing may be written to the slot before `end`."""
-        self._places[slot].after = end
+    def record_use(self, slot: int, end: Event) -> None:
+        """The next copies into the slot wait for `end`."""
+        self._device_slots[slot].last_use = end
 
     def clear(self) -> None:
-        """Forget everything. What the calling thread has launched may go on reading: new bytes come after it."""
+        """Free all slots. Kernels that the calling thread has launched may still read them: later copies wait."""
         super().clear()
         self.epoch += 1
-        ends = [device.mark_compute() for device in self.devices]
-        for place in self._places:
-            place.arrival = None
-            place.after = ends[place.device]
+        ends = [device.record_compute() for device in self.devices]
+        for device_slot in self._device_slots:
+            device_slot.arrival = None
+            device_slot.last_use = ends[device_slot.device]
 
     def close(self) -> None:
-        """Give the memory back as soon as no view of it is left. Nothing must be using it."""
+        """Free the memory once no view of it is left. No copy or kernel may be using it."""
         super().clear()
         self._free = [[] for _ in self._free]
-        self._places.clear()
+        self._device_slots.clear()
         self.memory = [torch.empty(0, dtype=torch.uint8) for _ in self.memory]
-
-
-class Stalls:
-    """Adds to the counters what a device's compute stream waited for, once it has.
-
-    The model's thread notes and settles; whoever asks for statistics settles too, from any thread.
-
-    Args:
-        counters: of the engine.
-    """
-
-    def __init__(self, counters: Counters) -> None:
-        self.counters = counters
-        self._lock = threading.Lock()  # never held while waiting for a device
-        self._open: deque[tuple[Event, Arrival]] = deque()
-
-    def note(self, free: Event, arrival: Arrival) -> None:
-        """A device that had nothing to compute from `free` on was told to wait for `arrival`."""
-        self._open.append((free, arrival))
-
-    def settle(self, *, wait: bool = False) -> None:
-        """Count what is over by now; with `wait`, what is under way too."""
-        while (noted := self._next(wait=wait)) is not None:
-            free, arrival = noted
-            if wait:
-                free.wait()
-                arrival.end.wait()
-            stall_s = arrival.end.since_s(free)
-            if stall_s > 0:
-                moving_s = arrival.end.since_s(arrival.start)
-                with self._lock:
-                    self.counters.stall_s += stall_s
-                    self.counters.stalled_bytes += int(arrival.length_bytes * min(1.0, stall_s / max(moving_s, 1e-9)))
-
-    def _next(self, *, wait: bool) -> tuple[Event, Arrival] | None:
-        """Takes out the oldest note, unless it is not over and that is not to be waited for."""
-        with self._lock:
-            if not self._open:
-                return None
-            free, arrival = self._open[0]
-            return self._open.popleft() if wait or (free.done() and arrival.end.done()) else None
-
-    def drop(self) -> None:
-        """Forget what was not counted yet."""
-        self._open.clear()

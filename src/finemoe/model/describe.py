@@ -1,4 +1,4 @@
-"""What a model is made of, from its config and its checkpoint's headers alone. Reads no weights, downloads none."""
+"""Sizes of a model from its config and its checkpoint's headers alone: no weights are read or downloaded."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Description:
     """A model's sizes."""
 
     name: str
-    kind: str  # class of the model
+    kind: str  # name of the model's class
     expert_index: ExpertIndex
-    dense_bytes: int  # everything in memory that is not a slot for experts
-    active: int  # K
-    least_slots: int  # the smallest pool that a load accepts
-    lossy: bool = False  # experts as a copy in fewer bits
+    dense_bytes: int  # memory besides the expert pool
+    active: int  # K, experts per token
+    least_slots: int  # the smallest pool that a load accepts, in experts
+    lossy: bool = False  # whether experts are a copy in fewer bits
 
     @property
     def layers(self) -> int:
@@ -56,10 +56,10 @@ def _describe_gguf(model: str, revision: str | None) -> Description:
 def describe(
     model: str, revision: str | None = None, *, trust_remote_code: bool = False, expert_dtype: str = "stored"
 ) -> Description:
-    """Describe a folder or a hub model; of the latter, only the config and the headers are fetched.
+    """Describes a folder or a hub model; of a hub model, only the config and the headers are fetched.
 
     Raises:
-        CheckpointError, ConfigError, UnsupportedModelError: as `load` would, where headers are enough to tell.
+        CheckpointError, ConfigError, UnsupportedModelError: as `load` would, if the headers show the fault.
     """
     if is_gguf(model):
         refuse_settings(LoadConfig(model, trust_remote_code=trust_remote_code, expert_dtype=expert_dtype))
@@ -74,7 +74,7 @@ def describe(
     conversions = get_model_conversion_mapping(empty, hf_quantizer=quantizer_of(config))
     dense, expert_index = read_expert_index(empty, modules, headers, conversions)
     if (scheme := SCHEMES.get(expert_dtype)) is not None:
-        expert_index = ExpertCopy(expert_index, scheme, folder).expert_index  # nothing is written
+        expert_index = ExpertCopy(expert_index, scheme, folder).expert_index  # writes nothing
     dense_bytes = restored_bytes((headers[key] for key in dense), empty.dtype)
     active = active_experts(config)
     return Description(

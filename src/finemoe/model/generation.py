@@ -1,4 +1,4 @@
-"""Talks to a loaded model: a prompt or a conversation in, streamed text and its timings out."""
+"""Text generation with a loaded model: tokenizes a prompt or conversation, streams the answer, and times it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finemoe.model.reply import Reply, fitting_tokens
 
 
 class _Stream(TextStreamer):
-    """Hands on text as it becomes printable, and remembers when each token came."""
+    """Calls back with text as it becomes printable, and records the time of each token."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None], on_token: Callable[[], None]
@@ -30,42 +30,42 @@ class _Stream(TextStreamer):
         self.times_s: list[float] = []
         self._on_text = on_text
         self._on_token = on_token
-        self._prompt = True
+        self._is_prompt = True  # `generate` puts the prompt first
 
     def put(self, value: torch.Tensor) -> None:
-        if not self._prompt:
+        if not self._is_prompt:
             self.times_s.append(time.perf_counter())
             self._on_token()
-        self._prompt = False
+        self._is_prompt = False
         super().put(value)  # type: ignore[no-untyped-call]
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002 - theirs
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002
         if text:
             self._on_text(text)
 
 
-class _Finite(LogitsProcessor):
-    """Changes nothing; raises `CheckpointError` where no token can be chosen: NaN has no greatest and no likeliest."""
+class _FiniteLogits(LogitsProcessor):
+    """Returns logits unchanged; raises `CheckpointError` if no token can be chosen from them (NaN, or all `-inf`)."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - theirs
-        if not bool(torch.isfinite(scores.amax(dim=-1)).all()):  # single tokens may be ruled out by -inf
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - transformers' signature
+        if not bool(torch.isfinite(scores.amax(dim=-1)).all()):  # single tokens may be masked by -inf
             raise CheckpointError(
                 f"{self._name}: the model's logits are not finite; the checkpoint is damaged (fetch it again), or "
-                "--dtype does not suit it (give another)"
+                "its values overflow --dtype (give another)"
             )
         return scores
 
 
 def finite_logits(model: Any) -> LogitsProcessorList:
-    """For `generate`: ends an answer with `CheckpointError` where its logits are not finite, as a damaged model's."""
-    return LogitsProcessorList([_Finite(model.finemoe.checkpoint.name)])
+    """A logits processor for `generate` that raises `CheckpointError` if logits are not finite (a damaged model)."""
+    return LogitsProcessorList([_FiniteLogits(model.finemoe.checkpoint.name)])
 
 
 def sampling_options(config: GenerateConfig) -> dict[str, Any]:
-    """What `generate` is to be told: greedy unless there is a temperature, whatever the model's own defaults are."""
+    """Arguments of `generate`: greedy at temperature 0, else sampling; overrides the model's own defaults."""
     for name in ("frequency_penalty", "presence_penalty"):
         if getattr(config, name):
             raise ConfigError(f"--{name.replace('_', '-')}: transformers has none; give --repetition-penalty")
@@ -81,7 +81,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model's folder.
 
     Raises:
-        CheckpointError: there is none that can be used.
+        CheckpointError: it has none, or transformers can't load it.
     """
     try:
         return AutoTokenizer.from_pretrained(folder)
@@ -90,11 +90,16 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def encode(tokenizer: Any, prompt: str | Sequence[dict[str, str]], *, raw: bool = False) -> torch.Tensor:
-    """Token ids `[1, T]` of a conversation, or of a prompt: one user turn where there is a chat template.
+    """Token ids `[1, T]` of a conversation or a prompt. With a chat template, a prompt is one user turn.
+
+    Args:
+        tokenizer: transformers' own.
+        prompt: text, or the turns of a conversation (`role`, `content`).
+        raw: encode text without the chat template.
 
     Raises:
-        CheckpointError: the chat template is broken, or refuses the conversation; or there is none for it.
-        ConfigError: what is asked is no text.
+        CheckpointError: the chat template fails, or is missing for a conversation.
+        ConfigError: the prompt is not valid text.
     """
     refuse_undecodable(prompt if isinstance(prompt, str) else prompt[-1]["content"], "PROMPT")
     if not isinstance(prompt, str) or (tokenizer.chat_template and not raw):
@@ -115,7 +120,7 @@ def _templated(tokenizer: Any, turns: list[dict[str, str]]) -> Any:
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{where}: its chat template fails ({reason}); mend it, or use finemoe generate --raw"
+            f"{where}: its chat template fails ({reason}); repair it, or use finemoe generate --raw"
         ) from error
 
 
@@ -132,10 +137,10 @@ class Session:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.tokenizer = load_tokenizer(model.finemoe.checkpoint.folder)
-        self.context_tokens = context_tokens(model.config)  # the longest prompt and answer together; None: unbounded
+        self.context_tokens = context_tokens(model.config)  # prompt and answer together; None: no limit
 
     def prompt_ids(self, prompt: str | Sequence[dict[str, str]], *, raw: bool = False) -> torch.Tensor:
-        """Token ids `[1, T]` of a conversation, or of a prompt: one user turn where there is a chat template."""
+        """Token ids `[1, T]` of a conversation or a prompt, by `encode`."""
         return encode(self.tokenizer, prompt, raw=raw)
 
     def reply(
@@ -147,14 +152,14 @@ class Session:
         prefill_chunk: int | None = None,
         progress: bool = False,
     ) -> Reply:
-        """Continue `prompt`.
+        """Generates an answer to `prompt`.
 
         Args:
             prompt: text, or the turns of a conversation (`role`, `content`).
-            config: how long and how to sample.
-            on_text: called with each stretch of new text as soon as it is printable.
-            prefill_chunk: read the prompt so many tokens at a time; `None`: whole.
-            progress: show a bar on standard error until the first token.
+            config: length and sampling.
+            on_text: called with new text as soon as it is printable.
+            prefill_chunk: tokens of the prompt per forward pass; `None`: all in one.
+            progress: show a progress bar on standard error until the first token.
 
         Raises:
             ConfigError: the prompt is empty, or leaves no room for an answer in the model's context.
@@ -197,14 +202,14 @@ class Session:
         )
 
     def pad_token_id(self) -> int | None:
-        """Any id will do for one prompt; naming one keeps transformers from warning that it chose."""
+        """A padding id for `generate`. One prompt has no padding, but transformers warns if none is given."""
         end = self.model.generation_config.eos_token_id
         own = self.tokenizer.pad_token_id
         chosen = own if own is not None else end[0] if isinstance(end, list) else end
         return None if chosen is None else int(chosen)
 
     def _show_prefill(self, until_first_token: ExitStack) -> None:
-        """A bar over the MoE layers of the prompt's forward pass."""
+        """Shows a progress bar over the MoE layers of the prompt's forward pass."""
         modules = [module for module in self.model.modules() if HANDLE in module.__dict__]
         bar = until_first_token.enter_context(
             tqdm(total=len(modules), desc="Reading prompt", unit="layer", leave=False, delay=1)

@@ -82,7 +82,7 @@ def load_gguf(config: LoadConfig) -> GgufModel:
         [],
         model.lock,
         config,
-        keeper=keeper,
+        map_persistence=keeper,
         fingerprint=learned,
         resources=parts.resources,
     )

@@ -1,10 +1,10 @@
-"""The running side of an offloaded model: its statistics, and how it is closed."""
+"""`model.finemoe`: statistics, learned maps and closing of an offloaded model."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -18,9 +18,8 @@ from finemoe.errors import ConfigError, DamagedMapsError, FinemoeError, MapsErro
 from finemoe.learned import MapPersistence, Maps
 from finemoe.learned.file import check_arrays
 from finemoe.metrics import ExplainRow, PerExpert, Stats
-from finemoe.policy import accounting as expert_counts
+from finemoe.policy import accounting
 from finemoe.policy import cache_state as cache
-from finemoe.policy.cache_state import Scores
 from finemoe.store import DiskStore
 from finemoe.store.bandwidth import LinkTotals
 from finemoe.store.reader import ReaderThreads
@@ -29,12 +28,12 @@ from finemoe.types import Recorded
 
 if TYPE_CHECKING:  # these import torch and transformers, which a GGUF model needs nothing of
     from finemoe.engine.expert_layer import ExpertLayer
-    from finemoe.gpu.setup import Tiers
+    from finemoe.gpu.setup import DeviceTiers
     from finemoe.model.observer import ForcedGates, Observer
 
 
 class ModelHandle:
-    """The running side of an offloaded model: `model.finemoe`."""
+    """Controls an offloaded model while it runs; available as `model.finemoe`."""
 
     def __init__(
         self,
@@ -46,42 +45,44 @@ class ModelHandle:
         lock: threading.RLock,
         config: LoadConfig,
         *,
-        keeper: MapPersistence | None = None,
+        map_persistence: MapPersistence | None = None,
         observer: Observer | None = None,
-        tiers: Tiers | None = None,
+        tiers: DeviceTiers | None = None,
         fingerprint: str | None = None,
         resources: ExitStack | None = None,
     ) -> None:
-        self.observer = observer  # None where the policy listens to nothing
+        self.observer = observer  # None if the policy uses no gates
         self.checkpoint = checkpoint
         self.expert_index = expert_index
         self.policy = config.policy
-        self.fingerprint = fingerprint  # of the model; None where the policy learns nothing
+        self.fingerprint = fingerprint  # of the model; None if the policy learns nothing
         self.lossy = config.lossy
         self.link_bandwidth_bytes_s = config.link_bandwidth_bytes_s
         self._store = store
         self._engine = engine
         self._layers = layers
         self._lock = lock
-        self._keeper = keeper
-        self.replayed_routing: str | None = None  # the trace that stands in for the routers
+        self._map_persistence = map_persistence
+        self.replayed_routing: str | None = None  # path of the trace whose routing is forced onto the model
         self._tiers = tiers
         self._resources = resources  # of another backend; they own store, pool and transfer
         self._closed = False
-        self._read_before = 0
-        self._link_before = self._link_totals()
-        self._disk_before = 0
+        # totals at the last reset_stats
+        self._moved_bytes_at_reset = 0
+        self._link_totals_at_reset = self._link_totals()
+        self._disk_bytes_at_reset = 0
 
     def stats(self) -> Stats:
-        """What happened since loading, or since `reset_stats`."""
+        """Statistics since loading, or since `reset_stats`."""
         with self._engine.lock:
             return self._stats()
 
     def _stats(self) -> Stats:
         if self._tiers is not None:
-            self._tiers.settle()
+            self._tiers.collect_counters()
         policy = self._engine.cache_manager.policy
-        counters, pool, tally = self._engine.counters, self._engine.pool, self._engine.cache_manager.cache.counters
+        counters, pool = self._engine.counters, self._engine.pool
+        cache_counters = self._engine.cache_manager.cache.counters
         source_counts = self._engine.cache_manager.source_counts
         return Stats(
             model=self.checkpoint.name,
@@ -101,14 +102,14 @@ class ModelHandle:
             late=counters.late,
             misses=counters.misses,
             evictions=counters.evictions,
-            prefetched=int(tally[cache.PREFETCHED]),
-            prefetched_used=int(tally[cache.PREFETCHED_USED]),
-            wasted=int(tally[cache.WASTED]),
-            regretted=int(tally[cache.REGRETTED]),
-            paused=int(tally[cache.THROTTLED]),
+            prefetched=int(cache_counters[cache.PREFETCHED]),
+            prefetched_used=int(cache_counters[cache.PREFETCHED_USED]),
+            wasted=int(cache_counters[cache.WASTED]),
+            regretted=int(cache_counters[cache.REGRETTED]),
+            paused=int(cache_counters[cache.THROTTLED]),
             searches=policy.searches if isinstance(policy, AsyncPolicy) else 0,
-            searches_late=policy.late if isinstance(policy, AsyncPolicy) else 0,
-            bytes_read=self._engine.transfer.moved_bytes - self._read_before,
+            searches_late=policy.dropped if isinstance(policy, AsyncPolicy) else 0,
+            bytes_read=self._engine.transfer.moved_bytes - self._moved_bytes_at_reset,
             stall_s=counters.stall_s,
             stalled_bytes=counters.stalled_bytes,
             peak_rss_bytes=peak_rss_bytes() - pool.mapped_twice_bytes,
@@ -117,64 +118,76 @@ class ModelHandle:
             device=self.device,
             expert_kernel=self._kernel(),
             host_memory_bytes=0 if self._tiers is None else self._tiers.host_memory_bytes,
-            disk_bytes=self._disk_bytes() - self._disk_before,
+            disk_bytes=self._disk_bytes() - self._disk_bytes_at_reset,
             host_computed=counters.computed_on_host,
         )
 
     @property
     def layer_timing(self) -> LayerTiming:
-        """Where the model's time went since loading, or since `reset_stats`."""
-        return self._engine.layer_timing
+        """Time spent in and between layers since loading, or since `reset_stats`; all 0 without `attach_timing`."""
+        return self._engine.layer_timing or LayerTiming(self._engine.cache_manager.policy.layers)
 
     @property
     def policy_timings(self) -> PolicyTimings:
-        """How long a policy beside the model thought, since then."""
+        """Time an asynchronous policy took per event, since then; all 0 for others, and without `attach_timing`."""
         policy = self._engine.cache_manager.policy
-        return policy.policy_timings if isinstance(policy, AsyncPolicy) else PolicyTimings()
+        return (policy.timings if isinstance(policy, AsyncPolicy) else None) or PolicyTimings()
+
+    def attach_timing(self) -> None:
+        """Measure layers and asynchronous policy events from now on, for benchmarks."""
+        policy = self._engine.cache_manager.policy
+        with self._engine.lock:
+            self._engine.layer_timing = LayerTiming(policy.layers)
+            if isinstance(policy, AsyncPolicy):
+                policy.timings = PolicyTimings()
 
     def attach_link_accounting(self) -> None:
-        """Account the time and bytes of the link into the pool from now on, for benchmarks; not on devices."""
+        """Starts to account time and bytes of reads into the pool, for benchmarks; does nothing on devices."""
         if isinstance(self._engine.transfer, ReaderThreads):
             self._engine.transfer.attach_accounting()
 
     @property
     def link_totals(self) -> LinkTotals:
         """Link time and bytes since loading, or since `reset_stats`; all 0 without `attach_link_accounting`."""
-        return self._link_totals() - self._link_before
+        return self._link_totals() - self._link_totals_at_reset
 
     def _link_totals(self) -> LinkTotals:
         transfer = self._engine.transfer
         return transfer.link_totals() if isinstance(transfer, ReaderThreads) else LinkTotals()
 
-    def force_gates(self, evidence: ForcedGates, name: str) -> None:
-        """The model's routing is forced: policies hear `evidence`, and statistics name the trace that it comes from.
+    def force_gates(self, gates: ForcedGates, name: str) -> None:
+        """Shows the policy these gate distributions instead of the model's own, as its routing is forced.
+
+        Args:
+            gates: of the forced routing.
+            name: the trace, for statistics and messages.
 
         Raises:
-            ConfigError: the policy needs what the trace lacks, or would keep what it learns as if it were this model's.
+            ConfigError: the policy needs lookahead, which the trace lacks, or its maps would be saved as this model's.
         """
-        if "lookahead" in self._engine.cache_manager.policy.needs and not evidence.lookahead:
+        if "lookahead" in self._engine.cache_manager.policy.needs and not gates.lookahead:
             raise ConfigError(f"--replay-routing: {name} has no lookahead, which --policy {self.policy} needs")
-        if self._keeper is not None:
+        if self._map_persistence is not None:
             raise ConfigError(f"--map-store: maps of replayed routing are not this model's; give none ({name})")
         self.replayed_routing = name
         if self.observer is not None:
-            self.observer.force_gates(evidence)
+            self.observer.force_gates(gates)
 
     @property
     def device(self) -> str:
-        """Where the pool is; several devices are separated by commas."""
+        """Where the pool is: `cpu`, or devices separated by commas."""
         return "cpu" if self._tiers is None else ",".join(str(d.torch_device) for d in self._tiers.devices)
 
     @property
     def host_resident(self) -> int:
-        """Experts in the host tier; 0 where there is none."""
+        """Experts in the host tier; 0 without one."""
         transfer: Any = self._engine.transfer
         resident: int = 0 if self._tiers is None else transfer.host.resident
         return resident
 
     @property
     def host_slots(self) -> int:
-        """Experts that the host tier has room for; 0 where there is none."""
+        """Capacity of the host tier in experts; 0 without one."""
         return 0 if self._tiers is None else self._tiers.host_slots
 
     def _disk_bytes(self) -> int:
@@ -187,23 +200,23 @@ class ModelHandle:
         return kinds.most_common(1)[0][0] if kinds else "ggml"
 
     def explain(self) -> tuple[ExplainRow, ...]:
-        """What was predicted, hit, late, missed and wasted, by layer and by what had brought the experts in.
+        """Predictions, hits, late arrivals, misses and wasted prefetches, by layer and by what loaded the expert.
 
         Raises:
-            ConfigError: it was not asked for when the model was loaded.
+            ConfigError: the model was loaded without `explain`.
         """
         source_counts = self._engine.cache_manager.source_counts
         if source_counts is None:
-            raise ConfigError("explain: was not asked for; load the model with explain=True, or --explain")
+            raise ConfigError("explain: is off; load the model with explain=True, or --explain")
         return source_counts.rows()
 
     def watch(self) -> None:
-        """From now on, count every expert on its own, for `experts()`."""
+        """Starts counting accesses per expert, for `experts()`."""
         with self._engine.lock:
             self._engine.cache_manager.enable_expert_counts()
 
     def experts(self) -> PerExpert:
-        """Where every expert is now, and what its accesses found; all of one moment. Safe to call from any thread.
+        """State and access counts of every expert, a consistent snapshot. Safe to call from any thread.
 
         Raises:
             ConfigError: `watch()` was not called.
@@ -219,61 +232,49 @@ class ModelHandle:
             experts=tuple(layout.experts for layout in self.expert_index.layouts),
             state=(status + (pinned & (status == cache.RESIDENT))).reshape(shape),
             pinned=pinned.reshape(shape),
-            hits=counts[expert_counts.HITS].reshape(shape),
-            late=counts[expert_counts.LATE].reshape(shape),
-            misses=counts[expert_counts.MISSES].reshape(shape),
-            prefetched=counts[expert_counts.PREFETCHED].reshape(shape),
-            wasted=counts[expert_counts.WASTED].reshape(shape),
+            hits=counts[accounting.HITS].reshape(shape),
+            late=counts[accounting.LATE].reshape(shape),
+            misses=counts[accounting.MISSES].reshape(shape),
+            prefetched=counts[accounting.PREFETCHED].reshape(shape),
+            wasted=counts[accounting.WASTED].reshape(shape),
         )
 
     def reset_stats(self) -> None:
-        """Start counting anew; what is resident stays."""
+        """Sets all counters to 0; resident experts stay."""
         with self._engine.lock:
             if self._tiers is not None:
-                self._tiers.settle()
+                self._tiers.collect_counters()
             self._engine.counters.reset()
-            self._engine.layer_timing.reset()
-            self._link_before = self._link_totals()
+            if self._engine.layer_timing is not None:
+                self._engine.layer_timing.reset()
+            self._link_totals_at_reset = self._link_totals()
             self._engine.cache_manager.cache.counters[:] = 0
             policy = self._engine.cache_manager.policy
             if isinstance(policy, AsyncPolicy):
-                policy.searches = policy.late = 0
-                policy.policy_timings = PolicyTimings()
+                policy.searches = policy.dropped = 0
+                policy.timings = None if policy.timings is None else PolicyTimings()
             if self._engine.cache_manager.source_counts is not None:
                 self._engine.cache_manager.source_counts.counts[:] = 0
             if self._engine.cache_manager.expert_counts is not None:
                 self._engine.cache_manager.expert_counts.counts[:] = 0
-            self._read_before = self._engine.transfer.moved_bytes
-            self._disk_before = self._disk_bytes()
-
-    def predict_request(self, token_ids: Sequence[int], reply: Callable[[Scores | None], object]) -> None:
-        """Says what a request will use, by its prompt: `[L, E]`, the share of its tokens for each expert, or `None`.
-
-        `reply` hears it, it may be later, from the policy's thread; not at all if the model is closed before.
-        """
-        policy = self._engine.cache_manager.policy
-        if self.observer is None:
-            reply(None)
-        elif isinstance(policy, AsyncPolicy):
-            policy.ask_ahead(self.observer.opening(token_ids), reply)
-        else:
-            reply(policy.predict_request(self.observer.opening(token_ids)))
+            self._moved_bytes_at_reset = self._engine.transfer.moved_bytes
+            self._disk_bytes_at_reset = self._disk_bytes()
 
     def learn(self, requests: Iterable[Recorded]) -> None:
-        """The policy takes in requests that were recorded earlier; returns when it has thought them through."""
+        """Trains the policy on recorded requests; blocks until it has processed them."""
         policy = self._engine.cache_manager.policy
         for recorded in requests:
             policy.learn(recorded)
         if isinstance(policy, AsyncPolicy):
-            policy.settle()
+            policy.flush()
 
     @property
     def num_updates(self) -> int:
-        """How many iterations the policy ever took in; what it knows has changed where this has."""
+        """Iterations that the policy has learned from, in total; `learned()` is unchanged while this is."""
         return self._engine.cache_manager.policy.num_updates
 
-    def refuse_others(self, maps: Maps) -> None:
-        """Raises `MapsError` if these are not of this model and policy, or are damaged."""
+    def check_maps(self, maps: Maps) -> None:
+        """Raises `MapsError` if `maps` belong to another model or policy, or are damaged."""
         policy = self._engine.cache_manager.policy
         kind = self.policy.partition("/")[0]
         if (maps.model, maps.policy) != (self.fingerprint, kind):
@@ -283,32 +284,32 @@ class ModelHandle:
             raise DamagedMapsError(f"maps of {maps.name} are damaged ({wrong})")
 
     def learned(self) -> Maps | None:
-        """What the policy knows by now; `None` if that is nothing. Safe to call from any thread."""
+        """The maps that the policy has learned; `None` if there are none. Safe to call from any thread."""
         policy = self._engine.cache_manager.policy
         arrays = policy.state_dict() if self.fingerprint is not None else {}
         if not arrays or self.fingerprint is None:
             return None
-        kind = self.policy.partition("/")[0]  # settings do not change what maps are
+        kind = self.policy.partition("/")[0]  # maps do not depend on the policy's settings
         return Maps(kind, self.fingerprint, self.checkpoint.name, policy.layers, policy.experts, arrays)
 
     def end_requests(self) -> None:
-        """No request runs: what the policy keeps until then enters what it knows. From the model's thread."""
+        """Lets the policy learn from requests that have ended. Call from the model's thread, while no request runs."""
         with self._engine.lock:
             self._engine.cache_manager.policy.begin(())
 
-    def take_in(self, maps: Maps, num_updates: int) -> bool:
-        """The policy goes on from these, in place of what it learned; from the model's thread, while no request runs.
+    def load_maps(self, maps: Maps, num_updates: int) -> bool:
+        """Replaces the policy's maps. Call from the model's thread, while no request runs.
 
         Args:
-            maps: that `refuse_others` lets pass.
-            experience: of the policy when `maps` were made from what it knew.
+            maps: accepted by `check_maps`.
+            num_updates: of the policy when `maps` were derived from its own.
 
         Returns:
-            Whether it does: not if it has learned more since, which would be lost.
+            Whether they were replaced: not if the policy has learned more since, which would be lost.
         """
         policy = self._engine.cache_manager.policy
         if isinstance(policy, AsyncPolicy):
-            policy.settle()
+            policy.flush()
         with self._engine.lock:
             if policy.num_updates != num_updates:
                 return False
@@ -317,61 +318,61 @@ class ModelHandle:
 
     @property
     def lock(self) -> threading.RLock:
-        """Held by the pass that runs, by its layers, and by whoever empties the pool or closes it."""
+        """Held during a forward pass, and to empty or close the pool."""
         return self._lock
 
     def evict_all(self) -> None:
-        """Empty the pool, as after loading. For measurements of a cold start."""
+        """Empties the pool, as after loading. For measurements of a cold start."""
         with self._lock:
             self._engine.clear()
 
     def check_integrity(self) -> None:
-        """Raises `InvariantError` if the pool's bookkeeping contradicts itself."""
+        """Raises `InvariantError` if the pool's bookkeeping is inconsistent."""
         self._engine.check_integrity()
 
     def close(self) -> None:
-        """Free the pool, the reader threads and the open files, once no pass runs; keep what the policy learned.
+        """Saves the learned maps, then frees the pool, the reader threads and the open files, once no pass runs.
 
-        The model can't run any more. The interpreter's exit closes what is still open.
+        The model can't run any more. Open models are closed when the interpreter exits.
         """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            with ExitStack() as rest:  # from its end on; a Ctrl-C that breaks one off does not keep back the others
-                rest.callback(self._keep)
+            with ExitStack() as stack:  # runs in reverse order, each even if a Ctrl-C interrupts the one before it
+                stack.callback(self._save_maps)
                 if self._resources is not None:
-                    rest.callback(self._resources.close)
+                    stack.callback(self._resources.close)
                     return
-                rest.callback(self._store.close)
-                rest.callback(self._engine.pool.close)
+                stack.callback(self._store.close)
+                stack.callback(self._engine.pool.close)
                 for layer in self._layers:
-                    rest.callback(layer.close)
-                rest.callback(self._engine.transfer.close)
+                    stack.callback(layer.close)
+                stack.callback(self._engine.transfer.close)
                 if self._tiers is not None:
-                    rest.callback(self._tiers.close)
+                    stack.callback(self._tiers.close)
 
-    def _keep(self) -> None:
+    def _save_maps(self) -> None:
         policy = self._engine.cache_manager.policy
-        learned = policy.finish() if isinstance(policy, AsyncPolicy) else policy
-        if self._keeper is not None and learned is not None:
-            self._keeper.save(learned)
+        finished = policy.finish() if isinstance(policy, AsyncPolicy) else policy
+        if self._map_persistence is not None and finished is not None:
+            self._map_persistence.save(finished)
 
 
 class OffloadedModel:
-    """Mixed into the class of a loaded model: what is different about it."""
+    """Mixed into the class of a loaded model: adds `finemoe` and `close`, serialises passes, refuses to be saved."""
 
     finemoe: ModelHandle
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model, without gradients: offloaded experts have none. Threads take turns, a pass at a time."""
+        """Runs a forward pass without gradients (offloaded experts have none). Threads run one pass at a time."""
         import torch
 
-        with self.finemoe.lock, torch.no_grad():  # what listens to a pass keeps its state until that ends
+        with self.finemoe.lock, torch.no_grad():  # the observer's hooks hold the state of one pass
             return super().__call__(*args, **kwargs)  # type: ignore[misc] # the transformers model's
 
     def close(self) -> None:
-        """Free the expert pool, the reader threads and the open files. The model can't run any more."""
+        """Frees the expert pool, the reader threads and the open files. The model can't run any more."""
         self.finemoe.close()
 
     def __enter__(self) -> Self:
@@ -383,12 +384,12 @@ class OffloadedModel:
         self.close()
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
-        """Refused: the experts are not in this model."""
+        """Always raises `FinemoeError`: the experts are not in this model."""
         raise FinemoeError(
             f"an offloaded model can't be saved, its experts are in {self.finemoe.checkpoint.folder}; "
             "load it with transformers to save a copy"
         )
 
     def push_to_hub(self, *_: Any, **__: Any) -> None:
-        """Refused: the experts are not in this model."""
+        """Always raises `FinemoeError`: the experts are not in this model."""
         self.save_pretrained()

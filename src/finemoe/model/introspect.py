@@ -1,4 +1,4 @@
-"""Finds what a model is made of: its class, its experts modules, how many of them a token activates."""
+"""Inspects transformers models: class, experts modules, experts per token, context length, pool size."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from finemoe.config import format_bytes, parse_budget
 from finemoe.errors import BudgetError, CheckpointError, FinemoeError, UnsupportedModelError
 from finemoe.model.quantized import refuse_unrestored, restore_on_load
 
-# slots beyond one token's experts that the pool must have, for what is in flight
+# slots that the pool must have beyond one token's experts, for a transfer in flight
 IN_FLIGHT_SLOTS = 1
-# what configs call the number of experts active per token
+# names of the number of experts per token in configs
 _ACTIVE = (
     "num_experts_per_tok", "num_experts_per_token", "num_selected_experts", "experts_per_token", "top_k_experts",
     "moe_topk", "moe_top_k", "moe_k", "top_k",
@@ -31,12 +31,11 @@ _ACTIVE = (
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """A model's config, refused where it says by itself that the model can't be offloaded.
+    """Reads a model's config and checks that the model can be offloaded, as far as the config shows.
 
     Raises:
-        CheckpointError: config.json is damaged, or of no model that transformers knows.
-        UnsupportedModelError: quantized in a way that can't be restored, or in need of remote code that was not asked
-            for.
+        CheckpointError: config.json is damaged, or its model type is unknown to transformers.
+        UnsupportedModelError: quantized in a way that can't be dequantized, or it needs `trust_remote_code`.
     """
     try:
         raw = json.loads((folder / "config.json").read_text())
@@ -58,14 +57,14 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
         refuse_unrestored(folder, quantized)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # configs validate themselves, with errors of every kind
+    except Exception as error:  # configs validate themselves and raise any type
         raise CheckpointError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from error
     restore_on_load(config)
     return config
 
 
 def model_class(config: PreTrainedConfig) -> Any:
-    """The class that the checkpoint names, so that models without a causal-LM mapping load too."""
+    """The class that the checkpoint's config names, else `AutoModelForCausalLM`."""
     for name in config.architectures or ():
         named = getattr(transformers, name, None)
         if isinstance(named, type) and issubclass(named, PreTrainedModel):
@@ -75,7 +74,7 @@ def model_class(config: PreTrainedConfig) -> Any:
 
 @contextmanager
 def transformers_errors(folder: Path) -> Iterator[None]:
-    """Turns whatever transformers raises over a config or checkpoint that contradicts itself into one line."""
+    """Turns any error that transformers raises for an inconsistent config or checkpoint into a `CheckpointError`."""
     try:
         yield
     except (FinemoeError, MemoryError):
@@ -83,12 +82,16 @@ def transformers_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         place = error.filename or folder
         raise CheckpointError(f"{place}: {error.strerror or first_line(error)}") from error
-    except Exception as error:  # constructors fail in every way
+    except Exception as error:  # constructors raise any type
         raise CheckpointError(f"{folder}: transformers can't load this model: {first_line(error)}") from error
 
 
-def refuse_made_up(info: dict[str, Any]) -> None:
-    """Raises `CheckpointError` where transformers made a parameter up, for want of a tensor that fits."""
+def refuse_incomplete(info: dict[str, Any]) -> None:
+    """Raises `CheckpointError` if transformers initialised a parameter itself because no tensor fits.
+
+    Args:
+        info: transformers' loading info.
+    """
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, expected = mismatched[0]
         raise CheckpointError(f"{name}: the checkpoint has shape {list(stored)}, the model expects {list(expected)}")
@@ -100,15 +103,15 @@ def refuse_made_up(info: dict[str, Any]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type if it says nothing."""
+    """First line of an error's message; the name of its type if that is empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def find_experts(model: PreTrainedModel) -> list[tuple[ExpertsModule, nn.Module]]:
-    """The model's experts modules, in the order in which the model holds them.
+    """The model's experts modules, in the order of `named_modules`.
 
-    An experts module is one whose class transformers' experts registry decorates. Its parameters `[E, ..]` are routed;
-    others (a norm that all experts share) are not.
+    An experts module is one whose class is decorated by transformers' experts registry. Its parameters `[E, ..]` are
+    routed; others (a norm that all experts share) are not.
 
     Raises:
         UnsupportedModelError: there are none.
@@ -133,12 +136,12 @@ def find_experts(model: PreTrainedModel) -> list[tuple[ExpertsModule, nn.Module]
 
 
 def parameter_dtypes(described: ExpertsModule) -> dict[str, torch.dtype]:
-    """What an experts module computes in, by parameter."""
+    """Dtypes that an experts module computes in, by parameter."""
     return {name: parameter.dtype for name, parameter in described.parameters.items()}
 
 
 def _mentions_experts(config: PreTrainedConfig) -> bool:
-    """Whether a config speaks of more than one expert, by whatever name."""
+    """Whether a config has any number of experts above 1."""
 
     def counts(value: object, key: str = "") -> bool:
         if isinstance(value, dict):
@@ -149,7 +152,7 @@ def _mentions_experts(config: PreTrainedConfig) -> bool:
 
 
 def active_experts(config: PreTrainedConfig) -> int:
-    """`K`: the most experts that a token activates in a layer, 1 if the config does not say."""
+    """`K`: experts per token, the largest of any layer; 1 if the config has no such field."""
     active = 1
     parts = [config, config.get_text_config(), *(getattr(config, key, None) for key in config.sub_configs)]
     for part in parts:
@@ -164,17 +167,17 @@ def active_experts(config: PreTrainedConfig) -> int:
 
 
 def context_tokens(config: PreTrainedConfig) -> int | None:
-    """The longest prompt and answer together; `None` if the config names no bound."""
+    """Context length in tokens, prompt and answer together; `None` if the config gives no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or None
 
 
 def pool_slots(
     expert_index: ExpertIndex, config: PreTrainedConfig, expert_memory: str, slot_bytes: int
 ) -> tuple[int, int]:
-    """`C`: how many experts the budget pays for; and how many a step needs.
+    """Pool size `C` for a memory budget, and the smallest possible one, both in experts.
 
     Raises:
-        BudgetError: fewer than one token's step in one layer needs; the message names the minimum.
+        BudgetError: the budget is below the smallest possible pool: one token's experts of one layer, and a spare slot.
     """
     slots = parse_budget(expert_memory).slots(slot_bytes, expert_index.experts)
     least = min(active_experts(config) + IN_FLIGHT_SLOTS, expert_index.experts)
@@ -189,16 +192,16 @@ def pool_slots(
 class ForwardPass(NamedTuple):
     """A forward pass that is about to run."""
 
-    mask: Tensor | None  # [B, past + S], where one was given as such
-    fresh: bool  # it has no past: its requests are new
+    mask: Tensor | None  # attention mask [B, past + S]; None if it was not given, or has another form
+    first: bool  # the KV cache is empty: the pass starts new requests
 
 
 def read_pass(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> ForwardPass:
-    """The pass that a model's forward pre-hook is told of."""
+    """Reads the arguments of a model's forward pre-hook."""
     given = inspect.signature(module.forward).bind_partial(*arguments, **keywords).arguments
     given |= given.pop("kwargs", {})
     mask, past = given.get("attention_mask"), given.get("past_key_values")
     return ForwardPass(
         mask=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None,
-        fresh=past is None or not hasattr(past, "get_seq_length") or past.get_seq_length() == 0,
+        first=past is None or not hasattr(past, "get_seq_length") or past.get_seq_length() == 0,
     )

@@ -1,4 +1,4 @@
-"""`finemoe.load`: checks the settings, then `Loading` does the work."""
+"""`finemoe.load`: checks the settings, then runs a `ModelLoader`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from finemoe.errors import ConfigError
 from finemoe.gpu.device import open_devices
 from finemoe.learned import open_map_persistence
 from finemoe.model.backend import load_config
-from finemoe.model.introspect import model_class, read_config, refuse_made_up, transformers_errors
-from finemoe.model.loader import Loading, diverted
+from finemoe.model.introspect import model_class, read_config, refuse_incomplete, transformers_errors
+from finemoe.model.loader import ModelLoader, patched_loader
 from finemoe.policy import policy_class
 from finemoe.system import end_openmp_threads
 
 
 class LoadSettings(TypedDict, total=False):
-    """The keyword arguments of `load`; defaults and descriptions stand in `LoadConfig`."""
+    """The keyword arguments of `load`; defaults and descriptions are in `LoadConfig`."""
 
     expert_memory: str | float
     device: str
@@ -113,13 +113,15 @@ def load_checkpoint(config: LoadConfig) -> Any:
     checkpoint = locate(chosen_model(config.model), config.revision)
     model_config = read_config(checkpoint.folder, trust_remote_code=config.trust_remote_code)
     headers = read_headers(checkpoint.files)
-    loading = Loading(config, checkpoint, model_config, headers, devices)
-    loading.options = policy_options(config, checkpoint, headers)
+    loader = ModelLoader(config, checkpoint, model_config, headers, devices)
+    loader.policy_options = policy_options(config, checkpoint, headers)
     if kind.is_persistent:
-        loading.fingerprint = fingerprint(checkpoint.folder, headers)
-        loading.keeper = open_map_persistence(config.map_store, config.policy, loading.fingerprint, checkpoint.name)
+        loader.fingerprint = fingerprint(checkpoint.folder, headers)
+        loader.map_persistence = open_map_persistence(
+            config.map_store, config.policy, loader.fingerprint, checkpoint.name
+        )
     try:
-        with transformers_errors(checkpoint.folder), diverted(loading.convert_and_load):
+        with transformers_errors(checkpoint.folder), patched_loader(loader.convert_and_load):
             model, info = model_class(model_config).from_pretrained(
                 checkpoint.folder,
                 config=model_config,
@@ -127,20 +129,20 @@ def load_checkpoint(config: LoadConfig) -> Any:
                 experts_implementation=IMPLEMENTATION,
                 use_safetensors=True,
                 trust_remote_code=config.trust_remote_code,
-                ignore_mismatched_sizes=True,  # refused below, in one line
+                ignore_mismatched_sizes=True,  # `refuse_incomplete` reports them in one line
                 output_loading_info=True,
             )
-        refuse_made_up(info)
-        offloaded = loading.finish(model)
+        refuse_incomplete(info)
+        offloaded = loader.finish(model)
     except BaseException:
-        loading.undo()
+        loader.undo()
         raise
-    end_openmp_threads()  # another thread may run it
+    end_openmp_threads()  # another thread may run the model
     return offloaded
 
 
 def policy_options(config: LoadConfig, checkpoint: Checkpoint, headers: dict[str, TensorHeader]) -> dict[str, Any]:
-    """What a policy is made with beyond the model's shape.
+    """Constructor arguments of a policy besides the model's shape.
 
     Raises:
         FinemoeError: the predictors can't be read, or are for another model.
@@ -159,20 +161,20 @@ def policy_options(config: LoadConfig, checkpoint: Checkpoint, headers: dict[str
 
 
 def chosen_model(model: str | None) -> str:
-    """The model that `--model` names; where it is left out, the built-in one's folder, built on first use.
+    """The model given by `--model`; the reference model's folder if that is `None`.
 
     Raises:
         ConfigError: the name is empty.
     """
     if model is None:
         return reference_model()
-    if not model.strip():  # an unset variable of a script, perhaps
+    if not model.strip():  # e.g. an unset variable of a shell script
         raise ConfigError("--model: is empty; give a folder or a hub id, or leave it out for the reference model")
     return model
 
 
 def reference_model() -> str:
-    """The folder of the built-in model, built on first use."""
+    """The folder of the built-in reference model, which is built on first use."""
     from finemoe.model.reference import ensure
 
     return str(ensure())

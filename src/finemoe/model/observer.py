@@ -1,8 +1,10 @@
-"""Tells the engine of a running model what policies listen to: iterations, gate distributions, lookahead.
+"""Forward hooks that pass iterations, gate distributions and lookahead of a running model to the engine's policy.
 
-Nothing that the model computes is changed. Where a gate can't be tapped, the executed weights stand in for its
-distribution: the selected experts alone, summing to 1. With forced routing, `ForcedGates`
-replaces the gates.
+They do not change what the model computes. If a gate can't be tapped, its distribution is approximated by the executed
+weights: the selected experts alone, summing to 1. With forced routing, `ForcedGates` replaces the gates.
+
+Shapes: `B` requests of the pass, `S` positions, `T` rows (`B * S`), `K` experts per token, `E` experts of a layer,
+`D` hidden size, `n` layers of lookahead.
 """
 
 from __future__ import annotations
@@ -13,109 +15,110 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from finemoe.engine.engine import Engine
-from finemoe.engine.expert_layer import ExpertLayer, Listen
+from finemoe.engine.expert_layer import ExpertLayer, ReadGates
 from finemoe.model.introspect import read_pass
-from finemoe.model.router_hooks import Router, Scale, ask, find_routers, normalise, scale_of, scores_of, with_linear
+from finemoe.model.router_hooks import (
+    Router,
+    Scale,
+    detect_linear,
+    find_routers,
+    infer_scale,
+    normalise,
+    run_router,
+    scores_of,
+)
 from finemoe.types import DECODE, PREFILL, Step
 
 
 class ForcedGates(Protocol):
-    """What stands in for the gates of a model whose routing is forced. Of the pass that runs, `T` tokens."""
+    """Gate distributions of a model whose routing is forced, for the forward pass that runs."""
 
-    lookahead: int  # for how many layers ahead it knows
+    lookahead: int  # n: layers ahead for which `ahead` has distributions; 0 without
 
     def gates(self, layer: int) -> Tensor | None:
-        """Distributions `[T, E]`; `None` where they are not known."""
+        """Distributions `[T, E]` of a layer; `None` if they are not known."""
 
     def ahead(self, layer: int, distance: int) -> Tensor | None:
-        """Distributions `[T, E]` of the layer `distance` on; `None` where they are not known."""
+        """Distributions `[T, E]`, predicted at `layer` for the layer `distance` after it; `None` if not known."""
 
 
 class PackedRequest(NamedTuple):
-    """One request's tokens in a packed pass: requests lie one after the other in a single row `[1, T]`."""
+    """One request's tokens in a packed pass: requests follow one another in a single row `[1, T]`."""
 
     request: int  # from `Observer.new_request`
-    phase: int
+    phase: int  # PREFILL or DECODE
     tokens: int
 
 
 class Observer:
-    """Listens to the forward passes of an offloaded model, from `attach` on.
+    """Observes the forward passes of an offloaded model, from `attach` on.
 
-    A request is a row of the batch; its iterations are the passes from one without a past on. Rows of padding count
-    for nothing. Where whoever runs the model packs requests into one row, it says what lies where (`packed`).
+    A request is a row of the batch. A pass without a KV cache starts new requests; those after it are their next
+    iterations. Padding is ignored. A scheduler that packs several requests into one row describes the row (`packed`).
 
     Args:
         model: the loaded model.
-        engine: is told when an iteration begins and ends.
-        layers: the handles of the experts modules, by the path of each module.
-        lookahead: for how many layers ahead to ask the gates; 0 where these can't be asked by themselves.
+        engine: receives the begin and end of each iteration.
+        layers: the expert layers, by the path of their modules.
+        lookahead: `n`, for how many layers ahead to run the gates; set to 0 if these can't be run on their own.
     """
 
     def __init__(self, model: Any, engine: Engine, layers: dict[str, ExpertLayer], lookahead: int = 0) -> None:
-        self._embed = model.get_input_embeddings()  # and not the model: this outlives it
+        self._embed = model.get_input_embeddings()  # no reference to the model, which this object outlives
         self._engine = engine
-        self._handles = list(layers.values())
+        self._layers = list(layers.values())
         self._routers = find_routers(model, list(layers))
-        alone = all(router is not None and router.alone for router in self._routers)
-        self.lookahead = lookahead if alone else 0
+        standalone = all(router is not None and router.standalone for router in self._routers)
+        self.lookahead = lookahead if standalone else 0
         if self.lookahead:
-            self._routers = [router and with_linear(router, model.dtype) for router in self._routers]
-        self.experts = max(handle.layout.experts for handle in self._handles)
-        self._numbers = itertools.count()
+            self._routers = [router and detect_linear(router, model.dtype) for router in self._routers]
+        self.experts = max(layer.layout.experts for layer in self._layers)
+        self._request_numbers = itertools.count()
         self._requests: list[int] = []
-        self._pieces: tuple[PackedRequest, ...] = ()  # of a packed pass
-        self._mask: Tensor | None = None  # [B, S], of the tokens of the pass
-        self._fresh = True  # the pass has no past: its requests are new
-        self._running = False
-        self._scores: dict[int, Tensor] = {}  # by layer, of the pass
-        self._ahead: dict[tuple[int, int], Tensor] = {}  # by layer and distance, of the pass
+        self._packed: tuple[PackedRequest, ...] = ()  # of a packed pass
+        # of the pass that runs
+        self._mask: Tensor | None = None  # [B, S]
+        self._first = True  # without a KV cache: its requests are new
+        self._running = False  # its iteration has begun and not ended
+        self._scores: dict[int, Tensor] = {}  # by layer
+        self._ahead: dict[tuple[int, int], Tensor] = {}  # by layer and distance
         self._scale: Scale | None = None
-        self._evidence: ForcedGates | None = None
+        self._forced: ForcedGates | None = None
 
-    def force_gates(self, evidence: ForcedGates) -> None:
-        """Show this from now on instead of what the model's own gates say."""
-        self._evidence = evidence
-        self.lookahead = min(self.lookahead, evidence.lookahead)
+    def force_gates(self, gates: ForcedGates) -> None:
+        """From now on, shows the policy `gates` instead of the model's own."""
+        self._forced = gates
+        self.lookahead = min(self.lookahead, gates.lookahead)
 
     def attach(self, model: Any) -> None:
-        """Start listening to the model."""
+        """Registers the hooks."""
         model.register_forward_pre_hook(self._on_pass, with_kwargs=True)
         model.register_forward_hook(self._on_end)
         self._embed.register_forward_hook(self._on_embedding)
-        for layer, (handle, router) in enumerate(zip(self._handles, self._routers, strict=True)):
-            handle.listen = self._listener(layer)
+        for number, (layer, router) in enumerate(zip(self._layers, self._routers, strict=True)):
+            layer.read_gates = self._listener(number)
             if router is not None:
-                router.module.register_forward_hook(self._on_router(layer, router), with_kwargs=True)
+                router.module.register_forward_hook(self._on_router(number, router), with_kwargs=True)
 
     def new_request(self) -> int:
-        """A number for a request that comes in packed passes, never given to another."""
-        return next(self._numbers)
-
-    def opening(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """`[D]`: the mean of a prompt's embeddings, as policies see it, without a pass."""
-        ids = torch.tensor([list(token_ids)], device=next(self._embed.parameters()).device)
-        with torch.no_grad():
-            embedded = self._embed.forward(ids)  # past our own hook: no iteration begins
-        mean: npt.NDArray[np.float32] = embedded[0].float().mean(0).cpu().numpy()
-        return mean
+        """A unique number for a request of packed passes."""
+        return next(self._request_numbers)
 
     @contextmanager
-    def packed(self, pieces: Sequence[PackedRequest]) -> Iterator[None]:
-        """The pass made within has these pieces, in this order, and no padding."""
-        self._pieces = tuple(pieces)
+    def packed(self, requests: Sequence[PackedRequest]) -> Iterator[None]:
+        """The forward pass within the block has the tokens of these requests, in this order, without padding."""
+        self._packed = tuple(requests)
         try:
             yield
         finally:
-            self._pieces = ()
+            self._packed = ()
 
     def _on_pass(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        self._mask, self._fresh = read_pass(module, arguments, keywords)
+        self._mask, self._first = read_pass(module, arguments, keywords)
         self._running = False
         self._scores.clear()
         self._ahead.clear()
@@ -124,24 +127,24 @@ class Observer:
         if self._running or not arguments or output.dim() != 3:
             return
         ids, (batch, length, _) = arguments[0], output.shape
-        everyone = torch.ones(batch, length, device=output.device)
-        self._mask = everyone if self._mask is None else self._mask[:, -length:].to(output.device).float()
+        no_padding = torch.ones(batch, length, device=output.device)
+        self._mask = no_padding if self._mask is None else self._mask[:, -length:].to(output.device).float()
         if self._mask.shape != (batch, length):
-            self._mask = everyone
+            self._mask = no_padding
         means = self._mean(output.detach().float()).cpu().numpy()
         ids = ids.cpu()
-        if self._pieces:
-            own = ids[0].split([piece.tokens for piece in self._pieces])
-            known = [(piece.request, piece.phase) for piece in self._pieces]
+        if self._packed:
+            token_ids = ids[0].split([packed.tokens for packed in self._packed])
+            requests = [(packed.request, packed.phase) for packed in self._packed]
         else:
-            if self._fresh or len(self._requests) != batch:
+            if self._first or len(self._requests) != batch:
                 self._requests = [self.new_request() for _ in range(batch)]
-            own = [row[kept] for row, kept in zip(ids, self._mask.bool().cpu(), strict=True)]
-            known = [(request, PREFILL if self._fresh else DECODE) for request in self._requests]
+            token_ids = [row[kept] for row, kept in zip(ids, self._mask.bool().cpu(), strict=True)]
+            requests = [(request, PREFILL if self._first else DECODE) for request in self._requests]
         self._engine.begin(
             [
                 Step(request, phase, tokens.numpy().astype(np.int32), mean)
-                for (request, phase), tokens, mean in zip(known, own, means, strict=True)
+                for (request, phase), tokens, mean in zip(requests, token_ids, means, strict=True)
             ]
         )
         self._running = self._engine.deciding
@@ -153,70 +156,72 @@ class Observer:
 
     def _on_router(self, layer: int, router: Router) -> Callable[..., None]:
         def collect(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-            if not self._running or self._evidence is not None:
+            if not self._running or self._forced is not None:
                 return
             self._scores[layer] = scores_of(router, output)
             for distance, later in enumerate(self._routers[layer + 1 : layer + 1 + self.lookahead], 1):
                 assert later is not None
-                self._ahead[layer, distance] = ask(later, arguments, keywords)
+                self._ahead[layer, distance] = run_router(later, arguments, keywords)
 
         return collect
 
-    def _listener(self, layer: int) -> Listen:
-        def listen(ids: Tensor, weights: Tensor) -> Tensor | None:
-            """Gates and, after them, lookahead `[B, 1 + n, E]` of a layer, for executed ids and weights `[T, K]`.
+    def _listener(self, layer: int) -> ReadGates:
+        def read_gates(ids: Tensor, weights: Tensor) -> Tensor | None:
+            """The gates of a layer, then its lookahead: `[B, 1 + n, E]`, or `[1 + n, E]` for a single token.
 
-            Of one request, that of one token, it may be `[1 + n, E]`.
+            Args:
+                ids: executed experts `[T, K]`.
+                weights: `[T, K]`.
             """
             if not self._running or self._mask is None or ids.shape[0] != self._mask.numel():
                 return None
-            if (told := self._of_one_token(layer)) is not None:
-                return told
+            if (single := self._single_token(layer)) is not None:
+                return single
             gates = self._pool(self._distribution(layer, ids, weights))
-            foreseen = (self._foreseen(layer, distance, ids.device) for distance in range(1, self.lookahead + 1))
-            pooled = [torch.zeros_like(gates) if each is None else self._pool(each) for each in foreseen]
+            ahead = (self._lookahead(layer, distance, ids.device) for distance in range(1, self.lookahead + 1))
+            pooled = [torch.zeros_like(gates) if each is None else self._pool(each) for each in ahead]
             return torch.stack([gates, *pooled], 1).float()
 
-        return listen
+        return read_gates
 
-    def _of_one_token(self, layer: int) -> Tensor | None:
-        """`[1 + n, E]`: what a listener says of one token, as in decoding; `None` where only the long way can tell.
+    def _single_token(self, layer: int) -> Tensor | None:
+        """Fast path for decoding one request: `[1 + n, E]`, or `None` if the general path is needed.
 
-        The same as by that way, in two operations instead of eight: it runs beside every layer of every token.
+        The same numbers in two operations instead of eight: this runs for every layer of every token.
         """
         assert self._mask is not None
         scores = self._scores.get(layer)
-        if scores is None or self._mask.numel() != 1 or self._scale is None or self._evidence is not None:
+        if scores is None or self._mask.numel() != 1 or self._scale is None or self._forced is not None:
             return None
-        asked = min(self.lookahead, len(self._handles) - 1 - layer)
-        rows = [scores, *(self._ahead[layer, distance] for distance in range(1, asked + 1))]
+        reach = min(self.lookahead, len(self._layers) - 1 - layer)
+        rows = [scores, *(self._ahead[layer, distance] for distance in range(1, reach + 1))]
         if any(row.shape != (1, self.experts) for row in rows):
             return None
-        told = normalise(torch.cat(rows) if len(rows) > 1 else scores, self._scale)
-        if asked < self.lookahead:  # the last layers have fewer after them
-            told = torch.cat([told, told.new_zeros(self.lookahead - asked, self.experts)])
-        return told
+        gates = normalise(torch.cat(rows) if len(rows) > 1 else scores, self._scale)
+        if reach < self.lookahead:  # the last layers have fewer after them
+            gates = torch.cat([gates, gates.new_zeros(self.lookahead - reach, self.experts)])
+        return gates
 
-    def _foreseen(self, layer: int, distance: int, device: torch.device) -> Tensor | None:
-        """`[T, E]`: what the gate `distance` layers on says of this layer's hidden states."""
-        if self._evidence is not None:
-            foreseen = self._evidence.ahead(layer, distance)
-            foreseen = None if foreseen is None else foreseen.to(device)
+    def _lookahead(self, layer: int, distance: int, device: torch.device) -> Tensor | None:
+        """`[T, E]`: the gate of layer `layer + distance`, run on the hidden states of `layer`."""
+        if self._forced is not None:
+            gates = self._forced.ahead(layer, distance)
+            gates = None if gates is None else gates.to(device)
         else:
             scores = self._ahead.get((layer, distance))
-            foreseen = None if scores is None else normalise(scores, self._scale or "softmax")
-        return foreseen if foreseen is not None and foreseen.shape[-1] == self.experts else None
+            gates = None if scores is None else normalise(scores, self._scale or "softmax")
+        return gates if gates is not None and gates.shape[-1] == self.experts else None
 
     def _distribution(self, layer: int, ids: Tensor, weights: Tensor) -> Tensor:
-        """`[T, E]`: the gate's, or what the executed weights say of it."""
-        if self._evidence is not None and (recorded := self._evidence.gates(layer)) is not None:
+        """`[T, E]`: the gate's distribution, or an approximation from the executed weights."""
+        if self._forced is not None and (recorded := self._forced.gates(layer)) is not None:
             return recorded.to(ids.device) / recorded.sum(1, keepdim=True).clamp_min(1e-30).to(ids.device)
         scores = self._scores.get(layer)
         if scores is not None and scores.shape == (ids.shape[0], self.experts):
             if self._scale is None:
                 order = weights.argsort(dim=1, descending=True)
-                own = ids.gather(1, order)[:, None], weights.float().gather(1, order)[:, None]
-                self._scale, _ = scale_of(scores.float()[:, None], *own)
+                executed = ids.gather(1, order)[:, None], weights.float().gather(1, order)[:, None]
+                self._scale, _ = infer_scale(scores.float()[:, None], *executed)
             return normalise(scores, self._scale)
         spread = torch.zeros(ids.shape[0], self.experts + 1, device=ids.device)
         spread.scatter_add_(1, ids.clamp_max(self.experts).long(), weights.float().clamp_min(0))
@@ -224,15 +229,15 @@ class Observer:
         return spread / spread.sum(1, keepdim=True).clamp_min(1e-30)
 
     def _pool(self, rows: Tensor) -> Tensor:
-        """`[T, E]` to `[B, E]`, as `_mean`."""
+        """`[T, E]` to `[B, E]`, by `_mean`."""
         assert self._mask is not None
         return self._mean(rows.reshape(*self._mask.shape, rows.shape[-1]))
 
     def _mean(self, values: Tensor) -> Tensor:
-        """`[B, S, X]` to `[B, X]`, over the tokens that are no padding; of a packed pass, over each piece."""
-        if self._pieces:
-            pieces = values[0].split([piece.tokens for piece in self._pieces])
-            return torch.stack([piece.mean(0) for piece in pieces])
+        """`[B, S, X]` to `[B, X]`, over each request's tokens without padding."""
+        if self._packed:
+            requests = values[0].split([packed.tokens for packed in self._packed])
+            return torch.stack([rows.mean(0) for rows in requests])
         assert self._mask is not None
         if self._mask.numel() == 1:  # decoding one request
             return values[:, 0]

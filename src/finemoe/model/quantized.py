@@ -1,4 +1,4 @@
-"""Checkpoints that are stored quantized: which of them transformers restores, and how it is asked to."""
+"""Quantized checkpoints: which methods are accepted, and how transformers is made to dequantize them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from finemoe.checkpoint import ExpertIndex, TensorHeader
 from finemoe.errors import ConfigError, UnsupportedModelError
 
-# methods whose weights transformers restores while loading, on any machine, and the library that it asks for then
+# methods that transformers dequantizes while loading, on any machine, and the library that it needs for it
 RESTORED = {"fp8": "accelerate", "mxfp4": None}
 
-_QUANTIZED = {"F8_E4M3", "F8_E5M2"}
-
-
-def method_of(settings: Any) -> str:
-    """The quantization method that a config's `quantization_config` names."""
-    return str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else "unknown"
+_FLOAT8 = {"F8_E4M3", "F8_E5M2"}  # safetensors dtypes of quantized weights
 
 
 def refuse_unrestored(folder: Path, settings: Any) -> None:
-    """Raises `UnsupportedModelError` for a method that can't be followed, `ConfigError` where a library is missing."""
-    method = method_of(settings)
+    """Checks a config's `quantization_config`.
+
+    Raises:
+        UnsupportedModelError: a method that transformers can't dequantize expert by expert.
+        ConfigError: a library that the method needs is not installed.
+    """
+    method = str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else "unknown"
     if method not in RESTORED:
         raise UnsupportedModelError(
-            f"{folder} is quantized ({method}), which transformers can't restore expert by expert; "
+            f"{folder} is quantized ({method}), which transformers can't dequantize expert by expert; "
             f"take the model's {' or '.join(RESTORED)} release, or an unquantized one with --expert-dtype"
         )
     library = RESTORED[method]
@@ -41,7 +41,7 @@ def refuse_unrestored(folder: Path, settings: Any) -> None:
 
 
 def restore_on_load(config: PreTrainedConfig) -> None:
-    """Asks transformers for restored weights: what its own quantized modules compute is not exact, nor portable."""
+    """Makes transformers dequantize at load: its own quantized modules are neither exact nor portable."""
     for part in (config, config.get_text_config(decoder=True)):
         settings = getattr(part, "quantization_config", None)
         if isinstance(settings, dict):
@@ -49,14 +49,14 @@ def restore_on_load(config: PreTrainedConfig) -> None:
 
 
 def refuse_unasked(quantizer: Any) -> None:
-    """Raises `UnsupportedModelError` where transformers restores no weights although it was asked to."""
+    """Raises `UnsupportedModelError` if transformers ignores the request to dequantize."""
     if quantizer is not None and not getattr(quantizer.quantization_config, "dequantize", False):
         method = quantizer.quantization_config.quant_method
         raise UnsupportedModelError(f"transformers keeps this model quantized ({getattr(method, 'value', method)})")
 
 
 def quantizer_of(config: PreTrainedConfig) -> Any:
-    """What transformers has for a quantized checkpoint, `None` for others."""
+    """The transformers quantizer of a quantized checkpoint; `None` for others."""
     for part in (config, config.get_text_config(decoder=True)):
         if (settings := getattr(part, "quantization_config", None)) is not None:
             return AutoHfQuantizer.from_config(settings, pre_quantized=True)
@@ -64,14 +64,14 @@ def quantizer_of(config: PreTrainedConfig) -> Any:
 
 
 def restored_bytes(headers: Iterable[TensorHeader], dtype: torch.dtype) -> int:
-    """What dense tensors take in memory: quantized ones are restored at once."""
+    """Memory of dense tensors: quantized ones are dequantized to `dtype` at load."""
     return sum(
-        prod(header.shape) * dtype.itemsize if header.dtype in _QUANTIZED else header.length_bytes for header in headers
+        prod(header.shape) * dtype.itemsize if header.dtype in _FLOAT8 else header.length_bytes for header in headers
     )
 
 
 def refuse_on_devices(expert_index: ExpertIndex) -> None:
-    """Raises `ConfigError` for quantized experts: devices' slots hold parameters as modules want them."""
+    """Raises `ConfigError` for quantized experts: slots on devices hold dequantized parameters."""
     if any(layout.quantized for layout in expert_index.layouts):
         raise ConfigError(
             f"--device: experts stored as {expert_index.stored_dtype} are computed on the CPU only so far; "
@@ -80,9 +80,10 @@ def refuse_on_devices(expert_index: ExpertIndex) -> None:
 
 
 def refuse_uncast(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Raises `ConfigError` where transformers left a parameter in the checkpoint's dtype, and not in that asked for.
+    """Raises `ConfigError` if transformers left a parameter in the checkpoint's dtype instead of `dtypes`.
 
-    It casts no tensor that its dequantization might take, whether that does or not: such a model can't run.
+    It skips the cast for every tensor that its dequantization could apply to, even if it does not: such a model can't
+    run.
     """
     for name, parameter in model.named_parameters():
         if parameter.dtype != dtypes[name]:

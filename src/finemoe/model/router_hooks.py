@@ -1,7 +1,10 @@
-"""Taps a model's routers: what each forward pass executed, and what the gates said, layer by layer.
+"""Finds a model's routers, and records what each forward pass executed and what the gates gave, layer by layer.
 
-Executed indices and weights are taken where the experts module is called: they are the truth. The gates' output comes
-from the modules that transformers itself records as `router_logits`. Nothing is changed by tapping.
+Executed indices and weights are taken where the experts module is called, so they are exact. The gates' output comes
+from the modules that transformers itself records as `router_logits`. The hooks change nothing.
+
+Shapes: `B` requests, `S` positions, `T = B * S` rows, `L` MoE layers, `E` experts of a layer, `K` experts per token,
+`D` hidden size, `n` layers of lookahead.
 """
 
 from __future__ import annotations
@@ -19,44 +22,44 @@ from transformers import PreTrainedModel
 from finemoe.engine.expert_layer import HANDLE, ExpertLayer
 from finemoe.errors import ConfigError, UnsupportedModelError
 
-Scale = Literal["softmax", "sigmoid", "scores"]
-_TOLERANCE = 0.05  # of nine log ratios in ten; bfloat16 weights are off by some thousandths
+Scale = Literal["softmax", "sigmoid", "scores"]  # how a gate's scores become a distribution
+_TOLERANCE = 0.05  # of the 90th percentile of log-ratio errors; bfloat16 weights are off by some thousandths
 
 
 class Router(NamedTuple):
-    """A gate: the module, where in its output the scores are, and whether it may be called by itself."""
+    """A gate module, and how to get its scores."""
 
     module: nn.Module
-    place: int
-    alone: bool  # false for a block that would run its experts too
-    linear: bool = False  # its scores are a linear map of the hidden states by its own weight, and nothing else
+    output_index: int  # of the scores, in a tuple that the module returns
+    standalone: bool  # it can be run on its own; false for a block that would run its experts too
+    linear: bool = False  # its scores are exactly `F.linear` of the hidden states with its own weight
 
 
 @dataclass
 class RecordedPass:
-    """One forward pass over a batch `[B, S]`, flattened to `T = B * S` rows, in host memory. `None`: was not tapped.
+    """One forward pass over a batch `[B, S]`, in host memory. `None`: was not recorded.
 
-    What gates say is float32 as they give it, or float16 distributions where the tap was told their scale.
+    `scores` and `ahead` are the gates' raw scores in float32, or float16 distributions if the tap knows their scale.
     """
 
     token_ids: Tensor  # int64 [B, S]
     embedding: Tensor  # [B, S, D]
-    ids: Tensor  # int64 [T, L, K], by weight, descending; E and above: nobody
+    ids: Tensor  # int64 [T, L, K], by weight, descending; E and above: no expert
     weights: Tensor  # float32 [T, L, K]
     scores: Tensor | None  # [T, L, E]
-    ahead: Tensor | None  # [T, n, L, E] gate l + 1 + j of gate l's input; 0 beyond the last layer
+    ahead: Tensor | None  # [T, n, L, E]: at [:, j, l], gate l + 1 + j on gate l's input; 0 beyond the last layer
 
 
 class RouterTap:
-    """Listens to the forward passes of an offloaded model.
+    """Records the routing of an offloaded model's forward passes.
 
     Args:
         model: from `finemoe.load`.
-        lookahead: for how many layers ahead to ask the gates.
+        lookahead: `n`, for how many layers ahead to run the gates.
 
     Raises:
         UnsupportedModelError: layers share their experts, so that a layer has no routing of its own.
-        ConfigError: lookahead is wanted, but the gates can't be called by themselves.
+        ConfigError: `lookahead` is above 0, but the gates can't be run on their own; or it is too large.
     """
 
     def __init__(self, model: Any, lookahead: int = 0) -> None:
@@ -68,17 +71,17 @@ class RouterTap:
         self.experts_paths = [path for path, _ in self._experts]
         self.routers = find_routers(model, self.experts_paths)
         self.lookahead = lookahead
-        if lookahead and not all(router is not None and router.alone for router in self.routers):
-            raise ConfigError("--lookahead: this model's gates can't be asked by themselves; leave it out")
+        if lookahead and not all(router is not None and router.standalone for router in self.routers):
+            raise ConfigError("--lookahead: this model's gates can't be run on their own; leave it out")
         if lookahead >= max(self.layers, 2):
             raise ConfigError(f"--lookahead: {lookahead} is not below the model's {self.layers} MoE layers")
-        self.scale: Scale | None = None  # set to have distributions
-        self._current: _Collected | None = None
+        self.scale: Scale | None = None  # set it to record distributions instead of raw scores
+        self._current: _PassBuilder | None = None
         self._passes: list[RecordedPass] = []
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """For the time of the block, passes are collected; those of an earlier block that nobody took are dropped.
+    def recording(self) -> Iterator[None]:
+        """Records the passes within the block, and drops those of earlier blocks.
 
         Raises:
             UnsupportedModelError: a pass did not route every token through every MoE layer once.
@@ -99,18 +102,18 @@ class RouterTap:
             self._current = None
 
     def take(self) -> list[RecordedPass]:
-        """The passes of the last block."""
+        """Hands over the passes of the last block."""
         taken, self._passes = self._passes, []
         return taken
 
     def _end_pass(self) -> None:
         current, self._current = self._current, None
         if current is not None and current.started:  # some models embed more than once before their first layer
-            self._passes.append(current.finish())
+            self._passes.append(current.build())
 
     def _on_embedding(self, _module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         self._end_pass()
-        self._current = _Collected(self, arguments[0], output.detach())
+        self._current = _PassBuilder(self, arguments[0], output.detach())
 
     def _on_experts(self, layer: int, module: nn.Module) -> Callable[..., None]:
         signature = inspect.signature(module.forward)
@@ -118,24 +121,24 @@ class RouterTap:
         def collect(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             if self._current is not None:
                 _, ids, weights = list(signature.bind(*arguments, **keywords).arguments.values())[:3]
-                self._current.executed(layer, ids.detach(), weights.detach())
+                self._current.add_executed(layer, ids.detach(), weights.detach())
 
         return collect
 
     def _on_router(self, layer: int, router: Router) -> Callable[..., None]:
         def collect(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
             if self._current is not None:
-                self._current.scored(layer, scores_of(router, output).float())
+                self._current.add_scores(layer, scores_of(router, output).float())
                 for distance in range(1, min(self.lookahead, self.layers - 1 - layer) + 1):
                     later = self.routers[layer + distance]
                     assert later is not None
-                    self._current.foreseen(layer, distance, ask(later, arguments, keywords).float())
+                    self._current.add_lookahead(layer, distance, run_router(later, arguments, keywords).float())
 
         return collect
 
 
-class _Collected:
-    """A pass under way."""
+class _PassBuilder:
+    """Collects a pass while it runs."""
 
     def __init__(self, tap: RouterTap, token_ids: Tensor, embedding: Tensor) -> None:
         self._tap = tap
@@ -150,27 +153,27 @@ class _Collected:
     def started(self) -> bool:
         return bool(self._ids)
 
-    def executed(self, layer: int, ids: Tensor, weights: Tensor) -> None:
+    def add_executed(self, layer: int, ids: Tensor, weights: Tensor) -> None:
         rows = self._token_ids.numel()
         if layer in self._ids or ids.shape[0] != rows:
             path = self._tap.experts_paths[layer]
-            raise UnsupportedModelError(f"{path} did not route {rows} tokens at once; it can't be recorded")
+            raise UnsupportedModelError(f"{path} did not route all {rows} tokens at once; it can't be recorded")
         experts = self._tap.experts_of[layer]
         ids, weights = ids.long(), weights.float()
         order = weights.masked_fill(ids >= experts, -torch.inf).argsort(dim=1, descending=True, stable=True)
         self._ids[layer] = ids.masked_fill(ids >= experts, self._tap.experts).gather(1, order)
         self._weights[layer] = weights.masked_fill(ids >= experts, 0).gather(1, order)
 
-    def scored(self, layer: int, scores: Tensor) -> None:
+    def add_scores(self, layer: int, scores: Tensor) -> None:
         self._scores[layer] = self._scaled(scores)
 
-    def foreseen(self, layer: int, distance: int, scores: Tensor) -> None:
+    def add_lookahead(self, layer: int, distance: int, scores: Tensor) -> None:
         self._ahead[distance - 1, layer] = self._scaled(scores)
 
     def _scaled(self, scores: Tensor) -> Tensor:
         return scores if self._tap.scale is None else normalise(scores, self._tap.scale).half()
 
-    def finish(self) -> RecordedPass:
+    def build(self) -> RecordedPass:
         tap, layers = self._tap, range(self._tap.layers)
         if len(self._ids) != len(layers):
             missing = next(layer for layer in layers if layer not in self._ids)
@@ -189,46 +192,49 @@ class _Collected:
         ahead = None
         if tap.lookahead and scores is not None:
             ahead = torch.zeros(rows, tap.lookahead, len(layers), tap.experts, dtype=scores.dtype)
-            for (distance, layer), foreseen in self._ahead.items():
-                ahead[:, distance, layer] = foreseen
+            for (distance, layer), predicted in self._ahead.items():
+                ahead[:, distance, layer] = predicted
         tables = self._token_ids, self._embedding, ids, weights, scores, ahead
         return RecordedPass(*(None if each is None else each.cpu() for each in tables))  # type: ignore[arg-type]
 
 
 def find_routers(model: nn.Module, experts: list[str]) -> list[Router | None]:
-    """The gate of each experts module, by what transformers records as `router_logits`; `None` where it has none.
+    """The gate of each experts module: the module whose output transformers records as `router_logits`.
 
-    Of several candidates, an experts module's own is the one with which it shares the most of its path.
+    Of several candidates, an experts module's own is the one with the longest common path prefix.
 
     Args:
         experts: paths of the experts modules.
+
+    Returns:
+        A router or `None` for each experts module; all `None` if two of them would share one.
     """
-    candidates = dict(_recorded(model))
+    candidates = dict(_router_candidates(model))
     found: list[Router | None] = []
     for name in experts:
-        shared = {path: _shared(path, name) for path in candidates}
-        best = [path for path, length in shared.items() if length == max(shared.values())]
+        common = {path: _common_parts(path, name) for path in candidates}
+        best = [path for path, length in common.items() if length == max(common.values())]
         path = best[0] if len(best) == 1 else None
         if path is None:
             found.append(None)
             continue
         module, index = candidates[path]
-        alone = not any(HANDLE in inner.__dict__ for inner in module.modules())
-        found.append(Router(module, index, alone))
+        standalone = not any(HANDLE in inner.__dict__ for inner in module.modules())
+        found.append(Router(module, index, standalone))
     taken = [id(router.module) for router in found if router is not None]
     return found if len(set(taken)) == len(taken) else [None] * len(found)
 
 
-def scale_of(scores: Tensor, ids: Tensor, weights: Tensor) -> tuple[Scale, bool]:
-    """How a model turns gate scores into weights, from what it did: the weights' ratios show it, whatever their sum.
+def infer_scale(scores: Tensor, ids: Tensor, weights: Tensor) -> tuple[Scale, bool]:
+    """How a model turns gate scores into weights, inferred from the ratios of the weights, whatever their sum.
 
     Args:
         scores: `[T, L, E]`.
-        ids: `[T, L, K]`; E and above are nobody's.
+        ids: `[T, L, K]`; E and above are no expert.
         weights: `[T, L, K]`.
 
     Returns:
-        The scale, and whether it explains the weights; softmax is assumed where none does.
+        The scale, and whether it explains the weights; softmax is assumed if none does.
     """
     ran = (ids < scores.shape[-1]) & (weights > 0)
     pairs = ran & ran[..., :1]
@@ -249,7 +255,7 @@ def scale_of(scores: Tensor, ids: Tensor, weights: Tensor) -> tuple[Scale, bool]
 
 
 def normalise(scores: Tensor, scale: Scale) -> Tensor:
-    """Gate scores `[.., E]` as float32 distributions. The one place where this is done."""
+    """Gate scores `[.., E]` as float32 distributions. Recording and serving both use this function."""
     if scale == "softmax":
         return scores.softmax(-1, dtype=torch.float32)
     positive = scores.float().sigmoid() if scale == "sigmoid" else scores.float()
@@ -260,15 +266,16 @@ def _experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Path and module of each MoE layer, in the order of the layers."""
     found: dict[int, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
-        handle: ExpertLayer | None = module.__dict__.get(HANDLE)
-        if handle is not None:
-            if handle.layer in found:
-                raise UnsupportedModelError(f"{name} shares experts with {found[handle.layer][0]}; not recorded yet")
-            found[handle.layer] = name, module
+        expert_layer: ExpertLayer | None = module.__dict__.get(HANDLE)
+        if expert_layer is not None:
+            layer = expert_layer.layer
+            if layer in found:
+                raise UnsupportedModelError(f"{name} shares experts with {found[layer][0]}; not recorded yet")
+            found[layer] = name, module
     return [found[layer] for layer in sorted(found)]
 
 
-def _recorded(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, int]]]:
+def _router_candidates(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, int]]]:
     """Path, module and output index of everything that a model or its parts record as router logits."""
     for owner_path, owner in model.named_modules():
         if not isinstance(owner, PreTrainedModel):
@@ -285,17 +292,17 @@ def _recorded(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, int]]]:
                     yield path, (module, index)
 
 
-def _shared(one: str, other: str) -> int:
-    """How many parts two paths have in common from the start."""
+def _common_parts(one: str, other: str) -> int:
+    """Length of the common prefix of two module paths, in parts."""
     parts = list(zip(one.split("."), other.split("."), strict=False))
     return next((count for count, (a, b) in enumerate(parts) if a != b), len(parts))
 
 
-def with_linear(router: Router, dtype: torch.dtype) -> Router:
-    """The same gate, after a try whether its scores are `F.linear` of the hidden states, bit for bit.
+def detect_linear(router: Router, dtype: torch.dtype) -> Router:
+    """The same gate, with `linear` set if a trial shows its scores to be `F.linear` of its input, bit for bit.
 
     Args:
-        router: whose weights are loaded; may be called by itself.
+        router: standalone, with its weights loaded.
         dtype: of the hidden states.
     """
     weight = getattr(router.module, "weight", None)
@@ -305,14 +312,14 @@ def with_linear(router: Router, dtype: torch.dtype) -> Router:
     hidden = torch.randn(3, weight.shape[1], generator=generator).to(weight.device, dtype)
     with torch.no_grad():
         try:
-            told, asked = scores_of(router, router.module.forward(hidden)), _flat(_linear(router.module, hidden))
-        except (RuntimeError, TypeError, ValueError, AttributeError):  # wants something else than hidden states
+            own, linear = scores_of(router, router.module.forward(hidden)), _flat(_linear(router.module, hidden))
+        except (RuntimeError, TypeError, ValueError, AttributeError):  # it takes something else than hidden states
             return router
-    return router._replace(linear=torch.equal(told, asked))  # noqa: SLF001 - a named tuple's way
+    return router._replace(linear=torch.equal(own, linear))  # noqa: SLF001 - public, by a named tuple's convention
 
 
-def ask(router: Router, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
-    """What a gate says of another one's input: scores `[T, E]`, as `scores_of`."""
+def run_router(router: Router, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+    """Scores `[T, E]` of a standalone gate on another gate's input, without its hooks."""
     with torch.no_grad():
         if router.linear and len(arguments) == 1 and not keywords:
             return _flat(_linear(router.module, arguments[0]))
@@ -324,10 +331,10 @@ def _linear(module: Any, hidden: Tensor) -> Tensor:
 
 
 def scores_of(router: Router, output: Any) -> Tensor:
-    """`[T, E]` out of a gate's output, in its own dtype."""
-    return _flat(output[router.place] if isinstance(output, tuple) else output)
+    """Scores `[T, E]` from a gate's output, in its own dtype."""
+    return _flat(output[router.output_index] if isinstance(output, tuple) else output)
 
 
 def _flat(scores: Tensor) -> Tensor:
-    scores = scores.detach() if scores.requires_grad else scores  # an operation less beside every layer
+    scores = scores.detach() if scores.requires_grad else scores  # saves an operation per layer
     return scores if scores.dim() == 2 else scores.reshape(-1, scores.shape[-1])

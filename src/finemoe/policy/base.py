@@ -40,7 +40,6 @@ class Policy:
         uses: optional inputs, of `gates` and `lookahead`.
         substitutes: inputs of the published policy that are replaced here, and by what.
         throttles_prefetch: suspends prefetching while it does not pay (`cache_state.throttle_prefetch`).
-        predicts_requests: implements `predict_request`.
         is_persistent: implements `state_dict` and `load_state_dict`.
         clairvoyant: needs the future: an upper bound, for the simulator only.
         compiles: the constructor takes `jit`.
@@ -62,7 +61,6 @@ class Policy:
     needs: ClassVar[frozenset[str]] = frozenset()
     uses: ClassVar[frozenset[str]] = frozenset()
     substitutes: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    predicts_requests: ClassVar[bool] = False
     is_persistent: ClassVar[bool] = False
     clairvoyant: ClassVar[bool] = False
     compiles: ClassVar[bool] = False
@@ -91,15 +89,6 @@ class Policy:
     def expected(self, layer: int) -> Scores | None:
         """`[E]`: the probability that the next run of `layer` needs each expert; `None` if not predicted."""
         del layer
-        return None
-
-    def predict_request(self, embedding: npt.NDArray[np.float32]) -> Scores | None:
-        """`[L, E]`: the share of its tokens that a new request will send to each expert; `None` if not predicted.
-
-        Args:
-            embedding: `[D]`, the mean of the prompt's token embeddings.
-        """
-        del embedding
         return None
 
     @property

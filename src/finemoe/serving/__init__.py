@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server: jobs at the border, one thread that runs the model."""
+"""The OpenAI-compatible server. `app` puts it together; `scheduler` runs the model; see docs/serving.md."""

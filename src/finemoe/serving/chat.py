@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`."""
+"""`POST /v1/chat/completions`, with tool calls."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from finemoe.serving.detokenizer import StopStrings, TextPiece, TokenText
-from finemoe.serving.errors import bad_value, refusals, streamed
+from finemoe.serving.errors import bad_value, error_responses, stream_responses
 from finemoe.serving.middleware import JsonRoute
-from finemoe.serving.model_info import FINGERPRINT
+from finemoe.serving.model_info import SYSTEM_FINGERPRINT
 from finemoe.serving.protocol import (
     AssistantMessage,
     ChatChoice,
@@ -31,90 +31,13 @@ from finemoe.serving.protocol import (
     MessageToolCall,
     Usage,
 )
-from finemoe.serving.state import AppState, answer_tokens, plan, refuse_other_model
+from finemoe.serving.state import AppState, check_model, make_jobs, resolve_max_tokens
 from finemoe.serving.streaming import chat_logprobs, respond
-from finemoe.serving.structured_output import LAYOUT, Grammar
+from finemoe.serving.structured_output import JSON_WHITESPACE, Grammar
 
-_OPEN = "<tool_call>"
-_BLOCKS = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
-_OTHER_WRITING = re.compile(r"<function=|<arg_key>|<parameter=")  # the same tag around something that is no JSON
-
-
-def teaches_calls(template: str) -> bool:
-    """Whether a chat template tells the model of tools, in the one notation that is read here."""
-    return "tools" in template and _OPEN in template and not _OTHER_WRITING.search(template)
-
-
-def split_calls(text: str, *, one: bool = False) -> tuple[str, list[MessageToolCall]]:
-    """What an answer says, and what it calls. What can't be read as calls is left as text.
-
-    Args:
-        text: a whole answer.
-        one: keep the first call alone.
-    """
-    said, opened, _ = text.partition(_OPEN)
-    if not opened:
-        return text, []
-    calls = [_call(block) for block in _BLOCKS.findall(text)]
-    known = [call for call in calls if call is not None]
-    if len(known) < len(calls):
-        return text, []
-    return said.rstrip(), [call.model_copy(update={"index": i}) for i, call in enumerate(known[:1] if one else known)]
-
-
-def must_call(functions: Sequence[Function]) -> str:
-    """A grammar, in llguidance's dialect of Lark, of a call of one of `functions`."""
-    alternatives = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": function.name}, "arguments": function.parameters or {"type": "object"}},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-            "x-guidance": LAYOUT,
-        }
-        for function in functions
-    ]
-    schema = alternatives[0] if len(alternatives) == 1 else {"anyOf": alternatives, "x-guidance": LAYOUT}
-    return f'start: "<tool_call>\\n" call "\\n</tool_call>"\ncall: %json {json.dumps(schema)}\n'
-
-
-class CallFilter:
-    """Splits a streamed answer: text up to the first call as it comes, the calls when the answer has ended."""
-
-    def __init__(self, *, one: bool = False) -> None:
-        self._watch = StopStrings([_OPEN])
-        self._one = one
-        self._opened = False
-        self._text = ""
-        self._shown = 0
-
-    def feed(self, piece: str) -> str:
-        """Text that may be shown now."""
-        self._text += piece
-        if self._opened:
-            return ""
-        text, self._opened = self._watch.feed(piece)
-        self._shown += len(text)
-        return text
-
-    def end(self) -> tuple[str, list[MessageToolCall]]:
-        """What is left to show, and the calls; nothing follows."""
-        said, calls = split_calls(self._text, one=self._one)
-        return said[self._shown :], calls
-
-
-def _call(block: str) -> MessageToolCall | None:
-    try:
-        given: Any = json.loads(block)
-        name, arguments = given["name"], given.get("arguments", {})
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
-    if not isinstance(name, str):
-        return None
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return MessageToolCall(
-        id=f"call_{uuid.uuid4().hex[:24]}", type="function", function=FunctionCall(name=name, arguments=text)
-    )
+_OPENING_TAG = "<tool_call>"
+_CALLS = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
+_OTHER_NOTATIONS = re.compile(r"<function=|<arg_key>|<parameter=")  # the same tag around something other than JSON
 
 
 def routes(app_state: AppState) -> APIRouter:
@@ -123,26 +46,27 @@ def routes(app_state: AppState) -> APIRouter:
 
     @router.post(
         "/v1/chat/completions",
-        responses=streamed(ChatCompletion) | refusals(400, 401, 404, 413, 415, 429, 500, 503, 504),
+        responses=stream_responses(ChatCompletion) | error_responses(400, 401, 404, 413, 415, 429, 500, 503, 504),
     )
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         served = app_state.served
-        refuse_other_model(served, body)
-        app_state.admission.check(body.n or 1)  # before the work of making a prompt
+        check_model(served, body)
+        app_state.admission.check(body.n or 1)  # before the cost of encoding
         tools = body.tools if body.tool_choice != "none" else None
-        if tools and not teaches_calls(_template(served.tokenizer)):
-            raise bad_value("tools", "this model's chat template has none, or in a notation that is not read here")
-        request.state.remember(user=body.user, prompt=[message.text for message in body.messages])
+        if tools and not supports_tools(_template(served.tokenizer)):
+            raise bad_value("tools", "this model's chat template has none, or in a notation that is not supported")
+        request.state.log_request(user=body.user, prompt=[message.text for message in body.messages])
         ids = await app_state.prompts.chat(body.messages, tools)
         param = "max_tokens" if body.max_tokens is not None else "max_completion_tokens"
-        max_tokens = answer_tokens(served, body.tokens_asked, served.config.max_output_tokens, len(ids), param)
+        default = served.config.max_output_tokens
+        max_tokens = resolve_max_tokens(served, body.max_output_tokens, default, len(ids), param)
         grammar = await app_state.prompts.run(lambda: _prepare(app_state, body))
-        jobs, answers = plan(served, body, [ids], max_tokens, body.likeliest, grammar)
-        running = app_state.run(request, jobs, answers, len(ids))
-        shape = ChatShape(app_state, body, calls=bool(tools))
+        jobs, outputs = make_jobs(served, body, [ids], max_tokens, body.num_top_logprobs, grammar)
+        run = app_state.run(request, jobs, outputs, len(ids))
+        shape = ChatShape(app_state, body, parse_tools=bool(tools))
         return await respond(
-            request, running, shape, choices=len(jobs), stream=bool(body.stream), include_usage=body.include_usage
+            request, run, shape, choices=len(jobs), stream=bool(body.stream), include_usage=body.include_usage
         )
 
     return router
@@ -156,101 +80,180 @@ def _template(tokenizer: Any) -> str:
 
 
 def _prepare(app_state: AppState, body: ChatRequest) -> Grammar | None:
-    """What takes a moment, off the event loop: the vocabulary where it is needed, and the grammar."""
+    """The request's grammar, if any; also prepares the vocabulary if it is needed. Slow: runs off the event loop."""
+    vocabulary = app_state.served.vocabulary
     if body.logprobs:
-        app_state.served.vocabulary.prepare("logprobs")
-    if functions := body.must_call:
-        return app_state.served.vocabulary.lark(must_call(functions), "tools")
+        vocabulary.prepare("logprobs")
+    if functions := body.required_functions:
+        return vocabulary.lark(tool_call_grammar(functions), "tools")
     match body.response_format:
         case JsonObject():
-            return app_state.served.vocabulary.json({"type": "object"}, "response_format")
+            return vocabulary.json({"type": "object"}, "response_format")
         case JsonSchemaFormat(json_schema=given):
-            return app_state.served.vocabulary.json(given.schema_, "response_format.json_schema.schema")
+            return vocabulary.json(given.schema_, "response_format.json_schema.schema")
     return None
 
 
 class ChatShape:
-    """A chat's `ResponseShape`.
+    """The `ResponseShape` of chat completions.
 
     Args:
-        house: of the server.
+        app_state: of the server.
         body: the request.
-        calls: whether the answer may hold calls of functions.
+        parse_tools: whether the answer may contain tool calls.
     """
 
-    def __init__(self, app_state: AppState, body: ChatRequest, *, calls: bool) -> None:
+    def __init__(self, app_state: AppState, body: ChatRequest, *, parse_tools: bool) -> None:
         self._vocabulary = app_state.served.vocabulary if body.logprobs else None
         self._choices = body.n or 1
         self._include_usage = body.include_usage
-        self._one = body.parallel_tool_calls is False
-        self._calls = calls
-        self._filters = [CallFilter(one=self._one) for _ in range(self._choices)] if calls else []
+        self._first_only = body.parallel_tool_calls is False
+        self._parse_tools = parse_tools
+        self._parsers = [ToolCallParser(first_only=self._first_only) for _ in range(self._choices)]
         self._common: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": app_state.served.name,
-            "system_fingerprint": FINGERPRINT,
+            "system_fingerprint": SYSTEM_FINGERPRINT,
         }
 
-    def opening(self) -> Iterator[ChatChunk]:
+    def first_chunks(self) -> Iterator[ChatChunk]:
         for choice in range(self._choices):
             yield self._chunk(choice, AssistantMessage(role="assistant", content="", refusal=None), None, None)
 
     def chunks(self, piece: TextPiece) -> Iterator[ChatChunk]:
         text, finish, calls = piece.text, piece.finish, list[MessageToolCall]()
-        if self._calls:
-            text = self._filters[piece.choice].feed(text)
+        if self._parse_tools:
+            text = self._parsers[piece.choice].feed(text)
             if finish:
-                rest, calls = self._filters[piece.choice].end()
+                rest, calls = self._parsers[piece.choice].finish()
                 text += rest
-        logprobs = self._logprobs(piece.said)
+        logprobs = self._logprobs(piece.tokens)
         if text or (logprobs and logprobs.content):
-            yield self._chunk(piece.choice, _delta(content=text), logprobs, None)
+            yield self._chunk(piece.choice, AssistantMessage(content=text), logprobs, None)
         if calls:
-            yield self._chunk(piece.choice, _delta(tool_calls=calls), None, None)
+            yield self._chunk(piece.choice, AssistantMessage(tool_calls=calls), None, None)
         if finish:
-            yield self._chunk(piece.choice, _delta(), None, "tool_calls" if calls else finish)
+            yield self._chunk(piece.choice, AssistantMessage(), None, "tool_calls" if calls else finish)
 
-    def count(self, usage: Usage) -> ChatChunk:
+    def usage_chunk(self, usage: Usage) -> ChatChunk:
         return ChatChunk(**self._common, object="chat.completion.chunk", choices=[], usage=usage)
 
-    def whole(self, pieces: Sequence[Sequence[TextPiece]], usage: Usage) -> ChatCompletion:
+    def response(self, pieces: Sequence[Sequence[TextPiece]], usage: Usage) -> ChatCompletion:
         return ChatCompletion(
             **self._common,
             object="chat.completion",
-            choices=[self._choice(i, made) for i, made in enumerate(pieces)],
+            choices=[self._choice(i, own) for i, own in enumerate(pieces)],
             usage=usage,
         )
 
     def _choice(self, index: int, pieces: Sequence[TextPiece]) -> ChatChoice:
         text, calls = "".join(piece.text for piece in pieces), list[MessageToolCall]()
-        if self._calls:
-            text, calls = split_calls(text, one=self._one)
+        if self._parse_tools:
+            text, calls = parse_tool_calls(text, first_only=self._first_only)
         message = AssistantMessage(role="assistant", content=text, refusal=None)
         if calls:
-            plain = [call.model_copy() for call in calls]
-            for call in plain:
+            unindexed = [call.model_copy() for call in calls]  # only chunks have an index
+            for call in unindexed:
                 call.model_fields_set.discard("index")
-            message = AssistantMessage(role="assistant", content=text or None, refusal=None, tool_calls=plain)
+            message = AssistantMessage(role="assistant", content=text or None, refusal=None, tool_calls=unindexed)
         finish = pieces[-1].finish
         assert finish is not None
         return ChatChoice(
             index=index,
             message=message,
-            logprobs=self._logprobs([said for piece in pieces for said in piece.said]),
+            logprobs=self._logprobs([token for piece in pieces for token in piece.tokens]),
             finish_reason="tool_calls" if calls else finish,
         )
 
-    def _logprobs(self, said: Sequence[TokenText]) -> ChatLogprobs | None:
-        return None if self._vocabulary is None else chat_logprobs(self._vocabulary, said)
+    def _logprobs(self, tokens: Sequence[TokenText]) -> ChatLogprobs | None:
+        return None if self._vocabulary is None else chat_logprobs(self._vocabulary, tokens)
 
     def _chunk(
         self, index: int, delta: AssistantMessage, logprobs: ChatLogprobs | None, finish: FinishReason | None
     ) -> ChatChunk:
-        counted: dict[str, Any] = {"usage": None} if self._include_usage else {}
+        usage: dict[str, Any] = {"usage": None} if self._include_usage else {}
         choice = ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish)
-        return ChatChunk(**self._common, object="chat.completion.chunk", choices=[choice], **counted)
+        return ChatChunk(**self._common, object="chat.completion.chunk", choices=[choice], **usage)
 
 
-def _delta(**fields: Any) -> AssistantMessage:
-    return AssistantMessage(**fields)
+def supports_tools(template: str) -> bool:
+    """Whether a chat template describes tools to the model in the supported notation: JSON in `<tool_call>` tags."""
+    return "tools" in template and _OPENING_TAG in template and not _OTHER_NOTATIONS.search(template)
+
+
+def tool_call_grammar(functions: Sequence[Function]) -> str:
+    """A grammar, in llguidance's variant of Lark, of one call of any of `functions`."""
+    alternatives = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": function.name}, "arguments": function.parameters or {"type": "object"}},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+            "x-guidance": JSON_WHITESPACE,
+        }
+        for function in functions
+    ]
+    schema = alternatives[0] if len(alternatives) == 1 else {"anyOf": alternatives, "x-guidance": JSON_WHITESPACE}
+    return f'start: "<tool_call>\\n" call "\\n</tool_call>"\ncall: %json {json.dumps(schema)}\n'
+
+
+def parse_tool_calls(text: str, *, first_only: bool = False) -> tuple[str, list[MessageToolCall]]:
+    """Splits a complete answer into its text and its tool calls. If any call is malformed, all of it is text.
+
+    Args:
+        text: the answer.
+        first_only: drop all calls but the first.
+    """
+    content, opened, _ = text.partition(_OPENING_TAG)
+    if not opened:
+        return text, []
+    parsed = [_parse_call(block) for block in _CALLS.findall(text)]
+    calls = [call for call in parsed if call is not None]
+    if len(calls) < len(parsed):
+        return text, []
+    kept = calls[:1] if first_only else calls
+    return content.rstrip(), [call.model_copy(update={"index": i}) for i, call in enumerate(kept)]
+
+
+def _parse_call(block: str) -> MessageToolCall | None:
+    try:
+        given: Any = json.loads(block)
+        name, arguments = given["name"], given.get("arguments", {})
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    if not isinstance(name, str):
+        return None
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return MessageToolCall(
+        id=f"call_{uuid.uuid4().hex[:24]}", type="function", function=FunctionCall(name=name, arguments=text)
+    )
+
+
+class ToolCallParser:
+    """Parses a streamed answer: passes on the text before the first call, and returns the calls at the end.
+
+    Args:
+        first_only: drop all calls but the first.
+    """
+
+    def __init__(self, *, first_only: bool = False) -> None:
+        self._tag = StopStrings([_OPENING_TAG])
+        self._first_only = first_only
+        self._opened = False
+        self._text = ""
+        self._emitted = 0  # characters
+
+    def feed(self, piece: str) -> str:
+        """The text that can be emitted now."""
+        self._text += piece
+        if self._opened:
+            return ""
+        text, self._opened = self._tag.feed(piece)
+        self._emitted += len(text)
+        return text
+
+    def finish(self) -> tuple[str, list[MessageToolCall]]:
+        """The rest of the text, and the calls of the complete answer."""
+        content, calls = parse_tool_calls(self._text, first_only=self._first_only)
+        return content[self._emitted :], calls

@@ -1,4 +1,4 @@
-"""What the API answers where it can't answer: OpenAI's shape, whatever went wrong."""
+"""Error responses in OpenAI's shape, and their OpenAPI descriptions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+_MAX_MESSAGE_LENGTH = 1000  # characters; a message may quote the request
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_CODES = {404: "not_found", 405: "method_not_allowed"}
+ResponseDocs = dict[int | str, dict[str, Any]]  # FastAPI's `responses` argument
+
 
 class ErrorDetail(BaseModel):
-    """What went wrong; `param` is the path of the parameter, such as `messages[0].content`."""
+    """An error; `param` is the path of the parameter, such as `messages[0].content`."""
 
     message: str
     type: str
@@ -23,25 +28,20 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every response that is no answer."""
+    """The body of every error response."""
 
     error: ErrorDetail
 
 
-_LONGEST = 1000  # characters of a message: it may quote the request
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-_CODES = {404: "not_found", 405: "method_not_allowed"}
-
-
 class ApiError(HTTPException):
-    """A refusal with OpenAI's fields.
+    """An error response with OpenAI's fields.
 
     Args:
-        status: of HTTP.
+        status: HTTP status.
         message: one sentence for people.
-        param: the parameter at fault.
-        code: for programs.
-        headers: of the response.
+        param: the parameter at fault, or `None`.
+        code: for programs, or `None`.
+        headers: extra headers of the response.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class ApiError(HTTPException):
     def body(self) -> dict[str, Any]:
         """`{"error": {..}}`."""
         kind = _TYPES.get(self.status_code, "server_error" if self.status_code >= 500 else "invalid_request_error")
-        # a name or value from the request may hold what can't be written back
-        message = self.detail.encode("utf-8", "replace").decode()[:_LONGEST]
+        # text quoted from the request may contain surrogates, which can't be encoded
+        message = self.detail.encode("utf-8", "replace").decode()[:_MAX_MESSAGE_LENGTH]
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
@@ -69,17 +69,33 @@ class ApiError(HTTPException):
 
 
 def bad_value(param: str, message: str, code: str = "invalid_value") -> ApiError:
-    """400, and the parameter whose value can't be used."""
+    """400 for a parameter whose value is invalid."""
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 
 
 def model_failed() -> ApiError:
-    """503: the thread that ran the model has ended; nothing but a restart helps."""
+    """503: the model thread has ended; the server must be restarted."""
     return ApiError(503, "the model's thread has failed; restart the server, its log says why", code="model_failed")
 
 
+def error_responses(*statuses: int) -> ResponseDocs:
+    """OpenAPI descriptions of error statuses, all with an `ErrorBody`."""
+    errors: ResponseDocs = {
+        status: {"model": ErrorBody, "description": HTTPStatus(status).phrase} for status in statuses
+    }
+    # replaces FastAPI's 422, which is never sent
+    return errors | {"4XX": {"model": ErrorBody, "description": "Any other refusal"}}
+
+
+def stream_responses(model: type[BaseModel]) -> ResponseDocs:
+    """OpenAPI description of a response that is either a `model` object or server-sent events."""
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    events = {"text/event-stream": {"itemSchema": event}}  # OpenAPI 3.2's key for the items of a stream
+    return {200: {"model": model, "content": events, "description": "The answer; with stream: true as events"}}
+
+
 async def on_http_exception(_: Request, error: Exception) -> JSONResponse:
-    """Starlette's own refusals (404, 405) in the same shape."""
+    """Exception handler for `ApiError` and Starlette's own errors (404, 405)."""
     assert isinstance(error, HTTPException)
     if not isinstance(error, ApiError):
         code = _CODES.get(error.status_code)
@@ -88,75 +104,61 @@ async def on_http_exception(_: Request, error: Exception) -> JSONResponse:
 
 
 async def on_invalid_request(_: Request, error: Exception) -> JSONResponse:
-    """The first thing that pydantic found wrong."""
+    """Exception handler for pydantic's validation errors; reports the first one."""
     assert isinstance(error, RequestValidationError)
-    found = error.errors()
-    rooted = [one for one in found if one["loc"][:2] == found[0]["loc"][:2]]
-    # a union names every alternative that did not fit: the one that fits the longest way is what was meant
-    first = max(rooted, key=lambda one: (_depth(one, error.body), not one["type"].endswith("_type")))
-    place = first["loc"]
-    param = str(place[1]) if place[0] == "query" and len(place) > 1 else spell(_path(first), error.body)
+    errors = error.errors()
+    same_field = [each for each in errors if each["loc"][:2] == errors[0]["loc"][:2]]
+    # a union reports an error for each alternative: the one that matched deepest is the one that was meant
+    first = max(same_field, key=lambda each: (_depth(each, error.body), not each["type"].endswith("_type")))
+    location = first["loc"]
+    if location[0] == "query" and len(location) > 1:
+        param: str | None = str(location[1])
+    else:
+        param = parameter_path(_body_path(first), error.body)
     match first["type"]:
         case "extra_forbidden":
-            refusal = ApiError(400, f"{param}: is not supported; leave it out", param=param, code="unknown_parameter")
+            response = ApiError(400, f"{param}: is not supported; leave it out", param=param, code="unknown_parameter")
         case "missing" if param is None:
-            refusal = ApiError(400, "a JSON body is required", code="invalid_json")
+            response = ApiError(400, "a JSON body is required", code="invalid_json")
         case "missing":
-            refusal = ApiError(400, f"{param}: is required", param=param, code="missing_required_parameter")
+            response = ApiError(400, f"{param}: is required", param=param, code="missing_required_parameter")
         case "inconsistent":
             message = first["msg"]
-            refusal = ApiError(400, message, param=message.partition(":")[0], code="invalid_value")
+            response = ApiError(400, message, param=message.partition(":")[0], code="invalid_value")
         case kind:
             wrong_type = kind.endswith("_type")
-            refusal = ApiError(
+            response = ApiError(
                 400,
                 f"{param or 'the body'}: {first['msg'][:1].lower()}{first['msg'][1:]}",
                 param=param,
                 code="invalid_type" if wrong_type else "invalid_value",
             )
-    return refusal.response()
+    return response.response()
 
 
-def _path(found: Any) -> Sequence[int | str]:
-    path: Sequence[int | str] = found["loc"]
-    return path[1:] if path[:1] == ("body",) else path
+def parameter_path(location: Sequence[int | str], body: Any) -> str | None:
+    """The path of a parameter as the client would write it: `messages[0].content`; `None` for the whole body.
 
-
-def _depth(found: Any, given: Any) -> int:
-    spelled = spell(_path(found), given) or ""
-    return spelled.count(".") + spelled.count("[")
-
-
-def spell(path: Sequence[int | str], given: Any) -> str | None:
-    """A place in a request as its sender would write it: `messages[0].content`.
-
-    pydantic's places also name the alternative of a union that it tried: what is no key of `given` is left out, but for
-    the first such word where a key is missing.
+    pydantic's locations also name the alternatives of unions. Parts that are not keys of `body` are therefore left
+    out, except the last one: the name of a missing key.
     """
-    spelled = ""
-    for part in path:
-        if isinstance(given, list) and isinstance(part, int) and part < len(given):
-            spelled, given = f"{spelled}[{part}]", given[part]
-        elif isinstance(given, dict) and isinstance(part, str):
-            known = part in given
-            if known or part == path[-1]:
-                spelled = f"{spelled}.{part}" if spelled else part
-            given = given[part] if known else given
-    return spelled or None
+    path = ""
+    for part in location:
+        if isinstance(body, list) and isinstance(part, int) and part < len(body):
+            path, body = f"{path}[{part}]", body[part]
+        elif isinstance(body, dict) and isinstance(part, str):
+            known = part in body
+            if known or part == location[-1]:
+                path = f"{path}.{part}" if path else part
+            body = body[part] if known else body
+    return path or None
 
 
-Responses = dict[int | str, dict[str, Any]]
+def _body_path(error: Any) -> Sequence[int | str]:
+    location: Sequence[int | str] = error["loc"]
+    return location[1:] if location[:1] == ("body",) else location
 
 
-def refusals(*statuses: int) -> Responses:
-    """Statuses that come with an `ErrorBody`."""
-    refused: Responses = {status: {"model": ErrorBody, "description": HTTPStatus(status).phrase} for status in statuses}
-    # in place of FastAPI's own 422, which is never sent
-    return refused | {"4XX": {"model": ErrorBody, "description": "Any other refusal"}}
-
-
-def streamed(whole: type[BaseModel]) -> Responses:
-    """An object, or server-sent events."""
-    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
-    events = {"text/event-stream": {"itemSchema": event}}  # OpenAPI 3.2's word for what a stream consists of
-    return {200: {"model": whole, "content": events, "description": "The answer; with stream: true as events"}}
+def _depth(error: Any, body: Any) -> int:
+    path = parameter_path(_body_path(error), body) or ""
+    return path.count(".") + path.count("[")

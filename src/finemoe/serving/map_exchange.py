@@ -1,4 +1,4 @@
-"""A server's share in maps that several know: it publishes what it has learned, and takes in what others have."""
+"""Exchanges learned maps between servers: publishes what this server's policy has learned, merges what others have."""
 
 from __future__ import annotations
 
@@ -10,89 +10,91 @@ from typing import Protocol
 from finemoe.learned import Maps, SharedMaps, Version, merge, new_maps, num_updates, with_new_totals
 
 _LOG = logging.getLogger(__name__)
-_PATIENCE_S = 10.0  # to wait for a moment at which no request runs
+_IDLE_TIMEOUT_S = 10.0  # how long an exchange waits until no request runs
 
 
-class Learner(Protocol):
-    """What is asked of a loaded model: `ModelHandle`."""
+class PersistentPolicyModel(Protocol):
+    """The part of `ModelHandle` that an exchange uses."""
 
     @property
     def num_updates(self) -> int: ...
 
     def learned(self) -> Maps | None: ...
 
-    def refuse_others(self, maps: Maps) -> None: ...
+    def check_maps(self, maps: Maps) -> None: ...
 
     def end_requests(self) -> None: ...
 
-    def take_in(self, maps: Maps, num_updates: int) -> bool: ...
+    def load_maps(self, maps: Maps, num_updates: int) -> bool: ...
 
 
 class IdleRunner(Protocol):
-    """What is asked of a worker."""
+    """The part of `BatchingWorker` that an exchange uses."""
 
     def run_when_idle(self, call: Callable[[], object], timeout_s: float) -> bool: ...
 
 
-class Sharing:
-    """Exchanges maps at intervals, from `start` to `close`, on a thread of its own: nobody else waits for the store.
+class MapExchange:
+    """Exchanges maps with a shared store at intervals, on its own thread, from `start` to `close`.
 
-    Published is at any time; taken in only while no request runs. A server that never rests learns from itself, and
-    still tells others. Whatever goes wrong is one warning until it works again, and nothing else.
+    Maps are published at any time, but loaded into the policy only while no request runs: a server that is never idle
+    publishes its maps and learns only from its own requests. Errors never stop the server: the first one is logged as
+    a warning, and so is the recovery.
 
     Args:
-        learner: of the loaded model.
+        model: handle of the loaded model.
         worker: runs the model.
-        store: what is shared.
+        store: the shared maps.
         every_s: seconds between two exchanges.
-        patience_s: seconds that an exchange waits for the model to rest.
+        idle_timeout_s: seconds that an exchange waits for the worker to be idle.
     """
 
     def __init__(
-        self, learner: Learner, worker: IdleRunner, store: SharedMaps, every_s: float, patience_s: float = _PATIENCE_S
+        self,
+        model: PersistentPolicyModel,
+        worker: IdleRunner,
+        store: SharedMaps,
+        every_s: float,
+        idle_timeout_s: float = _IDLE_TIMEOUT_S,
     ) -> None:
-        self._learner = learner
+        self._model = model
         self._worker = worker
         self._store = store
         self._every_s = every_s
-        self._patience_s = patience_s
-        self._version: Version | None = None  # of the store, as far as this server knows it
-        self._told: Maps | None = None  # what the policy knew when all of it was last known to the store
-        self._told_whom = ""  # which store that was
+        self._idle_timeout_s = idle_timeout_s
+        self._version: Version | None = None  # the newest version of the store whose maps are loaded here
+        self._published: Maps | None = None  # the policy's maps when the store last had all of them
+        self._published_to = ""  # id of the store that has them
         self._failing = False
         self._started, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="finemoe-sharing", daemon=True)
 
     def start(self) -> None:
-        """Takes in what others know; returns when that is done, and goes on at intervals."""
+        """Starts the thread; returns after the first exchange."""
         self._thread.start()
         self._started.wait()
 
     def close(self) -> None:
-        """Ends the thread, and publishes what is left. The model must not be closed yet."""
+        """Publishes the remaining maps and ends the thread. Close the model afterwards."""
         self._closing.set()
         if self._thread.ident is not None:
             self._thread.join()
 
     def exchange(self) -> None:
-        """One exchange."""
-        self._guarded(self._exchange)
-
-    def _tell_the_rest(self) -> None:
-        self._worker.run_when_idle(self._learner.end_requests, min(1.0, self._patience_s))
-        self._publish(self._learner.learned())
+        """One exchange, now. Errors are logged."""
+        self._log_errors(self._exchange)
 
     def _run(self) -> None:
         self.exchange()
         self._started.set()
         while not self._closing.wait(self._every_s):
             self.exchange()
-        self._guarded(self._tell_the_rest)
+        self._log_errors(self._publish_rest)
 
-    def _guarded(self, what: Callable[[], object]) -> None:
+    def _log_errors(self, call: Callable[[], object]) -> None:
         try:
-            what()
-        except Exception as error:  # noqa: BLE001 - a store is someone else's disk or process
+            call()
+        except Exception as error:  # noqa: BLE001 - the store is another process, disk or service
             if not self._failing:
                 _LOG.warning(
                     "maps can't be shared (%s: %s); going on without, and trying again",
@@ -106,41 +108,49 @@ class Sharing:
             self._failing = False
 
     def _exchange(self) -> None:
-        rests = self._worker.run_when_idle(self._learner.end_requests, self._patience_s)
-        pulled = self._store.pull(self._version) if rests else None
-        if pulled is not None and pulled.version.store != self._told_whom:
-            self._told = None  # the store is new, or was lost: it is told everything
-        elif pulled is None and self._told is not None and self._learner.num_updates == num_updates(self._told):
+        is_idle = self._worker.run_when_idle(self._model.end_requests, self._idle_timeout_s)
+        pulled = self._store.pull(self._version) if is_idle else None
+        if pulled is not None and pulled.version.store != self._published_to:
+            self._published = None  # the store is new or was lost: publish everything again
+        elif pulled is None and self._published is not None and self._model.num_updates == num_updates(self._published):
             return
-        now, told = self._learner.learned(), self._told
+        own, published = self._model.learned(), self._published
         known = self._version if pulled is None else pulled.version
-        published = self._publish(now)
-        if published is not None and published.follows(known):  # nobody else has: there is nothing new for us in it
-            known = published
+        version = self._publish(own)
+        if version is not None and version.follows(known):  # no other server published in between
+            known = version
         if pulled is None or pulled.maps is None:
             self._version = known
-        elif self._take_in(pulled.maps, now, told):
-            self._version, self._told_whom = known, pulled.version.store
+        elif self._load(pulled.maps, own, published):
+            self._version, self._published_to = known, pulled.version.store
 
-    def _publish(self, now: Maps | None) -> Version | None:
-        """Tells others what is new; returns the store's version then, `None` if nothing is."""
-        fresh = None if now is None else new_maps(now, self._told)
-        if fresh is None:
+    def _publish(self, own: Maps | None) -> Version | None:
+        """Publishes what is new in the policy's maps. Returns the store's version, or `None` if nothing is new."""
+        new = None if own is None else new_maps(own, self._published)
+        if new is None:
             return None
-        version = self._store.publish(fresh)
-        lost = self._told is not None and version.store != self._told_whom  # it does not know what it was told before
-        self._told, self._told_whom = None if lost else now, version.store
+        version = self._store.publish(new)
+        lost = self._published is not None and version.store != self._published_to  # a new store lacks earlier maps
+        self._published, self._published_to = None if lost else own, version.store
         return version
 
-    def _take_in(self, pulled: Maps, now: Maps | None, told: Maps | None) -> bool:
-        """What others know and what is known here, as one; if nothing was learned here in the meantime."""
-        self._learner.refuse_others(pulled)
-        merged = pulled if now is None else merge([pulled, with_new_totals(now, told)])
-        before = 0 if now is None else num_updates(now)
-        taken: list[bool] = []
-        self._worker.run_when_idle(lambda: taken.append(self._learner.take_in(merged, before)), self._patience_s)
-        if any(taken):
-            self._told = merged
+    def _publish_rest(self) -> None:
+        self._worker.run_when_idle(self._model.end_requests, min(1.0, self._idle_timeout_s))
+        self._publish(self._model.learned())
+
+    def _load(self, pulled: Maps, own: Maps | None, published: Maps | None) -> bool:
+        """Loads the merged maps of the store and this server, unless the policy has learned more in the meantime.
+
+        Returns:
+            Whether they were loaded.
+        """
+        self._model.check_maps(pulled)
+        merged = pulled if own is None else merge([pulled, with_new_totals(own, published)])
+        updates = 0 if own is None else num_updates(own)
+        loaded: list[bool] = []
+        self._worker.run_when_idle(lambda: loaded.append(self._model.load_maps(merged, updates)), self._idle_timeout_s)
+        if any(loaded):
+            self._published = merged
             return True
         return False
 

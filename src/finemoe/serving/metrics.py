@@ -1,4 +1,4 @@
-"""`/metrics`, by prometheus_client: what the server counts itself, and what the expert pool has counted."""
+"""Prometheus metrics of `/metrics`: counters of the server, and statistics of the worker and the expert pool."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from finemoe.serving.model_info import Served
-from finemoe.serving.request import Timings
+from finemoe.serving.model_info import ServedModel
+from finemoe.serving.request import RequestTimings
 
-_TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
-_TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+_TPOT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
 class Metrics:
-    """Counters of one server, in a registry of their own.
+    """The metrics of one server, in a registry of its own.
 
     Args:
-        served: whose worker and expert pool are asked at each scrape.
+        served: its worker and expert pool are read at each scrape.
     """
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: ServedModel) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "finemoe_requests", "Requests to generate, by outcome.", ["outcome"], registry=self.registry
@@ -33,31 +33,31 @@ class Metrics:
         self._ttft = Histogram(
             "finemoe_time_to_first_token_seconds",
             "From a request to the first token of each answer.",
-            buckets=_TTFT_S,
+            buckets=_TTFT_BUCKETS_S,
             registry=self.registry,
         )
         self._tpot = Histogram(
             "finemoe_time_per_output_token_seconds",
             "Mean time per token after the first, of each answer.",
-            buckets=_TPOT_S,
+            buckets=_TPOT_BUCKETS_S,
             registry=self.registry,
         )
         self._duration = Histogram(
             "finemoe_request_duration_seconds",
             "From a request to the end of its response.",
-            buckets=_TTFT_S,
+            buckets=_TTFT_BUCKETS_S,
             registry=self.registry,
         )
         for outcome in ("finished", "cancelled", "timeout", "error", "refused", "invalid"):
             self._requests.labels(outcome)
-        self.registry.register(_Engine(served))
+        self.registry.register(_EngineCollector(served))
 
     def refused(self, status: int) -> None:
-        """A request to generate was turned away before it ran."""
+        """Counts a generation request that was rejected before it ran, by its HTTP status."""
         self._requests.labels("refused" if status in {429, 503} else "invalid").inc()
 
-    def ended(self, timings: Timings) -> None:
-        """A request that ran has ended."""
+    def ended(self, timings: RequestTimings) -> None:
+        """Records a request that ran and has ended."""
         self._requests.labels(timings.outcome).inc()
         self._prompt_tokens.inc(timings.prompt_tokens)
         self._generated_tokens.inc(timings.completion_tokens)
@@ -67,20 +67,20 @@ class Metrics:
         for tpot_s in timings.tpot_s:
             self._tpot.observe(tpot_s)
 
-    def page(self, accept: str) -> tuple[bytes, str]:
-        """The metrics as text, and its content type: OpenMetrics or Prometheus, as `accept` has it."""
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The metrics as text, and its content type: OpenMetrics or Prometheus, by the `Accept` header."""
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
 
 
-class _Engine(Collector):
-    """What the worker and the expert pool say when they are asked."""
+class _EngineCollector(Collector):
+    """Reads the worker's load and the expert pool's statistics at each scrape."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: ServedModel) -> None:
         self._served = served
 
     def describe(self) -> list[Metric]:
-        """Nothing, so that registering asks for no figures."""
+        """Empty, so that registering reads no statistics."""
         return []
 
     def collect(self) -> Iterator[Metric]:

@@ -1,4 +1,4 @@
-"""The gate around all endpoints: request ids, the key, the log, and an answer even where something broke."""
+"""ASGI middleware: request ids, API key, error responses, request log. Also JSON bodies with a size limit."""
 
 from __future__ import annotations
 
@@ -23,105 +23,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from finemoe.serving.errors import ApiError
 from finemoe.serving.state import AppState
 
-
-class JsonRoute(APIRoute):
-    """A route whose body is a `JsonRequest`'s."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_json(request: Request) -> Response:
-            return await handle(JsonRequest(request.scope, request.receive))
-
-        return handle_json
-
-
-class JsonRequest(Request):
-    """A request whose body is checked as it is read.
-
-    Raises:
-        ApiError: 415, 413 or 400, as the body is no JSON by its header, too long, or none after all.
-    """
-
-    _whole: bytes | None = None
-
-    async def body(self) -> bytes:
-        if self._whole is None:
-            self._refuse_other_types()
-            limit = self.state.max_body_bytes
-            too_long = ApiError(413, f"the body is longer than {limit} bytes", code="body_too_long")
-            declared = self.headers.get("content-length", "")
-            if declared.isdecimal() and int(declared[:20]) > limit:
-                raise too_long
-            read = bytearray()
-            async for chunk in self.stream():
-                read += chunk
-                if len(read) > limit:
-                    raise too_long
-            self._whole = bytes(read)
-        return self._whole
-
-    async def json(self) -> Any:
-        try:
-            return from_json(await self.body(), allow_inf_nan=False)
-        except ValueError as error:  # UTF-8 that is none, half a surrogate pair and endless nesting too
-            raise ApiError(400, f"the body is no JSON ({error})", code="invalid_json") from error
-
-    def _refuse_other_types(self) -> None:
-        given = ContentType()
-        given["content-type"] = self.headers.get("content-type", "")
-        if given.get_content_type() != "application/json":
-            raise ApiError(415, "the body must be JSON; send Content-Type: application/json", code="not_json")
-
-
 LOG = logging.getLogger("finemoe.serving")
-_OURS = ("finemoe.serving", "uvicorn.error")
+_LOGGERS = ("finemoe.serving", "uvicorn.error")
+_KEY_PREFIXES = ("/v1/", "/metrics")  # paths that need the API key
+_GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+_VALID_REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 
 
-class JsonLines(logging.Formatter):
-    """`time`, `level`, `event`, and whatever came with `extra={"fields": {..}}`."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "event": record.getMessage(),
-        }
-        line |= getattr(record, "fields", {})
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line)  # in ASCII: a log's reader may know no other encoding
-
-
-def log(event: str, level: int = logging.INFO, **fields: Any) -> None:
-    """Write a line."""
-    LOG.log(level, event, extra={"fields": fields})
-
-
-def to_standard_error() -> None:
-    """Send the server's own lines, and uvicorn's complaints, to standard error as JSON."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    for name in _OURS:
-        logger = logging.getLogger(name)
-        logger.handlers[:] = [handler]
-        logger.setLevel(logging.INFO if name == LOG.name else logging.WARNING)
-        logger.propagate = False
-
-
-OPEN = frozenset({"/", "/health", "/ready", "/openapi.json"})
-_GUARDED = ("/v1/", "/metrics")
-_GENERATE = frozenset({"/v1/chat/completions", "/v1/completions"})
-_SANE_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
-
-
-class Gate:
-    """Pure ASGI, so that nothing stands between a stream and its client.
+class ApiMiddleware:
+    """Wraps the whole application. Plain ASGI, so that streams are passed on without buffering.
 
     Args:
-        app: what is guarded.
-        house: of the server.
-        api_key: that `/v1/` and `/metrics` ask for; `None` for none.
+        app: the wrapped application.
+        app_state: of the server.
+        api_key: required below `/v1/` and at `/metrics`; `None` for no key.
     """
 
     def __init__(self, app: ASGIApp, app_state: AppState, api_key: str | None = None) -> None:
@@ -134,47 +49,40 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        passage = _Passage(self._app_state, scope, send)
+        record = _RequestLog(self._app_state, scope, send)
         try:
-            self._refuse_stranger(scope)
-            await self._app(scope, receive, passage.send)
-        except ApiError as refusal:
-            await refusal.response()(scope, receive, passage.send)
-        except Exception:  # whatever broke, the client hears of it and the server goes on
-            logging.getLogger("finemoe.serving").exception("broken", extra={"fields": {"request_id": passage.id}})
-            if passage.status is None:
-                broken = ApiError(500, "something broke here; the server's log says what", code="internal_error")
-                await broken.response()(scope, receive, passage.send)
+            self._check_api_key(scope)
+            await self._app(scope, receive, record.send)
+        except ApiError as error:
+            await error.response()(scope, receive, record.send)
+        except Exception:  # any other error becomes a 500; the server goes on
+            LOG.exception("broken", extra={"fields": {"request_id": record.id}})
+            if record.status is None:
+                internal = ApiError(500, "internal error; see the server's log", code="internal_error")
+                await internal.response()(scope, receive, record.send)
         finally:
-            passage.end()
+            record.end()
 
-    def _refuse_stranger(self, scope: Scope) -> None:
-        if self._api_key is None or not _path(scope).startswith(_GUARDED):
+    def _check_api_key(self, scope: Scope) -> None:
+        if self._api_key is None or not _path(scope).startswith(_KEY_PREFIXES):
             return
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         key = given.strip().encode("utf-8", "surrogateescape")
         if scheme.lower() != "bearer" or not hmac.compare_digest(key, self._api_key.encode()):
             raise ApiError(
                 401,
-                "this server asks for a key; send Authorization: Bearer KEY",
+                "this server requires an API key; send Authorization: Bearer KEY",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
 
-def _path(scope: Scope) -> str:
-    """The request's path below where the application is mounted, as its router sees it."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    return path[len(root) :] if root and path.startswith(f"{root}/") else path
-
-
-class _Passage:
-    """One request on its way through."""
+class _RequestLog:
+    """The id, status and log line of one request."""
 
     def __init__(self, app_state: AppState, scope: Scope, send: Send) -> None:
         given = Headers(scope=scope).get("x-request-id", "")
-        self.id = given if _SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        self.id = given if _VALID_REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         self.status: int | None = None
         self._app_state = app_state
         self._scope = scope
@@ -187,7 +95,7 @@ class _Passage:
             fields=self._fields,
             log_prompts=config.log_prompts,
             max_body_bytes=config.body_bytes,
-            remember=self._remember,
+            log_request=self._log_request,
         )
 
     async def send(self, message: Message) -> None:
@@ -197,9 +105,9 @@ class _Passage:
         await self._send(message)
 
     def end(self) -> None:
-        """Write the log's line."""
+        """Write the log line, and count a refused generation request."""
         path, status = _path(self._scope), self.status or 0
-        generates = self._scope["method"] == "POST" and path in _GENERATE
+        generates = self._scope["method"] == "POST" and path in _GENERATION_PATHS
         if generates and status >= 400 and "outcome" not in self._fields:
             self._app_state.metrics.refused(status)
         log(
@@ -213,9 +121,97 @@ class _Passage:
             **self._fields,
         )
 
-    def _remember(self, user: str | None, prompt: Any) -> None:
-        """Who asks, and, if the log may hold it, what."""
+    def _log_request(self, user: str | None, prompt: Any) -> None:
+        """Adds the user and, with `--log-prompts`, the prompt to the log line."""
         if user is not None:
             self._fields["user"] = user
         if self._app_state.served.config.log_prompts:
             self._fields["prompt"] = prompt
+
+
+def _path(scope: Scope) -> str:
+    """The request's path relative to where the application is mounted."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+class JsonRoute(APIRoute):
+    """A route whose body is read through `JsonRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_json(request: Request) -> Response:
+            return await handle(JsonRequest(request.scope, request.receive))
+
+        return handle_json
+
+
+class JsonRequest(Request):
+    """A request whose body must be JSON of limited size.
+
+    Raises:
+        ApiError: 415 for another content type, 413 for a body that is too long, 400 for invalid JSON.
+    """
+
+    _body_bytes: bytes | None = None
+
+    async def body(self) -> bytes:
+        if self._body_bytes is None:
+            self._check_content_type()
+            limit = self.state.max_body_bytes
+            too_long = ApiError(413, f"the body is longer than {limit} bytes", code="body_too_long")
+            declared = self.headers.get("content-length", "")
+            if declared.isdecimal() and int(declared[:20]) > limit:
+                raise too_long
+            read = bytearray()
+            async for chunk in self.stream():
+                read += chunk
+                if len(read) > limit:
+                    raise too_long
+            self._body_bytes = bytes(read)
+        return self._body_bytes
+
+    async def json(self) -> Any:
+        try:
+            return from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:  # also invalid UTF-8, lone surrogates and excessive nesting
+            raise ApiError(400, f"the body is not JSON ({error})", code="invalid_json") from error
+
+    def _check_content_type(self) -> None:
+        given = ContentType()
+        given["content-type"] = self.headers.get("content-type", "")
+        if given.get_content_type() != "application/json":
+            raise ApiError(415, "the body must be JSON; send Content-Type: application/json", code="not_json")
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object per record: `time`, `level`, `event`, and the entries of `extra={"fields": {..}}`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+        }
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)  # ASCII only, so that it can be read in any encoding
+
+
+def log(event: str, level: int = logging.INFO, **fields: Any) -> None:
+    """Writes a line to the server's log."""
+    LOG.log(level, event, extra={"fields": fields})
+
+
+def log_to_stderr() -> None:
+    """Sends the server's log and uvicorn's warnings to standard error as JSON lines."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(logging.INFO if name == LOG.name else logging.WARNING)
+        logger.propagate = False

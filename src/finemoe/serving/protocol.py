@@ -1,4 +1,4 @@
-"""What a request may say. Each parameter is honoured; what is not listed here is refused by name."""
+"""Request and response schemas of the API. Unknown parameters are refused by name."""
 
 from __future__ import annotations
 
@@ -7,39 +7,40 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
-# Parameters of OpenAI's that are not supported here are taken at the value that changes nothing: many clients send it.
-Nothing = Annotated[float | None, Field(ge=0, le=0, description="not supported: 0 alone")]
+# Unsupported parameters of OpenAI's API are accepted with the value that has no effect: many clients send them.
+UnsupportedPenalty = Annotated[float | None, Field(ge=0, le=0, description="not supported; must be 0")]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TokenIds = Annotated[list[int], Field(min_length=1)]
+FinishReason = Literal["stop", "length", "tool_calls"]
 _INT64 = 2**63
 
 
-class Strict(BaseModel):
-    """No unknown fields, no silent conversions."""
+class StrictModel(BaseModel):
+    """Base of request schemas: no unknown fields, no type conversions."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class StreamOptions(Strict):
-    """Of a streamed answer."""
+class StreamOptions(StrictModel):
+    """Options of a streamed answer."""
 
     include_usage: bool = Field(default=False, description="end with a chunk that counts tokens")
 
 
-class Generation(Strict):
-    """What both endpoints take."""
+class GenerationRequest(StrictModel):
+    """Parameters of both generation endpoints."""
 
     model: str
-    temperature: float | None = Field(None, ge=0, le=2, description="default 1; 0 takes the likeliest token")
+    temperature: float | None = Field(None, ge=0, le=2, description="default 1; 0 is greedy")
     top_p: float | None = Field(None, ge=0, le=1, description="default 1")
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64, description="the same request gets the same answer")
-    n: int | None = Field(None, ge=1, le=128, description="answers to each prompt; default 1")
+    n: int | None = Field(None, ge=1, le=128, description="answers per prompt; default 1")
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=512, description="written into the log")
-    frequency_penalty: Nothing = None
-    presence_penalty: Nothing = None
+    frequency_penalty: UnsupportedPenalty = None
+    presence_penalty: UnsupportedPenalty = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(None, description="not supported")
 
     @model_validator(mode="after")
@@ -57,30 +58,30 @@ class Generation(Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class TextPart(Strict):
-    """Text is the only kind of content."""
+class TextPart(StrictModel):
+    """A part of a message; text is the only supported kind."""
 
     type: Literal["text"]
     text: str
 
 
-class CalledFunction(Strict):
-    """A call as the model made it: `arguments` is JSON."""
+class CalledFunction(StrictModel):
+    """The function and arguments of a call; `arguments` is JSON text, as the model wrote it."""
 
     name: str
     arguments: str
 
 
-class ToolCall(Strict):
-    """A call in an earlier answer."""
+class ToolCall(StrictModel):
+    """A tool call in an earlier answer."""
 
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class Message(Strict):
-    """A turn of the conversation. An answer may be sent back as it came."""
+class Message(StrictModel):
+    """A message of the conversation; an earlier answer can be sent back unchanged."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -97,8 +98,8 @@ class Message(Strict):
         return "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content
 
 
-class Function(Strict):
-    """What the model may call; `parameters` is a JSON schema."""
+class Function(StrictModel):
+    """A function that the model may call; `parameters` is a JSON schema."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
@@ -106,49 +107,49 @@ class Function(Strict):
     strict: Literal[False] | None = Field(None, description="true is not supported")
 
 
-class Tool(Strict):
-    """Functions are the only kind of tool."""
+class Tool(StrictModel):
+    """A tool; functions are the only supported kind."""
 
     type: Literal["function"]
     function: Function
 
 
-class FunctionName(Strict):
-    """One of the functions in `tools`."""
+class FunctionName(StrictModel):
+    """The name of a function in `tools`."""
 
     name: str
 
 
-class ChosenTool(Strict):
+class ChosenTool(StrictModel):
     """The function that the answer has to call."""
 
     type: Literal["function"]
     function: FunctionName
 
 
-class PlainText(Strict):
-    """No constraint."""
+class PlainText(StrictModel):
+    """Unconstrained text."""
 
     type: Literal["text"]
 
 
-class JsonObject(Strict):
+class JsonObject(StrictModel):
     """Any JSON object."""
 
     type: Literal["json_object"]
 
 
-class JsonSchema(Strict):
-    """A JSON schema by name."""
+class JsonSchema(StrictModel):
+    """A named JSON schema."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = Field(None, description="the schema is always kept to")
+    strict: bool | None = Field(None, description="accepted; the schema is always enforced")
 
 
-class JsonSchemaFormat(Strict):
-    """JSON that fits a schema."""
+class JsonSchemaFormat(StrictModel):
+    """JSON that matches a schema."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchema
@@ -157,7 +158,7 @@ class JsonSchemaFormat(Strict):
 ResponseFormat = Annotated[PlainText | JsonObject | JsonSchemaFormat, Field(discriminator="type")]
 
 
-class ChatRequest(Generation):
+class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1)
@@ -176,23 +177,21 @@ class ChatRequest(Generation):
             raise PydanticCustomError("inconsistent", "top_logprobs: has no effect without logprobs: true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise PydanticCustomError(
-                "inconsistent", "max_tokens: is max_completion_tokens by its older name; give one"
+                "inconsistent", "max_tokens: is the older name of max_completion_tokens; give one of them"
             )
         for name in ("tool_choice", "parallel_tool_calls"):
             if getattr(self, name) is not None and not self.tools:
                 raise PydanticCustomError("inconsistent", f"{name}: has no effect without tools")
         chosen = self.tool_choice.function.name if isinstance(self.tool_choice, ChosenTool) else None
         if chosen is not None and chosen not in {tool.function.name for tool in self.tools or ()}:
-            raise PydanticCustomError("inconsistent", "tool_choice: names none of tools")
-        if self.must_call and not isinstance(self.response_format, PlainText | None):
-            raise PydanticCustomError(
-                "inconsistent", "response_format: can't be kept to by an answer that has to be a call"
-            )
+            raise PydanticCustomError("inconsistent", "tool_choice: names no function of tools")
+        if self.required_functions and not isinstance(self.response_format, PlainText | None):
+            raise PydanticCustomError("inconsistent", "response_format: has no effect when tool_choice requires a call")
         return self
 
     @property
-    def must_call(self) -> list[Function]:
-        """The functions of which the answer has to call one; none if it need not."""
+    def required_functions(self) -> list[Function]:
+        """The functions of which the answer must call one; empty if no call is required."""
         match self.tool_choice:
             case "required":
                 return [tool.function for tool in self.tools or ()]
@@ -201,16 +200,16 @@ class ChatRequest(Generation):
         return []
 
     @property
-    def tokens_asked(self) -> int | None:
+    def max_output_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
     @property
-    def likeliest(self) -> int | None:
-        """How many log probabilities beside that of each token; `None`: not even that."""
+    def num_top_logprobs(self) -> int | None:
+        """Number of top log probabilities per token; `None`: no log probabilities at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionRequest(Generation):
+class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
     prompt: (
@@ -219,23 +218,20 @@ class CompletionRequest(Generation):
     max_tokens: int | None = Field(None, ge=1, description="default 16")
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Literal[False] | None = Field(None, description="true is not supported")
-    best_of: Literal[1] | None = Field(None, description="not supported: 1 alone")
+    best_of: Literal[1] | None = Field(None, description="not supported; must be 1")
     suffix: None = Field(None, description="not supported")
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """Every prompt, as a list of one kind."""
+        """All prompts: either texts or lists of token ids."""
         given: Any = self.prompt
-        alone = isinstance(given, str) or isinstance(given[0], int)
-        prompts: list[str] | list[list[int]] = [given] if alone else given
+        is_single = isinstance(given, str) or isinstance(given[0], int)
+        prompts: list[str] | list[list[int]] = [given] if is_single else given
         return prompts
 
 
-FinishReason = Literal["stop", "length", "tool_calls"]
-
-
 class Usage(BaseModel):
-    """Tokens; those of a prompt count once, those of its answers all."""
+    """Token counts; a prompt counts once, all its answers count."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -243,7 +239,7 @@ class Usage(BaseModel):
 
 
 class TopLogprob(BaseModel):
-    """A token that might have come; `bytes` are its own, which need not be whole characters."""
+    """A candidate token; its `bytes` need not be complete characters."""
 
     token: str
     logprob: float
@@ -251,20 +247,20 @@ class TopLogprob(BaseModel):
 
 
 class ChatLogprob(TopLogprob):
-    """A token that came."""
+    """A generated token."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """Of a chat's choice, or of a chunk of it."""
+    """Log probabilities of a chat choice or chunk."""
 
     content: list[ChatLogprob]
     refusal: None
 
 
 class CompletionLogprobs(BaseModel):
-    """Of a completion's choice: lists of one length; `text_offset` counts characters."""
+    """Log probabilities of a completion choice: lists of equal length; `text_offset` counts characters."""
 
     text_offset: list[int]
     token_logprobs: list[float]
@@ -273,14 +269,14 @@ class CompletionLogprobs(BaseModel):
 
 
 class FunctionCall(BaseModel):
-    """`arguments` is JSON, as the model wrote it."""
+    """A called function; `arguments` is JSON text, as the model wrote it."""
 
     name: str
     arguments: str
 
 
 class MessageToolCall(BaseModel):
-    """A function that the model wants called; `index` stands in chunks alone."""
+    """A tool call of the answer; only chunks have an `index`."""
 
     index: int = 0
     id: str
@@ -289,7 +285,7 @@ class MessageToolCall(BaseModel):
 
 
 class AssistantMessage(BaseModel):
-    """An answer; in a chunk, the next part of it."""
+    """An answer, or its next part in a chunk."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None = None
@@ -328,7 +324,7 @@ class ChatChunkChoice(BaseModel):
 
 
 class ChatChunk(BaseModel):
-    """An event of a streamed chat."""
+    """An event of a streamed chat completion."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -340,7 +336,7 @@ class ChatChunk(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One of `n` continuations of one of the prompts, or its next part."""
+    """One of `n` continuations of a prompt, or its next part in a stream."""
 
     index: int
     text: str
@@ -349,7 +345,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """The response of `/v1/completions`, and an event of it where it is streamed."""
+    """The response of `/v1/completions`, or an event of its stream."""
 
     id: str
     object: Literal["text_completion"]
@@ -361,7 +357,7 @@ class Completion(BaseModel):
 
 
 class Model(BaseModel):
-    """A model that is served; `max_model_len` is the longest prompt and answer together, in tokens."""
+    """The served model; `max_model_len` is the longest prompt plus answer, in tokens."""
 
     id: str
     object: Literal["model"]
@@ -378,6 +374,6 @@ class ModelList(BaseModel):
 
 
 class Status(BaseModel):
-    """`ok`, or why not."""
+    """`ok`, or the reason why not."""
 
     status: str

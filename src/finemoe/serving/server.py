@@ -1,4 +1,4 @@
-"""uvicorn on a socket of our own, and an orderly end: no new requests, those at hand finish, then the process ends."""
+"""uvicorn on a reserved socket, with graceful shutdown: refuse new requests, finish running ones, then exit."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from finemoe.serving.config import ServeConfig
 from finemoe.serving.middleware import log
 from finemoe.serving.state import AppState
 
-_CLOSING_S = 5  # for responses that are on the wire when all answers have ended
+_CLOSE_TIMEOUT_S = 5  # for sending the rest of responses once all answers have ended
 
 
 def reserve(config: ServeConfig) -> socket.socket:
-    """A socket at the configured address, reserved before a model is loaded for it; nobody can connect yet.
+    """Binds a socket to the configured address without listening yet; done before the slow loading of the model.
 
     Raises:
         ConfigError: the address is not this machine's, or the port is in use.
@@ -32,33 +32,33 @@ def reserve(config: ServeConfig) -> socket.socket:
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except OSError as error:
-        raise ConfigError(f"--host: {config.host!r} is no address of this machine ({error.strerror})") from error
-    taken = socket.socket(family, kind, protocol)
+        raise ConfigError(f"--host: {config.host!r} is not an address of this machine ({error.strerror})") from error
+    bound = socket.socket(family, kind, protocol)
     try:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(address)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
     except OSError as error:
-        taken.close()
+        bound.close()
         if config.port:
             raise ConfigError(
                 f"--port: can't listen on {config.host} port {config.port} ({os.strerror(error.errno or 0)}); "
                 "give another, or 0 for a free one"
             ) from error
         raise ConfigError(f"--host: can't listen on {config.host} ({os.strerror(error.errno or 0)})") from error
-    return taken
+    return bound
 
 
-def address_of(taken: socket.socket) -> str:
-    """`http://host:port`."""
-    host, port = taken.getsockname()[:2]
+def address_of(bound: socket.socket) -> str:
+    """The URL `http://host:port` of a bound socket."""
+    host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def read_api_key(config: ServeConfig) -> str | None:
-    """The key that requests must carry: from `--api-key-file`, or else `FINEMOE_API_KEY`; `None` for none.
+    """The API key from `--api-key-file`, or else from `FINEMOE_API_KEY`; `None` if neither is set.
 
     Raises:
-        ConfigError: the file can't be read, or what it or the variable holds is no key.
+        ConfigError: the file can't be read, or the file or variable has no valid key.
     """
     if config.api_key_file is not None:
         where = "--api-key-file"
@@ -72,16 +72,19 @@ def read_api_key(config: ServeConfig) -> str | None:
     else:
         return None
     if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise ConfigError(f"{where}: holds no key; one word of printable ASCII is one")
+        raise ConfigError(f"{where}: holds no key; a key is one word of printable ASCII")
     return key
 
 
 class Server:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends what still runs.
+    """Serves until SIGTERM or SIGINT, then drains; a second signal cancels running requests.
 
     Args:
-        app: the application.
-        house: what it works with.
+        app: the ASGI application.
+        app_state: its state.
+
+    Attributes:
+        signal: the number of the first signal, if any.
     """
 
     def __init__(self, app: ASGIApp, app_state: AppState) -> None:
@@ -93,33 +96,33 @@ class Server:
                 access_log=False,
                 lifespan="on",
                 server_header=False,
-                timeout_graceful_shutdown=_CLOSING_S,
+                timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
                 ws="none",
             ),
             self._on_signal,
         )
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._draining: asyncio.Task[None] | None = None
-        self.signal: int | None = None  # that ended it
+        self._drain_task: asyncio.Task[None] | None = None
+        self.signal: int | None = None
 
-    def run(self, taken: socket.socket, on_ready: Callable[[], None] = lambda: None) -> None:
-        """Serve on a socket; returns when all is over.
+    def run(self, bound: socket.socket, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Serves on a socket; returns after shutdown.
 
         Args:
-            taken: from `reserve`.
-            on_ready: called once requests are taken.
+            bound: from `reserve`.
+            on_ready: called once requests are accepted.
         """
-        asyncio.run(self._run(taken, on_ready))
+        asyncio.run(self._run(bound, on_ready))
 
     def stop(self) -> None:
-        """Begin to drain. From any thread."""
-        assert self._loop is not None, "runs"
-        self._loop.call_soon_threadsafe(self._drain)
+        """Starts the shutdown. Thread-safe."""
+        assert self._loop is not None, "the server is not running"
+        self._loop.call_soon_threadsafe(self._start_drain)
 
-    async def _run(self, taken: socket.socket, on_ready: Callable[[], None]) -> None:
+    async def _run(self, bound: socket.socket, on_ready: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._uvicorn.on_ready = on_ready
-        await self._uvicorn.serve([taken])
+        await self._uvicorn.serve([bound])
         self._app_state.prompts.close()
 
     def _on_signal(self, number: int) -> None:
@@ -129,22 +132,22 @@ class Server:
         self.signal = number
         self.stop()
 
-    def _drain(self) -> None:
-        if self._draining is None:
-            self._draining = asyncio.get_running_loop().create_task(self._drained())
+    def _start_drain(self) -> None:
+        if self._drain_task is None:
+            self._drain_task = asyncio.get_running_loop().create_task(self._drain())
 
-    async def _drained(self) -> None:
+    async def _drain(self) -> None:
         admission, limit_s = self._app_state.admission, self._app_state.served.config.drain_timeout_s
         log("draining", answers=admission.answers, timeout_s=limit_s)
-        finished = await admission.drained(limit_s)
+        finished = await admission.drain(limit_s)
         log("drained", finished=finished, answers=admission.answers)
-        if not finished:  # answers that take longer hear that the server has shut down
+        if not finished:  # the remaining answers end with an error
             await asyncio.to_thread(self._app_state.served.worker.drain, 0.0)
         self._uvicorn.should_exit = True
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn closes its sockets at the first signal, so that new requests are cut off; here they are answered 503."""
+    """Keeps the sockets open while draining, so that new requests get 503; uvicorn would close them at the signal."""
 
     def __init__(self, config: uvicorn.Config, on_signal: Callable[[int], None]) -> None:
         super().__init__(config)
@@ -154,14 +157,14 @@ class _Uvicorn(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
             await super().startup(sockets)
-        except OSError as error:  # another process was faster
+        except OSError as error:  # another process took the port meanwhile
             raise ConfigError(f"--port: can't listen ({os.strerror(error.errno or 0)}); give another") from error
         self.on_ready()
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - theirs
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
         self._on_signal(sig)
 
 
 def ended_by_ctrl_c(server: Server) -> bool:
-    """Whether somebody at the terminal ended a server."""
+    """Whether the server was stopped by Ctrl-C (SIGINT)."""
     return server.signal == signal.SIGINT

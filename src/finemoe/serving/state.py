@@ -1,4 +1,4 @@
-"""What the endpoints share: one of each, for as long as the server runs."""
+"""State that all endpoints share, and the jobs of a request."""
 
 from __future__ import annotations
 
@@ -6,31 +6,33 @@ from collections.abc import Sequence
 
 from fastapi import Request
 
-from finemoe.serving.detokenizer import Answer, Detokenizer, StopStrings
+from finemoe.serving.detokenizer import ChoiceOutput, Detokenizer, StopStrings
 from finemoe.serving.errors import ApiError, bad_value
 from finemoe.serving.metrics import Metrics
-from finemoe.serving.model_info import Served
-from finemoe.serving.protocol import Generation
+from finemoe.serving.model_info import ServedModel
+from finemoe.serving.protocol import GenerationRequest
 from finemoe.serving.request import Admission, NoProgress, ProgressListener, RequestContext, RequestRun
 from finemoe.serving.scheduler.job import Job
 from finemoe.serving.structured_output import Grammar
 from finemoe.serving.tokenizer import PromptEncoder
 
+_MIN_TEMPERATURE = 1e-3  # logits over a smaller one overflow, or leave one token: greedy
+
 
 class AppState:
-    """A server's inside.
+    """What the endpoints of one server share.
 
     Args:
         served: the model.
-        progress: is told of tokens as they come.
+        progress: gets the tokens and latencies of all requests.
     """
 
-    def __init__(self, served: Served, progress: ProgressListener | None = None) -> None:
+    def __init__(self, served: ServedModel, progress: ProgressListener | None = None) -> None:
         self.served = served
         self.metrics = Metrics(served)
         self.prompts = PromptEncoder(served)
         self.admission = Admission(served.config.capacity, served.config.max_running)
-        self._shelter = RequestContext(
+        self._request_context = RequestContext(
             served.worker,
             self.admission,
             served.config.request_timeout_s,
@@ -38,60 +40,67 @@ class AppState:
             progress or NoProgress(),
         )
 
-    def run(self, request: Request, jobs: Sequence[Job], answers: Sequence[Answer], prompt_tokens: int) -> RequestRun:
-        """Start the answers to a request."""
-        running = RequestRun(self._shelter, jobs, answers, prompt_tokens, request.state.arrived_s)
-        running.start(request.receive)
-        return running
+    def run(
+        self, request: Request, jobs: Sequence[Job], outputs: Sequence[ChoiceOutput], prompt_tokens: int
+    ) -> RequestRun:
+        """Starts the jobs of a request.
+
+        Raises:
+            ApiError: the request is not admitted, or a prompt never fits the cache.
+        """
+        run = RequestRun(self._request_context, jobs, outputs, prompt_tokens, request.state.arrived_s)
+        run.start(request.receive)
+        return run
 
 
-_GREEDY_BELOW = 1e-3  # dividing logits by less leaves nothing but the likeliest token, or an overflow
-
-
-def refuse_other_model(served: Served, request: Generation) -> None:
-    """Raises `ApiError` 404 unless the request names the model that is served."""
+def check_model(served: ServedModel, request: GenerationRequest) -> None:
+    """Raises `ApiError` 404 unless the request names the served model."""
     if request.model != served.name:
         raise ApiError(
             404,
-            f"model: there is no {request.model!r} here, only {served.name!r}",
+            f"model: there is no model {request.model!r}; this server has {served.name!r}",
             param="model",
             code="model_not_found",
         )
 
 
-def answer_tokens(served: Served, asked: int | None, default: int, longest_prompt: int, param: str) -> int:
-    """The most tokens that an answer may have.
+def resolve_max_tokens(served: ServedModel, requested: int | None, default: int, prompt_tokens: int, param: str) -> int:
+    """The token limit of an answer.
+
+    Args:
+        requested: by the client, or `None`.
+        prompt_tokens: of the longest prompt.
 
     Raises:
-        ApiError: 400, naming `param`: more was asked for than the server allows, or the context holds.
+        ApiError: 400, naming `param`: more than the server allows, or than the context has room for.
     """
-    room = served.context_tokens - longest_prompt
-    if asked is None:
+    room = served.context_tokens - prompt_tokens
+    if requested is None:
         return min(default, served.config.max_output_tokens, room)
-    if asked > served.config.max_output_tokens:
-        raise bad_value(param, f"{asked} is more than this server's {served.config.max_output_tokens}")
-    if asked > room:
+    if requested > served.config.max_output_tokens:
+        raise bad_value(param, f"{requested} is more than this server's {served.config.max_output_tokens}")
+    if requested > room:
         raise bad_value(
             param,
-            f"{asked} tokens do not fit behind a prompt of {longest_prompt}: the model's context holds "
+            f"{requested} tokens do not fit after a prompt of {prompt_tokens}: the model's context holds "
             f"{served.context_tokens}",
             "context_length_exceeded",
         )
-    return asked
+    return requested
 
 
-def plan(
-    served: Served,
-    request: Generation,
+def make_jobs(
+    served: ServedModel,
+    request: GenerationRequest,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     logprobs: int | None,
     grammar: Grammar | None = None,
-) -> tuple[list[Job], list[Answer]]:
-    """`n` jobs for each prompt, in the order of the response's choices, and what becomes of each."""
+) -> tuple[list[Job], list[ChoiceOutput]]:
+    """`n` jobs per prompt, in the order of the response's choices, and the output of each."""
     n = request.n or 1
     temperature = 1.0 if request.temperature is None else request.temperature
-    if temperature < _GREEDY_BELOW or request.top_p == 0:
+    if temperature < _MIN_TEMPERATURE or request.top_p == 0:
         temperature = 0.0
     jobs = [
         Job(
@@ -100,7 +109,7 @@ def plan(
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=1.0 if request.top_p is None or temperature == 0 else request.top_p,
-            seed=None if request.seed is None else (request.seed + i) % 2**63,  # choices are to differ
+            seed=None if request.seed is None else (request.seed + i) % 2**63,  # choices must differ
             stop=served.stop_ids,
             logprobs=logprobs,
             constraint=None if grammar is None else grammar.copy(),
@@ -108,8 +117,8 @@ def plan(
         for prompt in prompts
         for i in range(n)
     ]
-    answers = [
-        Answer(choice, Detokenizer(served.decode), StopStrings(request.stops), served.stop_ids)
+    outputs = [
+        ChoiceOutput(choice, Detokenizer(served.decode), StopStrings(request.stops), served.stop_ids)
         for choice in range(len(jobs))
     ]
-    return jobs, answers
+    return jobs, outputs

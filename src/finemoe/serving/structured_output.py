@@ -1,4 +1,4 @@
-"""A tokenizer's tokens as bytes, and grammars over them, both by llguidance."""
+"""Grammar-constrained output with llguidance: JSON schemas, Lark grammars, and the bytes of tokens."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 
 from finemoe.serving.errors import ApiError, bad_value
 
-# of JSON: room to lay it out, but not to write blanks for ever, as small models like to
-LAYOUT: Any = {"whitespace_pattern": r"[ \t]?(\n[ \t]{0,32})?"}
+# allows indented JSON, but bounds whitespace: small models tend to repeat it without end
+JSON_WHITESPACE: Any = {"whitespace_pattern": r"[ \t]?(\n[ \t]{0,32})?"}
 
 
 class Grammar:
-    """A `Constraint` by llguidance. Each answer needs a `copy` of its own.
+    """An llguidance grammar as a `Constraint`. Each answer needs its own `copy`.
 
     Args:
-        matcher: an `llguidance.LLMatcher` at the beginning of its grammar.
+        matcher: an `llguidance.LLMatcher` in its initial state.
     """
 
     def __init__(self, matcher: Any) -> None:
@@ -29,21 +29,21 @@ class Grammar:
         return type(self)(self._matcher.deep_copy())
 
     def mask(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits `[V]` with what may not come next at minus infinity.
+        """Logits `[V]` with every token that may not come next at minus infinity.
 
         Raises:
-            ValueError: the grammar was left, or has become too complex to follow.
+            ValueError: an earlier token violated the grammar, or it exceeds llguidance's limits.
         """
         self._refuse_error()
         packed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
         bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
         allowed = bits.flatten()[: logits.shape[-1]].bool()
-        if missing := logits.shape[-1] - len(allowed):  # columns beyond the tokenizer's tokens
+        if missing := logits.shape[-1] - len(allowed):  # padded logits beyond the tokenizer's vocabulary
             allowed = torch.cat((allowed, torch.zeros(missing, dtype=torch.bool)))
         return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
 
     def accept(self, token: int) -> None:
-        """The answer goes on with `token`.
+        """Advances the grammar by `token`.
 
         Raises:
             ValueError: the grammar does not allow it.
@@ -57,69 +57,71 @@ class Grammar:
 
 
 class GrammarVocabulary:
-    """The tokens of a model.
+    """A model's vocabulary for llguidance: texts of tokens, and grammars over them.
 
     Args:
-        tokenizer: transformers'.
+        tokenizer: a transformers tokenizer.
         size: columns of the model's logits.
-        ends: tokens that end an answer.
+        end_ids: token ids that end an answer.
     """
 
-    def __init__(self, tokenizer: Any, size: int, ends: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Any, size: int, end_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._size = max(size, len(tokenizer))
-        self._ends = list(ends)
-        self._guide: Any = None  # an LLTokenizer, once it is needed: a large one takes a second
+        self._end_ids = list(end_ids)
+        self._ll_tokenizer: Any = None  # an LLTokenizer, built by `prepare`: a large one takes a second
 
     def prepare(self, param: str) -> None:
-        """Do what takes a moment: once, and not on the event loop's thread.
+        """Build llguidance's tokenizer, if it is not built yet. Slow: keep it off the event loop.
 
         Raises:
-            ApiError: 400, naming `param`: this kind of tokenizer can't be read.
+            ApiError: 400, naming `param`: llguidance does not support this tokenizer.
         """
-        if self._guide is None:
+        if self._ll_tokenizer is None:
             try:
-                self._guide = llguidance.hf.from_tokenizer(self._tokenizer, n_vocab=self._size, eos_token=self._ends)
+                self._ll_tokenizer = llguidance.hf.from_tokenizer(
+                    self._tokenizer, n_vocab=self._size, eos_token=self._end_ids
+                )
             except ValueError as error:
                 raise ApiError(
                     400, f"{param}: this model's tokenizer does not allow it ({error})", param=param, code="unsupported"
                 ) from error
 
     def text(self, token: int) -> str:
-        """A token alone, as text; what is no whole character in it is replaced."""
+        """The text of a token; incomplete characters become U+FFFD. Call `prepare` first."""
         return self.bytes(token).decode("utf-8", "replace")
 
     def bytes(self, token: int) -> bytes:
-        """A token alone, as bytes."""
-        raw: bytes = self._guide.decode_bytes([token])
+        """The bytes of a token. Call `prepare` first."""
+        raw: bytes = self._ll_tokenizer.decode_bytes([token])
         return raw
 
     def json(self, schema: dict[str, Any], param: str) -> Grammar:
-        """A grammar of the JSON that fits `schema`.
+        """A grammar of the JSON that matches `schema`.
 
         Raises:
-            ApiError: 400, naming `param`: the schema is none, or says what can't be kept to.
+            ApiError: 400, naming `param`: it is not a schema, or llguidance can't enforce it.
         """
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT)
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_WHITESPACE)
         except (ValueError, RecursionError) as error:
-            raise bad_value(param, f"is no JSON schema ({str(error).splitlines()[0]})") from error
+            raise bad_value(param, f"is not a JSON schema ({str(error).splitlines()[0]})") from error
         return self._grammar(grammar, param)
 
     def lark(self, text: str, param: str) -> Grammar:
-        """A grammar in llguidance's dialect of Lark.
+        """A grammar in llguidance's variant of Lark.
 
         Raises:
-            ApiError: 400, naming `param`: what stems from it in the grammar can't be kept to.
+            ApiError: 400, naming `param`, from which the grammar was made: llguidance can't enforce it.
         """
         return self._grammar(llguidance.LLMatcher.grammar_from_lark(text), param)
 
     def _grammar(self, grammar: str, param: str) -> Grammar:
         self.prepare(param)
-        if trouble := llguidance.LLMatcher.validate_grammar(grammar, self._guide):
-            said, _, _ = trouble.partition("\n1 |")  # the grammar's own text follows
-            raise bad_value(param, f"can't be kept to: {' '.join(said.split())}")
-        matcher = llguidance.LLMatcher(self._guide, grammar, log_level=0)
+        if fault := llguidance.LLMatcher.validate_grammar(grammar, self._ll_tokenizer):
+            message, _, _ = fault.partition("\n1 |")  # drops the quoted grammar
+            raise bad_value(param, f"can't be enforced: {' '.join(message.split())}")
+        matcher = llguidance.LLMatcher(self._ll_tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise bad_value(param, f"can't be kept to: {' '.join(matcher.get_error().split())}")
+            raise bad_value(param, f"can't be enforced: {' '.join(matcher.get_error().split())}")
         return Grammar(matcher)

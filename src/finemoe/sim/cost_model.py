@@ -1,9 +1,9 @@
-"""What a budget would give: whether it fits, and the speed to expect, from rates measured on this machine.
+"""The cost model of `finemoe plan`: whether a budget fits, and the decoding speed to expect on this machine.
 
-A token costs the dense part, the active experts' matmuls, and the transfer of those that miss; the three are added up
-(what overlaps is a bonus). How many miss depends on the model's routing, which headers do not show, so two are given:
-routing without any locality (a hit rate equal to the share of resident experts), and routing as local as
-gpt-oss-20b's, whose hit rates under `lfru` were measured on recorded traces.
+A token's time is the sum of the dense part's, the active experts' matmuls and the transfers of missing experts; overlap
+of compute and transfers is ignored, so the forecast is conservative. The hit rate depends on the model's routing, which
+headers do not show, so there are two forecasts: routing without locality (a hit rate equal to the share of resident
+experts), and routing as local as gpt-oss-20b's, whose hit rates under `lfru` were measured on recorded traces.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import psutil
-import torch
-from torch.nn import functional as F  # noqa: N812 - the name that torch users know
 
-from finemoe.checkpoint.expert_index import PAGE_BYTES
 from finemoe.errors import FinemoeError
 from finemoe.policy.finemoe.policy import STORE_BYTES
 from finemoe.sim.config import SimulateConfig
@@ -30,32 +27,33 @@ from finemoe.sim.hardware import HARDWARE, SHAPES, Hardware, link_ratio
 from finemoe.system import available_bytes
 
 _CHUNK_BYTES = 1 << 20
+_PAGE_BYTES = 4096  # direct reads are aligned to it
 # hit rate of lfru by share of resident experts: gpt-oss-20b, decoding (tests/policy/test_real_traces.py)
 LOCAL_HITS = ((0.0, 0.0), (0.1, 0.28), (0.25, 0.66), (0.5, 0.915), (0.75, 0.985), (1.0, 1.0))
 
-# what a run takes beyond a process that has only loaded the libraries, by the peak of `generate` on a tiny model: some
+# memory of a run beyond a process that has loaded the libraries, measured as the peak of `generate` on a tiny model:
 # 15 MiB with lru (reader threads, activations), and 115 MiB more with the default policy (numba)
 RUN_BYTES = 130 << 20
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine does, measured."""
+    """Measured rates and memory of this machine."""
 
     disk_bytes_s: float  # random 1 MiB reads past the page cache
     memory_bytes_s: float  # weights streamed through a matmul with one row, as decoding does
-    available_bytes: int  # beside this process
-    resident_bytes: int  # what this process takes: interpreter, torch, transformers
+    available_bytes: int  # to this process, beyond what it has
+    resident_bytes: int  # of this process: interpreter, torch, transformers
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What matters of a model for its speed."""
+    """The sizes of a model that determine its speed."""
 
     layers: int  # L
     active: int  # K
     experts: int  # of the whole model
-    least_slots: int
+    least_slots: int  # that a load accepts
     slot_bytes: int
     expert_bytes: int  # all routed experts
     dense_bytes: int
@@ -63,21 +61,21 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Forecast:
-    """One budget."""
+    """What to expect of one budget."""
 
     share: float
     slots: int
     expert_memory_bytes: int
-    process_bytes: int  # the process itself: interpreter, libraries, activations, the policy and what it learns
-    total_bytes: int  # with the dense part and the process
+    process_bytes: int  # interpreter, libraries, activations, the policy and its store
+    total_bytes: int  # pool, dense part and process
     fits: bool
-    raised: bool  # the budget asked for is below what a load accepts; this is the least
+    raised: bool  # to the least that a load accepts, as the budget is below it
     tok_s_uniform: float  # routing without locality
     tok_s_local: float  # routing as local as gpt-oss-20b's
 
 
 def forecast(sizes: Sizes, rates: Rates, share: float) -> Forecast:
-    """What a pool of `share` of all routed experts would give. Pure arithmetic."""
+    """The forecast for a pool of `share` of all routed experts. Pure arithmetic."""
     slots = max(sizes.least_slots, min(sizes.experts, int(share * sizes.experts + 1e-9)))
     resident = slots / sizes.experts
     active_bytes = sizes.layers * sizes.active * sizes.expert_bytes / sizes.experts
@@ -95,7 +93,7 @@ def forecast(sizes: Sizes, rates: Rates, share: float) -> Forecast:
         expert_memory_bytes=pool_bytes,
         process_bytes=process_bytes,
         total_bytes=total_bytes,
-        fits=total_bytes - rates.resident_bytes <= rates.available_bytes,  # this process has its part already
+        fits=total_bytes - rates.resident_bytes <= rates.available_bytes,  # this process has allocated its part already
         raised=int(share * sizes.experts + 1e-9) < sizes.least_slots,
         tok_s_uniform=tok_s(resident),
         tok_s_local=tok_s(_interpolate(resident)),
@@ -110,20 +108,23 @@ def _interpolate(share: float) -> float:
 
 
 def measure(folder: Path | None = None, sample_bytes: int = 256 << 20) -> Rates:
-    """Measures this machine; takes a second or two.
+    """Measures this machine, in a second or two.
 
     Args:
-        folder: where the model's files are or will be: the disk that is measured. By default the temporary folder's.
-        sample_bytes: how much is read and multiplied.
+        folder: folder of the model's files, on the disk to measure; by default the folder for temporary files.
+        sample_bytes: how many bytes are read and multiplied.
 
     Raises:
-        FinemoeError: there is no room for the sample on that disk.
+        FinemoeError: the disk has no room for the sample.
     """
     resident = int(psutil.Process().memory_info().rss)  # before the samples
     return Rates(_disk_bytes_s(folder, sample_bytes), _memory_bytes_s(sample_bytes), available_bytes(), resident)
 
 
 def _memory_bytes_s(sample_bytes: int) -> float:
+    import torch  # only here: simulate does without
+    from torch.nn import functional as F  # noqa: N812 - the name that torch users know
+
     columns = 2048
     weights = torch.ones(sample_bytes // (2 * columns), columns, dtype=torch.bfloat16)
     row = torch.ones(1, columns, dtype=torch.bfloat16)
@@ -141,7 +142,7 @@ def _disk_bytes_s(folder: Path | None, sample_bytes: int) -> float:
         try:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            size_bytes = path.stat().st_size // PAGE_BYTES * PAGE_BYTES
+            size_bytes = path.stat().st_size // _PAGE_BYTES * _PAGE_BYTES
             steps = max(1, size_bytes // _CHUNK_BYTES)
             stride = next((s for s in (37, 41, 43, 47) if steps % s), 1)  # scattered, each chunk once
             with mmap.mmap(-1, _CHUNK_BYTES) as buffer:
@@ -156,11 +157,13 @@ def _disk_bytes_s(folder: Path | None, sample_bytes: int) -> float:
 
 
 def _open_past_cache(path: Path) -> int:
-    """A descriptor of `path`, for direct reads where these can be had."""
+    """A descriptor of `path`, for direct reads if the file system supports them."""
     with suppress(AttributeError, OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
         try:
-            os.preadv(descriptor, [mmap.mmap(-1, PAGE_BYTES)], 0)  # some accept the flag and refuse the read
+            os.preadv(
+                descriptor, [mmap.mmap(-1, _PAGE_BYTES)], 0
+            )  # some file systems accept the flag and refuse the read
         except OSError:
             os.close(descriptor)
             raise
@@ -170,7 +173,7 @@ def _open_past_cache(path: Path) -> int:
 
 @contextmanager
 def _sample_file(folder: Path | None, sample_bytes: int) -> Iterator[Path]:
-    """A file on the disk in question: the model's own largest if it is here, else one written for this."""
+    """A file on the disk to measure: the model's largest, or a temporary one."""
     if folder is not None and folder.is_dir():
         largest = max(folder.glob("*.safetensors"), key=lambda p: p.stat().st_size, default=None)
         if largest is not None and largest.stat().st_size >= 16 * _CHUNK_BYTES:
@@ -189,10 +192,10 @@ def _sample_file(folder: Path | None, sample_bytes: int) -> Iterator[Path]:
 
 
 def link_ratios(config: SimulateConfig) -> tuple[float, ...]:
-    """`r` = time to move one expert / time of one layer's compute for one token. `disk` is measured now.
+    """Time to transfer one expert / time of one layer's compute for one token. The preset `disk` is measured now.
 
     Raises:
-        FinemoeError: there is no room to measure the disk.
+        FinemoeError: the disk has no room for the sample.
     """
     if config.hardware is None or config.shape is None:
         return config.link_ratios
@@ -201,6 +204,5 @@ def link_ratios(config: SimulateConfig) -> tuple[float, ...]:
 
 
 def _this_machine() -> Hardware:
-
     rates = measure()
     return Hardware(rates.memory_bytes_s, rates.disk_bytes_s, 0.0)

@@ -1,4 +1,4 @@
-"""The modelled machine, and times that vary on it as they do on real ones."""
+"""The modelled machine, its random times, and presets: published hardware rates and model shapes."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from finemoe.policy.cache_state import Scores
 
 TIMING = (
     "before_gate", "gap", "lag", "begin_lag", "prefetch_slowdown", "compute_spread", "link_spread", "lag_spread",
-)  # fmt: skip # of Machine: what the simulator is told about time, besides the link ratio
-_TRANSFERS = 1 << 16  # drawn; then they come round again
+)  # fmt: skip # of Machine; every row of a sweep repeats them
+_TRANSFERS = 1 << 16  # factors drawn; longer runs reuse them
 
 
 @dataclass(frozen=True)
 class Machine:
     """The modelled machine. Times are in units of one layer's compute for one token.
 
-    A spread is the standard deviation of a time's logarithm: such times are log-normal around their mean, each drawn by
-    itself.
+    A spread is the standard deviation of a time's logarithm: times are log-normal with an unchanged mean, drawn
+    independently.
 
     Attributes:
         capacity: `C`, expert slots of all devices together.
-        link_ratio: time to move one expert, latency included.
-        devices: each has a link of its own and an equal part of the slots; experts live on them round-robin.
-        chunks: an expert moves in so many pieces; a prefetch is pre-empted between two. 0: at any time.
-        ready_first: experts compute as they arrive; otherwise all together once the last is there.
-        tokens_per_unit: a layer computes so many tokens in the time of one; more take proportionally longer.
+        link_ratio: time to transfer one expert, latency included.
+        devices: each has its own link and an equal part of the slots; experts are assigned round-robin.
+        chunks: pieces of a transfer; a prefetch is preempted only between two. 0: at any time.
+        ready_first: experts compute as they arrive; otherwise all together once the last is resident.
+        tokens_per_unit: tokens that a layer computes in the time of one; more take proportionally longer.
         before_gate: share of a layer's compute before its gate.
-        gap: time from the last layer of an iteration to the first of the next, in which links go on.
-        lag: how long a policy that deliberates thinks about a gate. Then what it makes of it counts; never, if the next
-            event has come by then, which waits for its turn.
-        begin_lag: the same of an iteration's begin; by default as of a gate.
-        prefetch_slowdown: what is not urgent takes so many times the link ratio.
+        gap: time from the last layer of an iteration to the first of the next; links keep transferring.
+        lag: time that an asynchronous policy searches after a gate before its scores take effect. A search still
+            running at the next event is superseded; the next one starts when it ends.
+        begin_lag: the same for the begin of an iteration; `None`: as `lag`.
+        prefetch_slowdown: a prefetch takes this many times the link ratio.
         compute_spread: of a layer's compute, before and after its gate.
         link_spread: of the link ratio.
         lag_spread: of both lags.
-        seed: of what is drawn.
+        seed: of the random times.
     """
 
     capacity: int
@@ -58,10 +58,10 @@ class Machine:
 
 
 class Noise:
-    """Factors around 1 for a machine's times: the same ones for the same seed, in the order of asking.
+    """Random factors with mean 1 for a machine's times, determined by its seed.
 
     Attributes:
-        transfers: `[n]`, of one expert's way after another; at the end they begin again.
+        transfers: `[n]`, of transfers in order, reused cyclically.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -70,23 +70,23 @@ class Noise:
         self.transfers = _factors(machine.link_spread, transfers, _TRANSFERS if machine.link_spread else 1)
 
     def computes(self, layers: int) -> Scores:
-        """`[2, L]` of the next iteration: before each gate, and after it."""
+        """Factors `[2, L]` of the next iteration's compute: before and after each gate."""
         return _factors(self._machine.compute_spread, self._computes, 2 * layers).reshape(2, layers)
 
     def lag(self) -> float:
-        """Of the next event."""
+        """The factor of the next event's lag."""
         return float(_factors(self._machine.lag_spread, self._lags, 1)[0])
 
 
-def _factors(spread: float, draw: np.random.Generator, count: int) -> Scores:
+def _factors(spread: float, random: np.random.Generator, count: int) -> Scores:
     if spread == 0:
         return np.ones(count)
-    return np.exp(draw.normal(-spread * spread / 2, spread, count))
+    return np.exp(random.normal(-spread * spread / 2, spread, count))
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """One MoE layer of a model."""
+    """Sizes of a model's MoE layers."""
 
     layers: int  # L
     experts: int  # E
@@ -97,7 +97,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device and its link."""
+    """Rates of a device and its link."""
 
     memory_bytes_s: float
     link_bytes_s: float
@@ -119,7 +119,7 @@ SHAPES = {
     "phi-3.5-moe": ModelShape(32, 16, 2, _mlp(4096, 6400), _attention(4096, 4096, 1024)),
     "gpt-oss-20b": ModelShape(24, 32, 4, _mlp(2880, 2880, 4.25), _attention(2880, 4096, 512)),
     "qwen3-30b-a3b": ModelShape(48, 128, 8, _mlp(2048, 768), _attention(2048, 4096, 512)),
-    # compressed attention: 187 million parameters a layer, and a shared expert as large as a routed one
+    # latent attention of 187 million parameters, and a shared expert as large as a routed one
     "deepseek-v3": ModelShape(58, 256, 8, _mlp(7168, 2048, 8), 187_000_000 + _mlp(7168, 2048, 8)),
 }
 
@@ -131,6 +131,6 @@ HARDWARE = {
 
 
 def link_ratio(shape: ModelShape, hardware: Hardware) -> float:
-    """Time to move one expert / time of one layer's compute for one token, which its weights' memory traffic bounds."""
+    """Time to transfer one expert / time of one layer's compute for one token, which reading its weights bounds."""
     layer_s = (shape.dense_bytes + shape.active * shape.expert_bytes) / hardware.memory_bytes_s
     return (hardware.link_latency_s + shape.expert_bytes / hardware.link_bytes_s) / layer_s

@@ -1,6 +1,6 @@
-"""One layer under the virtual clock: book what it needs, move, compute ready first. Kernels.
+"""One layer under the virtual clock: access the experts it needs, load the missing, compute what is ready. Kernels.
 
-The plain twin of this is the engine itself, driven by a link that a test controls (tests/sim/test_agreement.py).
+The engine is the reference implementation: tests/sim/test_agreement.py drives it on a virtual link and compares.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from finemoe.sim.link_kernel import (
     STALL,
     SWITCH,
     Ints,
-    Wire,
-    World,
+    LinkState,
+    SimState,
+    advance_until,
     cancel,
-    elapse,
     enqueue,
     fetch,
     next_landing,
@@ -49,34 +49,36 @@ Flags = npt.NDArray[np.bool_]
 
 
 @kernel
-def fill(cache: CacheState, wire: Wire, retention_priority: Scores, rules: Scores, needs: Ints, waiting: Flags) -> int:
-    """Begins the fetches that wait for a slot, in order. Returns how many go on waiting."""
-    stuck = 0
+def submit_waiting(
+    cache: CacheState, link: LinkState, retention_priority: Scores, params: Scores, needs: Ints, waiting: Flags
+) -> int:
+    """Starts the demand loads that wait for a slot, in order. Returns how many still wait."""
+    waits = 0
     for i in range(len(needs)):
         if waiting[i]:
-            if fetch(cache, wire, retention_priority, rules, needs[i]):
+            if fetch(cache, link, retention_priority, params, needs[i]):
                 waiting[i] = False
             else:
-                stuck += 1
-    return stuck
+                waits += 1
+    return waits
 
 
 @kernel
-def book_needs(cache: CacheState, wire: Wire, counts: Ints, needs: Ints, waiting: Flags) -> None:
-    """Pins what a layer needs, and tells hits, late hits and misses apart. A prefetch that is needed becomes urgent."""
-    wire.readied[0] = 0
+def access_experts(cache: CacheState, link: LinkState, counts: Ints, needs: Ints, waiting: Flags) -> None:
+    """Pins the needed experts and counts hits, late hits and misses. A needed prefetch becomes a demand load."""
+    link.ready_count[0] = 0
     for i in range(len(needs)):
         expert = needs[i]
         waiting[i] = False
         status = access(cache, expert)
         if status == RESIDENT:
             counts[HITS] += 1
-            wire.ready[wire.readied[0]] = expert
-            wire.readied[0] += 1
+            link.ready[link.ready_count[0]] = expert
+            link.ready_count[0] += 1
         elif status == LOADING:
             counts[LATE] += 1
-            wire.prefetch[cache.device[expert]] = NONE
-            enqueue(wire, cache.device[expert], expert)
+            link.prefetch[cache.device[expert]] = NONE
+            enqueue(link, cache.device[expert], expert)
         else:
             counts[MISSES] += 1
             waiting[i] = True
@@ -84,135 +86,136 @@ def book_needs(cache: CacheState, wire: Wire, counts: Ints, needs: Ints, waiting
 
 
 @kernel
-def route(world: World, needs: Ints) -> int:
-    """The gate has spoken: books the needs and sends for what is missing.
+def demand_load(state: SimState, needs: Ints) -> int:
+    """Routing is known: accesses the needed experts and starts demand loads of the missing ones.
 
-    A prefetch that is not wanted any more, or whose slot is needed, is withdrawn; any other waits until nothing urgent
-    is left.
+    A prefetch is cancelled if the policy no longer wants it or its slot is needed; otherwise demand loads preempt it.
 
     Returns:
-        How many needed experts wait for a slot.
+        The number of needed experts that wait for a slot.
     """
-    cache, wire, retention_priority, prefetch_priority, rules = (
-        world.cache,
-        world.wire,
-        world.retention_priority,
-        world.prefetch_priority,
-        world.rules,
+    cache, link, retention_priority, prefetch_priority, params = (
+        state.cache,
+        state.link,
+        state.retention_priority,
+        state.prefetch_priority,
+        state.params,
     )
-    book_needs(cache, wire, world.counts, needs, world.waiting)
-    stuck = fill(cache, wire, retention_priority, rules, needs, world.waiting)
-    for device in range(len(wire.time)):
-        expert = wire.prefetch[device]
+    access_experts(cache, link, state.counts, needs, state.waiting)
+    waits = submit_waiting(cache, link, retention_priority, params, needs, state.waiting)
+    for device in range(len(link.time)):
+        expert = link.prefetch[device]
         if expert == NONE:
             continue
-        wanted = should_continue_prefetch(
-            cache, retention_priority, prefetch_priority, rules[MARGIN], rules[SWITCH], device, expert
+        keep = should_continue_prefetch(
+            cache, retention_priority, prefetch_priority, params[MARGIN], params[SWITCH], device, expert
         )
-        if stuck > 0 or not wanted:
-            cancel(cache, wire, device)
-            stuck = fill(cache, wire, retention_priority, rules, needs, world.waiting)
-        elif wire.queued[device] > 0:
-            preempt(wire, rules, device, world.clock[NOW])
-    return stuck
+        if waits > 0 or not keep:
+            cancel(cache, link, device)
+            waits = submit_waiting(cache, link, retention_priority, params, needs, state.waiting)
+        elif link.queued[device] > 0:
+            preempt(link, params, device, state.clock[NOW])
+    return waits
 
 
 @kernel
-def check_laws(world: World) -> None:
-    """Raises if an expert, a slot, an access or a byte was lost or made up. Between layers, when nothing is in use."""
-    cache, wire, counts, rules = world.cache, world.wire, world.counts, world.rules
+def check_invariants(state: SimState) -> None:
+    """Raises `RuntimeError` unless slots, accesses and transfers add up and nothing is pinned. Runs between layers."""
+    cache, link, counts, params = state.cache, state.link, state.counts, state.params
     occupied, in_use, partial = 0, 0, 0.0
-    for expert in range(len(cache.status)):  # without branches: this runs after every layer
+    for expert in range(len(cache.status)):  # without branches, as this runs after every layer
         occupied += cache.status[expert] != ABSENT
         in_use += cache.pinned[expert]
-        partial += (cache.status[expert] == LOADING) * (wire.takes[expert] - wire.left[expert])
+        partial += (cache.status[expert] == LOADING) * (link.duration[expert] - link.remaining[expert])
     if in_use > 0:
-        raise RuntimeError("an expert is in use although no layer runs")
-    if occupied + cache.free_slots.sum() != rules[CAPACITY] or cache.free_slots.min() < 0:
-        raise RuntimeError("slots were lost or made up")
+        raise RuntimeError("an expert is pinned between layers")
+    if occupied + cache.free_slots.sum() != params[CAPACITY] or cache.free_slots.min() < 0:
+        raise RuntimeError("occupied and free slots do not add up to the capacity")
     if counts[HITS] + counts[LATE] + counts[MISSES] != counts[ACCESSES]:
-        raise RuntimeError("hits, late hits and misses are not all accesses")
-    accounted = wire.sums[LANDED] + wire.sums[DROPPED] + partial
-    if abs(wire.sums[MOVED] - accounted) > 1e-6 * max(1.0, accounted):
-        raise RuntimeError("bytes moved are not bytes that came")
+        raise RuntimeError("hits, late hits and misses do not add up to the accesses")
+    accounted = link.totals[LANDED] + link.totals[DROPPED] + partial
+    if abs(link.totals[MOVED] - accounted) > 1e-6 * max(1.0, accounted):
+        raise RuntimeError("moved transfer time is not that of completed, cancelled and current transfers")
 
 
 @kernel
-def serve(world: World, needs: Ints, compute: float, ahead: float) -> None:
-    """Runs a layer from its gate to its end, then `ahead` more: the next layer up to its gate.
+def run_layer(state: SimState, needs: Ints, compute: float, ahead: float) -> None:
+    """Runs a layer from its gate to its end, then the next layer up to its gate.
 
-    Experts compute as they become ready, or, by the rules, all after the last has come (where they fit).
+    Experts compute as they become resident or, without `READY_FIRST`, once no demand load is in transfer.
 
     Args:
         needs: flat indices of the distinct experts needed, ascending.
-        compute: time that all of them take together, shared equally.
+        compute: time of all needed experts together, shared equally.
+        ahead: time of the next layer up to its gate.
 
     Raises:
-        RuntimeError: an expert would run that is not there, or a law of `check_laws` is broken.
+        RuntimeError: an expert would compute that is not resident and pinned, or `check_invariants` fails.
     """
-    cache, wire, retention_priority, rules, clock, waiting = (
-        world.cache, world.wire, world.retention_priority, world.rules, world.clock, world.waiting,
+    cache, link, retention_priority, params, clock, waiting = (
+        state.cache, state.link, state.retention_priority, state.params, state.clock, state.waiting,
     )  # fmt: skip
     now = clock[NOW]
-    stuck = route(world, needs)
-    undone, taken = len(needs), 0
-    if undone == 0:
+    waits = demand_load(state, needs)
+    uncomputed, taken = len(needs), 0
+    if uncomputed == 0:
         now += compute
-    while undone > 0:
-        landing = next_landing(wire)
-        if wire.readied[0] > taken and (rules[READY_FIRST] > 0 or landing == np.inf):
-            expert = wire.ready[taken]
+    while uncomputed > 0:
+        landing = next_landing(link)
+        if link.ready_count[0] > taken and (params[READY_FIRST] > 0 or landing == np.inf):
+            expert = link.ready[taken]
             if cache.status[expert] != RESIDENT or not cache.pinned[expert]:
-                raise RuntimeError("an expert runs that is not there, or could be evicted")
+                raise RuntimeError("an expert computes that is not resident, or not pinned")
             taken += 1
-            undone -= 1
+            uncomputed -= 1
             now += compute / len(needs)
-            elapse(world, now)
+            advance_until(state, now)
             cache.pinned[expert] = False
-            if stuck > 0:
-                stuck = fill(cache, wire, retention_priority, rules, needs, waiting)
+            if waits > 0:
+                waits = submit_waiting(cache, link, retention_priority, params, needs, waiting)
         else:
             if landing == np.inf:
-                raise RuntimeError("a needed expert will never come")
+                raise RuntimeError("a needed expert is neither resident nor in transfer")
             clock[STALL] += landing - now
             now = landing
-            elapse(world, now)
+            advance_until(state, now)
     now += ahead
-    elapse(world, now)
+    advance_until(state, now)
     clock[NOW] = now
-    check_laws(world)
+    check_invariants(state)
 
 
 @kernel
-def pass_time(world: World, duration: float) -> None:
-    """Computes what needs no expert: a layer up to its gate, or what is outside of layers."""
-    world.clock[NOW] += duration
-    elapse(world, world.clock[NOW])
+def advance_clock(state: SimState, duration: float) -> None:
+    """Advances the clock by compute that needs no expert: a layer up to its gate, or the gap between iterations."""
+    state.clock[NOW] += duration
+    advance_until(state, state.clock[NOW])
 
 
 @kernel
-def replay_ranked(  # noqa: PLR0917 - called in one place, with all that compiled code can't look up for itself
-    world: World, ranking: Ranking, kind: int, decay: float, ptr: Ints, needs: Ints, next_use: Ints, scales: Scores,
+def replay_on_demand(  # noqa: PLR0917 - one caller; compiled code takes its inputs as plain arguments
+    state: SimState, ranking: Ranking, kind: int, decay: float, ptr: Ints, needs: Ints, next_use: Ints, scales: Scores,
     times: Scores, before_gate: float, gap: float, span: Ints,
 ) -> None:  # fmt: skip
-    """Replays iterations under an on-demand policy, without leaving compiled code.
+    """Replays iterations under an on-demand policy in one compiled call.
 
     Args:
+        kind, decay: of the ranking, see `policy.eviction.visit`.
         ptr: `[S * L + 1]`; event `i * L + l` needs `needs[ptr[..]:ptr[.. + 1]]`, flat indices.
-        next_use: aligned with `needs` where the ranking looks ahead, else empty.
+        next_use: aligned with `needs` if the ranking knows the future, else empty.
         scales: `[S]`, compute of a layer in units of one token's.
-        times: `[S]`, filled with how long each iteration took, up to the end of its last layer.
+        times: `[S]`, filled in: duration of each iteration, to the end of its last layer.
         before_gate: share of a layer's compute before its gate.
-        gap: time from there to the next iteration.
-        span: first iteration, the one after the last.
+        gap: time from the last layer of an iteration to the first of the next.
+        span: the first iteration, and the one after the last.
     """
     layers, experts = ranking.retention_priority.shape
     nothing = np.empty(0, np.int64)
     for step in range(span[0], span[1]):
-        begin = world.clock[NOW]
+        begin = state.clock[NOW]
         before = before_gate * scales[step]
         after = scales[step] - before
-        pass_time(world, before)
+        advance_clock(state, before)
         for layer in range(layers):
             first, last = ptr[step * layers + layer], ptr[step * layers + layer + 1]
             needed = needs[first:last]
@@ -224,7 +227,7 @@ def replay_ranked(  # noqa: PLR0917 - called in one place, with all that compile
                 needed - layer * experts,
                 next_use[first:last] if len(next_use) else nothing,
             )
-            serve(world, needed, after, before if layer < layers - 1 else 0.0)
-        times[step] = world.clock[NOW] - begin
+            run_layer(state, needed, after, before if layer < layers - 1 else 0.0)
+        times[step] = state.clock[NOW] - begin
         if gap > 0:
-            pass_time(world, gap)
+            advance_clock(state, gap)

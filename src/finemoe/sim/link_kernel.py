@@ -1,7 +1,7 @@
-"""The modelled link: one transfer at a time per device, urgent ones first, prefetches in between. Kernels.
+"""The modelled link: one transfer at a time per device, demand loads before prefetches. Kernels.
 
-Times are in units of one layer's compute. A prefetch that is pre-empted finishes the chunk that is on the wire, keeps
-its slot, and goes on when nothing urgent is left.
+Times are in units of one layer's compute for one token. Experts are flat indices `l * E + e`. A preempted prefetch
+finishes the chunk in transfer, keeps its slot, and resumes when no demand load is left.
 """
 
 from __future__ import annotations
@@ -26,230 +26,235 @@ from finemoe.policy.cache_state import (
 
 Ints = npt.NDArray[np.int64]
 
-MARGIN, SWITCH, TRANSFER, CHUNKS, READY_FIRST, CAPACITY, SLOWDOWN = range(7)  # of the rules
-NOW, STALL, DUE = range(3)  # of the clock; from DUE on, what the policy said last counts
-HITS, LATE, MISSES, ACCESSES = range(4)  # of the counts
-MOVED, LANDED, DROPPED, USED = range(4)  # of Wire.sums: all but the last as if everything were urgent
-FETCHED, PREFETCHED, WITHDRAWN = range(3)  # of what the log tells
+MARGIN, SWITCH, TRANSFER, CHUNKS, READY_FIRST, CAPACITY, SLOWDOWN = range(7)  # SimState.params
+NOW, STALL, DUE = range(3)  # SimState.clock; at DUE the pending priorities take effect
+HITS, LATE, MISSES, ACCESSES = range(4)  # SimState.counts
+MOVED, LANDED, DROPPED, USED = range(4)  # LinkState.totals, times; without slowdown but for USED
+FETCHED, PREFETCHED, CANCELLED = range(3)  # LinkState.log: action
 
 
-class Wire(NamedTuple):
+class LinkState(NamedTuple):
     """State of the links. `X` is `L * E`."""
 
-    time: Scores  # [devices], up to which a link was simulated
-    busy: Scores  # [devices], until then a pre-empted chunk is on the wire
-    takes: Scores  # [X], time that an expert in flight takes, if it is urgent all the way
-    left: Scores  # [X], of that, what is still to come
-    factors: Scores  # [n], of transfers, one after the other; see Noise
-    begun: Ints  # [1], transfers
-    queue: Ints  # [devices, X], urgent experts, a ring
-    head: Ints  # [devices]
-    queued: Ints  # [devices]
-    prefetch: Ints  # [devices], the one under way or pre-empted, or NONE
-    ready: Ints  # [X], needed experts in the order in which they became ready
-    readied: Ints  # [1]
-    sums: Scores  # [4]
-    log: Ints  # [n, 3]: what was done, to which expert, whose slot it took; n is 0 if nobody wants to know
-    logged: Ints  # [1]
+    time: Scores  # [devices], simulated up to this time
+    busy: Scores  # [devices], when a preempted chunk has finished
+    duration: Scores  # [X], transfer time of an expert in flight as a demand load
+    remaining: Scores  # [X], the part of `duration` still to transfer
+    duration_factors: Scores  # [n], of transfers in order, see `Noise`
+    started: Ints  # [1], transfers started
+    queue: Ints  # [devices, X], demand loads, a ring buffer
+    head: Ints  # [devices], of the ring buffer
+    queued: Ints  # [devices], entries of the ring buffer
+    prefetch: Ints  # [devices], the prefetch in transfer or preempted, or NONE
+    ready: Ints  # [X], experts that the layer needs, in the order in which they became resident
+    ready_count: Ints  # [1], entries of `ready`
+    totals: Scores  # [4]
+    log: Ints  # [n, 3]: action, expert, victim; n is 0 without a log
+    log_length: Ints  # [1], entries of `log`
 
 
-def make_wire(size: int, devices: int, factors: Scores, log: int = 0) -> Wire:
-    """Idle links at time 0. `log` is how many actions there is room for."""
+def make_link_state(size: int, devices: int, duration_factors: Scores, log: int = 0) -> LinkState:
+    """Idle links at time 0, with a log of at most `log` actions."""
 
     def zeros(*shape: int) -> Ints:
         return np.zeros(shape, np.int64)
 
-    return Wire(
-        time=np.zeros(devices), busy=np.zeros(devices), takes=np.zeros(size),
-        left=np.zeros(size), factors=factors, begun=zeros(1), queue=zeros(devices, size),
-        head=zeros(devices), queued=zeros(devices), prefetch=np.full(devices, NONE), ready=zeros(size),
-        readied=zeros(1), sums=np.zeros(4), log=zeros(log, 3), logged=zeros(1),
+    return LinkState(
+        time=np.zeros(devices), busy=np.zeros(devices), duration=np.zeros(size), remaining=np.zeros(size),
+        duration_factors=duration_factors, started=zeros(1), queue=zeros(devices, size), head=zeros(devices),
+        queued=zeros(devices), prefetch=np.full(devices, NONE), ready=zeros(size), ready_count=zeros(1),
+        totals=np.zeros(4), log=zeros(log, 3), log_length=zeros(1),
     )  # fmt: skip
 
 
-class World(NamedTuple):
-    """All that a replay changes."""
+class SimState(NamedTuple):
+    """The mutable state of a simulation."""
 
     cache: CacheState
-    wire: Wire
-    retention_priority: Scores  # [X], the policy's, as far as they count
-    prefetch_priority: Scores  # [X], the same; empty if it never prefetches
-    lagged_retention_priority: Scores  # [X], the policy's
-    lagged_prefetch_priority: Scores  # [X] or empty, the policy's
-    rules: Scores  # [7]
+    link: LinkState
+    retention_priority: Scores  # [X], in effect
+    prefetch_priority: Scores  # [X], in effect; empty if the policy never prefetches
+    pending_retention_priority: Scores  # [X], the policy's own array
+    pending_prefetch_priority: Scores  # [X] or empty, the policy's own array
+    params: Scores  # [7]
     clock: Scores  # [3]
     counts: Ints  # [4]
-    waiting: npt.NDArray[np.bool_]  # [E], scratch: which needs of a layer wait for a slot
+    waiting: npt.NDArray[np.bool_]  # [E], scratch: which experts that a layer needs wait for a slot
 
 
 @kernel
-def note(wire: Wire, what: int, expert: int, victim: int) -> None:
-    """Writes an action into the log, as long as there is room."""
-    row = wire.logged[0]
-    if row < len(wire.log):
-        wire.log[row, 0], wire.log[row, 1], wire.log[row, 2] = what, expert, victim
-        wire.logged[0] += 1
+def log_action(link: LinkState, what: int, expert: int, victim: int) -> None:
+    """Appends an action to the log, if there is room."""
+    row = link.log_length[0]
+    if row < len(link.log):
+        link.log[row, 0], link.log[row, 1], link.log[row, 2] = what, expert, victim
+        link.log_length[0] += 1
 
 
 @kernel
-def depart(wire: Wire, rules: Scores, expert: int) -> None:
-    """An expert's way begins. No two need take the same time."""
-    factor = wire.factors[wire.begun[0] % len(wire.factors)]
-    wire.begun[0] += 1
-    wire.takes[expert] = wire.left[expert] = rules[TRANSFER] * factor
+def start_transfer(link: LinkState, params: Scores, expert: int) -> None:
+    """Sets a transfer's duration. It is not yet queued."""
+    factor = link.duration_factors[link.started[0] % len(link.duration_factors)]
+    link.started[0] += 1
+    link.duration[expert] = link.remaining[expert] = params[TRANSFER] * factor
 
 
 @kernel
-def enqueue(wire: Wire, device: int, expert: int) -> None:
-    """Puts an expert at the end of a link's urgent queue."""
-    room = wire.queue.shape[1]
-    wire.queue[device, (wire.head[device] + wire.queued[device]) % room] = expert
-    wire.queued[device] += 1
+def enqueue(link: LinkState, device: int, expert: int) -> None:
+    """Appends an expert to a link's queue of demand loads."""
+    room = link.queue.shape[1]
+    link.queue[device, (link.head[device] + link.queued[device]) % room] = expert
+    link.queued[device] += 1
 
 
 @kernel
-def fetch(cache: CacheState, wire: Wire, retention_priority: Scores, rules: Scores, expert: int) -> bool:
-    """Begins an urgent fetch; false if no slot can be had."""
+def fetch(cache: CacheState, link: LinkState, retention_priority: Scores, params: Scores, expert: int) -> bool:
+    """Starts a demand load; false if no slot is available."""
     device = cache.device[expert]
     victim = allocate_slot(cache, retention_priority, device)
     if victim == NONE:
         return False
     cache.status[expert] = LOADING
-    depart(wire, rules, expert)
-    enqueue(wire, device, expert)
-    note(wire, FETCHED, expert, victim)
+    start_transfer(link, params, expert)
+    enqueue(link, device, expert)
+    log_action(link, FETCHED, expert, victim)
     return True
 
 
 @kernel
-def cancel(cache: CacheState, wire: Wire, device: int) -> None:
-    """Drops a link's prefetch; what came of it is lost."""
-    expert = wire.prefetch[device]
-    wire.sums[DROPPED] += wire.takes[expert] - wire.left[expert]
-    wire.prefetch[device] = NONE
+def cancel(cache: CacheState, link: LinkState, device: int) -> None:
+    """Cancels a link's prefetch and frees its slot; the bytes already moved are lost."""
+    expert = link.prefetch[device]
+    link.totals[DROPPED] += link.duration[expert] - link.remaining[expert]
+    link.prefetch[device] = NONE
     release_slot(cache, expert)
-    note(wire, WITHDRAWN, expert, NONE)
+    log_action(link, CANCELLED, expert, NONE)
 
 
 @kernel
-def preempt(wire: Wire, rules: Scores, device: int, now: float) -> None:
-    """Makes a link's prefetch wait for what is urgent, once the chunk on the wire is complete."""
-    expert = wire.prefetch[device]
-    if rules[CHUNKS] <= 0 or wire.takes[expert] <= 0:
+def preempt(link: LinkState, params: Scores, device: int, now: float) -> None:
+    """Preempts a link's prefetch after the chunk in transfer; in its last chunk it is completed first."""
+    expert = link.prefetch[device]
+    if params[CHUNKS] <= 0 or link.duration[expert] <= 0:
         return
-    chunk = wire.takes[expert] / rules[CHUNKS]
-    rest = wire.left[expert] % chunk
-    if wire.left[expert] - rest <= 1e-12:  # its last chunk: it lands before anything else
-        wire.prefetch[device] = NONE
-        room = wire.queue.shape[1]
-        wire.head[device] = (wire.head[device] - 1) % room
-        wire.queue[device, wire.head[device]] = expert
-        wire.queued[device] += 1
+    chunk = link.duration[expert] / params[CHUNKS]
+    rest = link.remaining[expert] % chunk
+    if link.remaining[expert] - rest <= 1e-12:  # its last chunk: it completes before any demand load
+        link.prefetch[device] = NONE
+        room = link.queue.shape[1]
+        link.head[device] = (link.head[device] - 1) % room
+        link.queue[device, link.head[device]] = expert
+        link.queued[device] += 1
         return
-    wire.left[expert] -= rest
-    wire.sums[MOVED] += rest
-    wire.sums[USED] += rest * rules[SLOWDOWN]
-    wire.busy[device] = now + rest * rules[SLOWDOWN]
+    link.remaining[expert] -= rest
+    link.totals[MOVED] += rest
+    link.totals[USED] += rest * params[SLOWDOWN]
+    link.busy[device] = now + rest * params[SLOWDOWN]
 
 
 @kernel
-def land(cache: CacheState, wire: Wire, expert: int) -> None:
-    """An expert's last byte has come."""
-    wire.sums[MOVED] += wire.left[expert]
-    wire.sums[LANDED] += wire.takes[expert]
-    wire.left[expert] = 0.0
+def land(cache: CacheState, link: LinkState, expert: int) -> None:
+    """Completes a transfer: the expert is resident."""
+    link.totals[MOVED] += link.remaining[expert]
+    link.totals[LANDED] += link.duration[expert]
+    link.remaining[expert] = 0.0
     cache.status[expert] = RESIDENT
     if cache.pinned[expert]:
-        wire.ready[wire.readied[0]] = expert
-        wire.readied[0] += 1
+        link.ready[link.ready_count[0]] = expert
+        link.ready_count[0] += 1
 
 
 @kernel
-def advance(
+def advance_link(
     cache: CacheState,
-    wire: Wire,
+    link: LinkState,
     retention_priority: Scores,
     prefetch_priority: Scores,
-    rules: Scores,
+    params: Scores,
     device: int,
     until: float,
 ) -> None:
-    """Simulates one link up to a time. Idle, it prefetches what is wanted most."""
-    now = wire.time[device]
+    """Simulates one link up to `until`. An idle link starts the prefetch of highest priority."""
+    now = link.time[device]
     while True:
-        start = max(now, wire.busy[device])
-        urgent = wire.queued[device] > 0
-        throttle = 1.0 if urgent else rules[SLOWDOWN]
+        start = max(now, link.busy[device])
+        urgent = link.queued[device] > 0
+        slowdown = 1.0 if urgent else params[SLOWDOWN]
         if urgent:
-            expert = wire.queue[device, wire.head[device]]
+            expert = link.queue[device, link.head[device]]
         else:
             if start >= until:
                 break
-            expert = wire.prefetch[device]
+            expert = link.prefetch[device]
             if expert == NONE:
-                expert = next_prefetch_candidate(cache, retention_priority, prefetch_priority, rules[MARGIN], device)
+                expert = next_prefetch_candidate(cache, retention_priority, prefetch_priority, params[MARGIN], device)
                 if expert == NONE:
                     break
                 victim = begin_prefetch(cache, retention_priority, expert)
-                depart(wire, rules, expert)
-                wire.prefetch[device] = expert
-                note(wire, PREFETCHED, expert, victim)
-        done = start + wire.left[expert] * throttle
+                start_transfer(link, params, expert)
+                link.prefetch[device] = expert
+                log_action(link, PREFETCHED, expert, victim)
+        done = start + link.remaining[expert] * slowdown
         if done > until:
             if until > start:
-                moved = (until - start) / throttle
-                wire.left[expert] -= moved
-                wire.sums[MOVED] += moved
-                wire.sums[USED] += until - start
+                moved = (until - start) / slowdown
+                link.remaining[expert] -= moved
+                link.totals[MOVED] += moved
+                link.totals[USED] += until - start
             break
-        wire.sums[USED] += done - start
+        link.totals[USED] += done - start
         if urgent:
-            wire.head[device] = (wire.head[device] + 1) % wire.queue.shape[1]
-            wire.queued[device] -= 1
+            link.head[device] = (link.head[device] + 1) % link.queue.shape[1]
+            link.queued[device] -= 1
         else:
-            wire.prefetch[device] = NONE
-        land(cache, wire, expert)
+            link.prefetch[device] = NONE
+        land(cache, link, expert)
         now = done
-    wire.time[device] = until
+    link.time[device] = until
 
 
 @kernel
-def advance_all(
-    cache: CacheState, wire: Wire, retention_priority: Scores, prefetch_priority: Scores, rules: Scores, until: float
+def advance_links(
+    cache: CacheState,
+    link: LinkState,
+    retention_priority: Scores,
+    prefetch_priority: Scores,
+    params: Scores,
+    until: float,
 ) -> None:
-    """Simulates every link up to a time."""
-    for device in range(len(wire.time)):
-        if wire.queued[device] == 0 and len(prefetch_priority) == 0:  # on demand, and nothing is
-            wire.time[device] = until
+    """Simulates all links up to `until`."""
+    for device in range(len(link.time)):
+        if link.queued[device] == 0 and len(prefetch_priority) == 0:  # no demand load, and the policy never prefetches
+            link.time[device] = until
         else:
-            advance(cache, wire, retention_priority, prefetch_priority, rules, device, until)
+            advance_link(cache, link, retention_priority, prefetch_priority, params, device, until)
 
 
 @kernel
-def elapse(world: World, until: float) -> None:
-    """Simulates every link up to a time. On the way, what the policy said comes to count when it is due."""
-    cache, wire, retention_priority, prefetch_priority, rules, clock = (
-        world.cache,
-        world.wire,
-        world.retention_priority,
-        world.prefetch_priority,
-        world.rules,
-        world.clock,
+def advance_until(state: SimState, until: float) -> None:
+    """Simulates all links up to `until`; pending priorities take effect at their due time."""
+    cache, link, retention_priority, prefetch_priority, params, clock = (
+        state.cache,
+        state.link,
+        state.retention_priority,
+        state.prefetch_priority,
+        state.params,
+        state.clock,
     )
     if clock[DUE] <= until:
-        advance_all(cache, wire, retention_priority, prefetch_priority, rules, clock[DUE])
-        retention_priority[:] = world.lagged_retention_priority
-        prefetch_priority[:] = world.lagged_prefetch_priority
+        advance_links(cache, link, retention_priority, prefetch_priority, params, clock[DUE])
+        retention_priority[:] = state.pending_retention_priority
+        prefetch_priority[:] = state.pending_prefetch_priority
         clock[DUE] = np.inf
-    advance_all(cache, wire, retention_priority, prefetch_priority, rules, until)
+    advance_links(cache, link, retention_priority, prefetch_priority, params, until)
 
 
 @kernel
-def next_landing(wire: Wire) -> float:
-    """When the next urgent expert will have come; infinity if none is under way."""
+def next_landing(link: LinkState) -> float:
+    """The time at which the next demand load completes; infinity without one."""
     soonest = np.inf
-    for device in range(len(wire.time)):
-        if wire.queued[device] > 0:
-            expert = wire.queue[device, wire.head[device]]
-            soonest = min(soonest, max(wire.time[device], wire.busy[device]) + wire.left[expert])
+    for device in range(len(link.time)):
+        if link.queued[device] > 0:
+            expert = link.queue[device, link.head[device]]
+            soonest = min(soonest, max(link.time[device], link.busy[device]) + link.remaining[expert])
     return soonest

@@ -1,4 +1,4 @@
-"""Rows of a simulation for people."""
+"""Rows of a sweep as a text table, a Markdown table and a plot."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ _HEAD = (
     "policy", "memory", "link ratio", "hit", "late", "miss", "time/layer", "stall", "moved/layer", "wasted",
     "precision",
 )  # fmt: skip
-_TOLD = {  # where it is not what it is by default
+_NOTES = {  # below the table, for settings that are not at their default
     "gap": "gap between iterations, not in time/layer",
-    "lag": "policies that search have their say so much after a gate",
-    "begin_lag": "and so much after the begin of an iteration",
-    "prefetch_slowdown": "what is not urgent takes so many times the link ratio",
-    "compute_spread": "compute varies, spread of its logarithm",
-    "link_spread": "transfers vary, spread of their logarithm",
-    "lag_spread": "the lag varies, spread of its logarithm",
+    "lag": "lag of asynchronous policies' scores after a gate",
+    "begin_lag": "lag after the begin of an iteration",
+    "prefetch_slowdown": "prefetches take this many times the link ratio",
+    "compute_spread": "compute varies, standard deviation of its logarithm",
+    "link_spread": "transfers vary, standard deviation of their logarithm",
+    "lag_spread": "the lag varies, standard deviation of its logarithm",
 }
 
 
 def table(rows: Sequence[SweepRow]) -> str:
-    """One line a row, in columns; gaps and emulated inputs are named below."""
+    """A line per row, in columns; settings not at their default, and emulated inputs, are named below."""
     cells = [_HEAD, *map(_line, rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(_HEAD))]
     lines = [
         "  ".join(word.ljust(width) if column == 0 else word.rjust(width) for column, (word, width) in enumerate(pairs))
         for pairs in (zip(line, widths, strict=True) for line in cells)
     ]
-    for name, text in _TOLD.items():
-        told = sorted({getattr(row, name) for row in rows} - {SweepRow.__dataclass_fields__[name].default})
-        lines += [f"{text}: {value:g}" for value in told]
+    for name, text in _NOTES.items():
+        values = sorted({getattr(row, name) for row in rows} - {SweepRow.__dataclass_fields__[name].default})
+        lines += [f"{text}: {value:g}" for value in values]
     emulated = sorted({row.emulated for row in rows if row.emulated})
     lines += [f"* emulated, not recorded: {text}" for text in emulated]
     return "\n".join(lines)
 
 
 def markdown(rows: Sequence[SweepRow]) -> str:
-    """The same as a table for a document."""
+    """The same columns as a Markdown table, without the notes."""
     lines = ["| " + " | ".join(_HEAD) + " |", "|---|" + "---:|" * (len(_HEAD) - 1)]
     lines += ["| " + " | ".join(_line(row)) + " |" for row in rows]
     return "\n".join(lines)
@@ -64,13 +64,13 @@ def _line(row: SweepRow) -> tuple[str, ...]:
     )
 
 
-# colours that stay apart for colour-blind readers; bounds are grey
+# distinguishable for colour-blind readers; bounds are grey
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#b8a900", "#7f3fbf")
 _BOUNDS = {"belady": ("#777777", "--"), "oracle": ("#222222", "--")}
 
 
-def check(path: Path) -> None:
-    """Raises `ConfigError` where a plot can't be drawn to `path`, before time is spent on replays."""
+def check_plot(path: Path) -> None:
+    """Raises `ConfigError` if a plot can't be written to `path`; checked before the simulation runs."""
     refuse_unwritable("--plot", path)
     try:
         from matplotlib.figure import Figure
@@ -82,12 +82,12 @@ def check(path: Path) -> None:
 
 
 def draw(rows: Sequence[SweepRow], title: str, path: Path) -> None:
-    """Writes a figure, atomically.
+    """Plots rows to `path`, atomically.
 
     Raises:
         ConfigError: matplotlib is not installed, or the file can't be written.
     """
-    check(path)
+    check_plot(path)
     from matplotlib.figure import Figure
 
     ratios = sorted({row.link_ratio for row in rows})
@@ -102,7 +102,7 @@ def draw(rows: Sequence[SweepRow], title: str, path: Path) -> None:
         figure.add_subplot(1, panels, 2), [r for r in rows if r.expert_memory == share], "link_ratio", "time_per_layer"
     )
     if panels == 3:
-        _between(figure.add_subplot(1, panels, 3), [r for r in rows if r.link_ratio == ratio])
+        _relative_stall(figure.add_subplot(1, panels, 3), [r for r in rows if r.link_ratio == ratio])
     first, second, *rest = figure.axes
     first.set(title=f"Hit rate, link ratio {ratio:g}", xlabel="experts in memory", ylabel="hit rate")
     first.xaxis.set_major_formatter("{x:.0%}")
@@ -124,7 +124,7 @@ def draw(rows: Sequence[SweepRow], title: str, path: Path) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Writes a figure, atomically. Raises `ConfigError` where that fails."""
+    """Writes a figure, atomically. Raises `ConfigError` if that fails."""
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
     try:
         figure.savefig(partial, dpi=120)
@@ -153,8 +153,8 @@ def _lines(axes: Any, rows: Sequence[SweepRow], x: str, y: str) -> None:
         axes.plot(*zip(*own, strict=True), label=policy + ("*" if starred else ""), **_style(rows, policy))
 
 
-def _between(axes: Any, rows: Sequence[SweepRow]) -> None:
-    """Each policy's stall on a scale from `lru`'s to `oracle`'s."""
+def _relative_stall(axes: Any, rows: Sequence[SweepRow]) -> None:
+    """Stall saved by each policy, from 0 (`lru`) to 1 (`oracle`)."""
     stall = {(row.policy, row.expert_memory): row.stall_per_layer for row in rows}
     for policy in dict.fromkeys(row.policy for row in rows):
         own = []

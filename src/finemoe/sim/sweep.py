@@ -1,4 +1,4 @@
-"""Runs the cells of a table, several at a time, each in a process of its own."""
+"""A sweep: a grid of simulated cells, in parallel processes, and their rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finemoe.jit import compiler
 from finemoe.policy import Policy, compute_future, make_policy, policy_or_bound_class
 from finemoe.sim.config import SimulateConfig
 from finemoe.sim.hardware import TIMING, Machine
-from finemoe.sim.simulator import Outcome, Replay
+from finemoe.sim.simulator import Outcome, Simulation
 from finemoe.sim.workload import Schedule, TraceView, make_schedule
 from finemoe.system import available_cores
 from finemoe.trace import Trace, TraceHeader, open_trace, split
@@ -31,7 +31,7 @@ _RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Cell:
-    """One policy under one budget and one link."""
+    """One policy under one budget and one link ratio."""
 
     policy: str
     expert_memory: float  # share of all routed experts
@@ -40,19 +40,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class SweepRow:
-    """A cell's result. An access is one distinct expert needed by one layer of one iteration.
+    """Result of a cell. An access is one distinct expert needed by one layer of one iteration.
 
-    Times are per layer and in units of one layer's compute for one token, `before_gate` of it before the gate and the
-    rest after; `link_ratio` is the time to move one expert in the same unit. `gap` is the time between an iteration's
-    last layer and the next one's first, which no other time includes; `lag` is that from a gate until a policy that
-    searches has its say; what is prefetched takes `prefetch_slowdown` times the link ratio. `compute_spread`,
-    `link_spread` and `lag_spread` are the standard deviations of such times' logarithms. Rates are of all accesses;
-    `precision` is prefetched and used / prefetched, `None` without a prefetch. `wasted` counts what was prefetched and
-    evicted, or given up, unused; `regretted`, misses of experts that had made room for a prefetch. `paused` is the
-    share of iterations in which a policy did not prefetch because that did not pay. `link_busy` is the share of the
-    time that a link moves something, the mean over devices, gaps included. `emulated` names what was made up from the
-    truth, and how. Percentiles are of whole iterations, per layer. `time_per_layer_low` and `_high` are a 95% interval
-    of `time_per_layer`, bootstrapped over requests; `None` where requests are interleaved.
+    Times are per layer, in units of one layer's compute for one token, and exclude gaps between iterations; rates are
+    shares of all accesses; the machine's settings are those of `Machine`. docs/simulator.md explains every column.
+
+    Attributes:
+        precision: prefetched and used / prefetched; `None` without a prefetch.
+        wasted_per_layer: experts prefetched, and evicted or cancelled unused.
+        regretted_per_layer: misses of experts that were evicted for a prefetch.
+        paused: share of iterations with prefetching throttled.
+        link_busy: share of the time, gaps included, in which a link transfers; the mean over devices.
+        emulated: which input was emulated from the recorded routing, and how.
+        time_per_layer_p50, time_per_layer_p95, time_per_layer_p99: percentiles over iterations.
+        time_per_layer_low, time_per_layer_high: 95% interval, bootstrapped over requests; `None` if they interleave.
     """
 
     policy: str
@@ -87,18 +88,18 @@ class SweepRow:
     time_per_layer_high: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """The row as JSON values."""
         return asdict(self)
 
 
 def runnable(config: SimulateConfig, header: TraceHeader) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The policies that this trace has enough for, and why the others are left out."""
+    """The policies whose inputs this trace has, and the reason why each of the others is left out."""
     recorded = set(header.fields) | ({"gates"} if {"probs", "weights"} & set(header.fields) else set())
     if config.gate_recalls:
         recorded.add("lookahead")
     if config.predictors is not None:
         recorded.add("predictors")
-    ways = {
+    remedies = {
         "lookahead": "--gate-recall emulates it",
         "predictors": "train them with finemoe trace train, and give --predictors",
     }
@@ -106,7 +107,7 @@ def runnable(config: SimulateConfig, header: TraceHeader) -> tuple[tuple[str, ..
     for name in config.policies:
         missing = sorted(policy_or_bound_class(name).needs - recorded)
         if missing:
-            hints = "; ".join(ways[field] for field in missing if field in ways)
+            hints = "; ".join(remedies[field] for field in missing if field in remedies)
             left_out[name] = f"this trace has no {' and no '.join(missing)}{f' ({hints})' if hints else ''}"
     return tuple(name for name in config.policies if name not in left_out), left_out
 
@@ -114,15 +115,15 @@ def runnable(config: SimulateConfig, header: TraceHeader) -> tuple[tuple[str, ..
 def run_cells(
     trace: str, config: SimulateConfig, cells: Sequence[Cell], progress: Callable[[int], None]
 ) -> Iterator[SweepRow]:
-    """Runs all cells; yields rows as they are done.
+    """Runs all cells and yields their rows in order of completion.
 
     Args:
-        progress: told of iterations replayed.
+        progress: called with the number of iterations done since the last call.
 
     Raises:
-        ConfigError: there is nothing to replay, a budget is too small, or a process was killed.
+        ConfigError: there is no request to replay, a budget is too small, or a process was killed.
     """
-    header = _subject(trace, config).trace.header
+    header = _load_input(trace, config).trace.header
     for cell in cells:
         _slots(cell, header, config)
     workers = min(config.workers or available_cores(), len(cells))
@@ -130,68 +131,72 @@ def run_cells(
         for cell in cells:
             yield run_cell(trace, config, cell, progress)
         return
-    compiler()  # imports numba here once, so that a missing one is one error and not one per process
+    compiler()  # imports numba here, so that its absence is one error and not one per process
     context = multiprocessing.get_context("spawn")
-    told = context.SimpleQueue()
-    with ProcessPoolExecutor(workers, context, initializer=_tell, initargs=(told,)) as pool:
+    progress_queue = context.SimpleQueue()
+    with ProcessPoolExecutor(workers, context, initializer=_set_progress_queue, initargs=(progress_queue,)) as pool:
         others = set(multiprocessing.active_children())
         try:
-            with _ctrl_c_held():
+            with _block_sigint():
                 pending: set[Future[SweepRow]] = {pool.submit(_run, trace, config, cell) for cell in cells}
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                while not told.empty():
-                    progress(told.get())
+                while not progress_queue.empty():
+                    progress(progress_queue.get())
                 for future in done:
                     yield future.result()
         except BaseException as error:
             for worker in set(multiprocessing.active_children()) - others:
-                worker.terminate()  # in the middle of its cell, which may take minutes more
+                worker.terminate()  # its cell may take minutes more
             pool.shutdown(cancel_futures=True)
             if isinstance(error, BrokenProcessPool):
-                raise ConfigError("--workers: a process was killed, perhaps for want of memory; try fewer") from error
+                raise ConfigError("--workers: a process was killed, perhaps out of memory; try fewer") from error
             raise
 
 
 @contextmanager
-def _ctrl_c_held() -> Iterator[None]:
-    """Holds Ctrl-C back. Processes that are started meanwhile never see it: their parent ends them, without a word."""
+def _block_sigint() -> Iterator[None]:
+    """Blocks SIGINT. Processes started meanwhile inherit that: their parent terminates them, without a traceback."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def run_cell(
     trace: str, config: SimulateConfig, cell: Cell, progress: Callable[[int], None] = lambda _: None
 ) -> SweepRow:
-    """Runs one cell in this process."""
-    subject = _subject(trace, config)
-    header, schedule = subject.trace.header, subject.schedule
+    """Runs one cell in this process.
+
+    Raises:
+        ConfigError, TraceError: a setting or a trace is refused.
+    """
+    trace_input = _load_input(trace, config)
+    header, schedule = trace_input.trace.header, trace_input.schedule
     jit = compiler()
-    options = subject.options(cell.policy)
+    options = trace_input.options(cell.policy)
     policy = make_policy(cell.policy, header.layers, header.experts, jit=jit, **options)
     if type(policy).learn is not Policy.learn:
-        for recorded in subject.store.recorded(subject.stored):
+        for recorded in trace_input.store.recorded(trace_input.learned):
             policy.learn(recorded)
     machine = Machine(
         capacity=_slots(cell, header, config), link_ratio=cell.link_ratio, devices=config.devices, chunks=config.chunks,
         ready_first=not config.no_ready_first, tokens_per_unit=config.tokens_per_unit,
         seed=config.seed, **{name: getattr(config, name) for name in TIMING},
     )  # fmt: skip
-    outcome = Replay(schedule, subject.evidence, policy, machine, jit).run(progress)
-    seen = config.gate_recalls[: policy.lookahead] if "lookahead" in policy.needs | policy.uses else ()
-    emulated = f"lookahead, recall {', '.join(map(str, seen))}" if seen else None
+    outcome = Simulation(schedule, trace_input.view, policy, machine, jit).run(progress)
+    recalls = config.gate_recalls[: policy.lookahead] if "lookahead" in policy.needs | policy.uses else ()
+    emulated = f"lookahead, recall {', '.join(map(str, recalls))}" if recalls else None
     low, high = interval(schedule, outcome, config.seed)
     return replace(summarise(cell, machine, outcome, emulated), time_per_layer_low=low, time_per_layer_high=high)
 
 
 def interval(schedule: Schedule, outcome: Outcome, seed: int) -> tuple[float | None, float | None]:
-    """A 95% interval of the time per layer, from requests drawn again with replacement."""
+    """A 95% interval of the time per layer, bootstrapped over requests; `None`s if they interleave."""
     if len(schedule.request) != len(schedule):
         return None, None
     requests, number = np.unique(schedule.request, return_inverse=True)
@@ -203,7 +208,7 @@ def interval(schedule: Schedule, outcome: Outcome, seed: int) -> tuple[float | N
 
 
 def summarise(cell: Cell, machine: Machine, outcome: Outcome, emulated: str | None) -> SweepRow:
-    """From counts to rates."""
+    """The row of a cell: rates from counts, without the interval."""
     accesses = max(1, outcome.hits + outcome.late + outcome.misses)
     layers = max(1, outcome.iterations * outcome.layers)
     p50, p95, p99 = np.percentile(outcome.iteration_times, (50, 95, 99)) / outcome.layers
@@ -228,25 +233,25 @@ def _slots(cell: Cell, header: TraceHeader, config: SimulateConfig) -> int:
     capacity = int(cell.expert_memory * total + 1e-9)
     if capacity < config.devices:
         raise ConfigError(
-            f"--expert-memory: {100 * cell.expert_memory:g}% of {total} experts is not one for each device; "
-            f"{ceil(1000 * config.devices / total) / 10:g}% is"
+            f"--expert-memory: {100 * cell.expert_memory:g}% of {total} experts is less than one per device; "
+            f"{ceil(1000 * config.devices / total) / 10:g}% is enough"
         )
     return capacity
 
 
 @dataclass(frozen=True, eq=False)
 class _TraceInput:
-    """What all cells of a configuration share."""
+    """What all cells of a sweep share: the trace, its schedule, and the requests to learn from."""
 
     trace: Trace
-    evidence: TraceView
+    view: TraceView
     schedule: Schedule
     store: TraceView
-    stored: Sequence[int]
+    learned: Sequence[int]
     config: SimulateConfig
 
     def options(self, policy: str) -> dict[str, Any]:
-        """What a policy is made with beyond the shape."""
+        """Arguments of a policy's constructor beyond the model's shape."""
         kind = policy_or_bound_class(policy)
         options: dict[str, Any] = {}
         if kind.clairvoyant:
@@ -264,38 +269,38 @@ class _TraceInput:
 
 
 @cache
-def _subject(path: str, config: SimulateConfig) -> _TraceInput:
+def _load_input(path: str, config: SimulateConfig) -> _TraceInput:
     jit = compiler()
     trace = open_trace(path)
-    evidence = TraceView(trace, config.gate_recalls, config.seed, jit)
+    view = TraceView(trace, config.gate_recalls, config.seed, jit)
     if config.store is not None:
         store_trace = open_trace(config.store)
         _, replayed = split(len(trace), 0.0, config.seed)
-        store, stored = TraceView(store_trace, jit=jit), list(range(len(store_trace)))
+        store, learned = TraceView(store_trace, jit=jit), list(range(len(store_trace)))
         if (store_trace.header.layers, store_trace.header.experts) != (trace.header.layers, trace.header.experts):
-            raise ConfigError(f"--store: {config.store} has another shape than {path}")
+            raise ConfigError(f"--store: {config.store} has another number of layers or experts than {path}")
     else:
         kept, replayed = split(len(trace), config.learned_share, config.seed)
-        store, stored = evidence, kept.tolist()
+        store, learned = view, kept.tolist()
     chosen = replayed.tolist()[: config.requests]
     if not chosen:
         raise ConfigError(f"--store-split: none of the {len(trace)} requests of {path} is left to replay")
     schedule = make_schedule(trace, chosen, config.interleave, jit)
-    return _TraceInput(trace, evidence, schedule, store, stored, config)
+    return _TraceInput(trace, view, schedule, store, learned, config)
 
 
 def count_iterations(trace: str, config: SimulateConfig) -> int:
-    """Of one cell; each cell of a configuration has as many."""
-    return len(_subject(trace, config).schedule)
+    """The number of iterations of every cell of a configuration."""
+    return len(_load_input(trace, config).schedule)
 
 
-_told: Any = None
+_progress_queue: Any = None
 
 
-def _tell(queue: Any) -> None:
-    global _told  # noqa: PLW0603 - a worker process has one parent
-    _told = queue
+def _set_progress_queue(queue: Any) -> None:
+    global _progress_queue  # noqa: PLW0603 - one per worker process
+    _progress_queue = queue
 
 
 def _run(trace: str, config: SimulateConfig, cell: Cell) -> SweepRow:
-    return run_cell(trace, config, cell, _told.put)
+    return run_cell(trace, config, cell, _progress_queue.put)

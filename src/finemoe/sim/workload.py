@@ -1,6 +1,6 @@
-"""What runs when: requests one after another, or several at a time, and what each layer of each iteration needs.
+"""The workload of a simulation: the schedule of iterations, and what a policy may observe of the trace.
 
-The schedule does not depend on a policy, so one is made per trace and read by every cell.
+A schedule does not depend on the policy, so all cells of a sweep share one.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from finemoe.types import Recorded, Step
 
 Floats = npt.NDArray[np.float32]
 
+_MOST_CACHED = 64  # requests with emulated lookahead
+
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """`S` iterations, in each of which `B` or fewer requests take a step; `M` steps altogether.
+    """`S` iterations, in each of which at most `B` requests take a step; `M` steps in all.
 
     Attributes:
-        steps: `[S + 1]`; iteration i has the steps `steps[i]` to `steps[i + 1]`.
-        request: `[M]`, whose step it is: its place in the trace.
-        iteration: `[M]`, which of that request's iterations.
-        rows: `[M, 2]`, its token rows in the trace's columns.
-        phases: `[M]`.
-        ptr: `[S * L + 1]`; layer l of iteration i needs `needs[ptr[i * L + l]:ptr[i * L + l + 1]]`.
+        steps: `[S + 1]`; iteration `i` has the steps `steps[i]` up to `steps[i + 1]`.
+        request: `[M]`, index in the trace of the request that takes the step.
+        iteration: `[M]`, index among that request's iterations.
+        rows: `[M, 2]`, first and last + 1 of its token rows in the trace's columns.
+        phases: `[M]`, `PREFILL` or `DECODE`.
+        ptr: `[S * L + 1]`; layer `l` of iteration `i` needs `needs[ptr[i * L + l]:ptr[i * L + l + 1]]`.
         needs: flat indices `l * E + e`, ascending within a layer.
     """
 
@@ -45,7 +47,7 @@ class Schedule:
     needs: Ints
 
     def __len__(self) -> int:
-        """Iterations."""
+        """The number of iterations."""
         return len(self.steps) - 1
 
     @property
@@ -56,7 +58,7 @@ class Schedule:
 
 
 def make_schedule(trace: Trace, requests: Sequence[int], interleave: int = 1, jit: Jit[Any] = interpreted) -> Schedule:
-    """Replays `requests` in this order, `interleave` at a time; the next one begins when one has ended."""
+    """Schedules `requests` in this order, `interleave` at a time; the next one starts when one has ended."""
     iterations = _column(trace, "iterations")
     first_iteration = np.concatenate([[0], np.cumsum(iterations)])
     row_counts = _column(trace, "rows")
@@ -70,7 +72,7 @@ def make_schedule(trace: Trace, requests: Sequence[int], interleave: int = 1, ji
     while queue or running:
         while queue and len(running) < interleave:
             running.append([queue.pop(0), 0])
-        if interleave == 1:  # the whole request at once
+        if interleave == 1:  # all iterations of a request at once
             request, _ = running.pop()
             members += [(request, i) for i in range(int(iterations[request]))]
             steps += range(steps[-1] + 1, len(members) + 1)
@@ -91,6 +93,161 @@ def make_schedule(trace: Trace, requests: Sequence[int], interleave: int = 1, ji
     )  # fmt: skip
 
 
+class TraceView:
+    """What a policy may observe of a trace: steps, gates and lookahead.
+
+    Args:
+        recalls: recall of emulated lookahead, one layer ahead, two, ...: this share of a layer's true experts is
+            predicted, the rest are replaced by wrong ones. Empty: recorded lookahead.
+        seed: of the emulation.
+    """
+
+    def __init__(self, trace: Trace, recalls: Sequence[float] = (), seed: int = 0, jit: Jit[Any] = interpreted) -> None:
+        self.trace = trace
+        self.recalls = tuple(recalls)
+        self._seed = seed
+        self._mean_gates = jit(mean_gates)
+        self._emulated_ids: dict[int, list[npt.NDArray[np.intp]]] = {}  # of emulated lookahead, by request
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """What can be observed beyond expert ids: of `gates`, `probs`, `embeddings`, `lookahead`."""
+        recorded = set(self.trace.header.fields)
+        if recorded & {"probs", "weights"}:
+            recorded.add("gates")
+        if self.recalls:
+            recorded.add("lookahead")
+        return frozenset(recorded & {"gates", "probs", "embeddings", "lookahead"})
+
+    @property
+    def active(self) -> int:
+        """`K`."""
+        return self.trace.header.active
+
+    def gates(self, schedule: Schedule, iteration: int) -> Floats | None:
+        """Gate distributions `[B, L, E]` of an iteration's steps; `None` if neither they nor weights were recorded."""
+        begin, end = schedule.steps[iteration], schedule.steps[iteration + 1]
+        return self._gates([(int(a), int(b)) for a, b in schedule.rows[begin:end]])
+
+    def lookahead(self, schedule: Schedule, iteration: int) -> Floats | None:
+        """`[B, L, n, E]`: gates of layers `l + 1` to `l + n`, applied to layer `l`'s state; 0 past the last layer."""
+        begin, end = schedule.steps[iteration], schedule.steps[iteration + 1]
+        if self.recalls:
+            steps = zip(schedule.request[begin:end], schedule.rows[begin:end], strict=True)
+            return np.stack([self._emulated_lookahead(int(request), int(a), int(b)) for request, (a, b) in steps])
+        column = self.trace.column("lookahead")
+        if column is None:
+            return None
+        means = [column[a:b].mean(axis=0, dtype=np.float32) for a, b in schedule.rows[begin:end]]
+        return np.ascontiguousarray(np.stack(means).swapaxes(1, 2))
+
+    def steps(self, schedule: Schedule, iteration: int) -> list[Step]:
+        """The steps of an iteration, as passed to a policy's `begin`."""
+        begin, end = schedule.steps[iteration], schedule.steps[iteration + 1]
+        token_ids, embeddings = self.trace.column("token_ids"), self.trace.column("embeddings")
+        assert token_ids is not None
+        found = []
+        for step in range(begin, end):
+            request, (first, last) = int(schedule.request[step]), schedule.rows[step]
+            embedding = None
+            if embeddings is not None:
+                place = int(self.trace.iteration_offsets[request] + schedule.iteration[step])
+                embedding = embeddings[place].astype(np.float32)
+            found.append(Step(request, int(schedule.phases[step]), token_ids[first:last], embedding))
+        return found
+
+    def recorded(self, requests: Sequence[int]) -> Iterator[Recorded]:
+        """Requests to learn from; none if the trace has no gates."""
+        for index in requests:
+            request = self.trace.request(int(index))
+            gates = self._gates_of(request)
+            if gates is not None:
+                yield Recorded(
+                    phases=request.phases,
+                    token_ids=request.token_ids[request.rows[1:] - 1],
+                    gates=gates,
+                    executed=self._executed(request),
+                    embeddings=None if request.embeddings is None else request.embeddings.astype(np.float32),
+                )
+
+    def _gates(self, row_ranges: Sequence[tuple[int, int]]) -> Floats | None:
+        header = self.trace.header
+        probs, weights = self.trace.column("probs"), self.trace.column("weights")
+        expert_ids = self.trace.column("expert_ids")
+        assert expert_ids is not None
+        if probs is None and weights is None:
+            return None
+        gates = np.zeros((len(row_ranges), header.layers, header.experts), np.float32)
+        for i, (a, b) in enumerate(row_ranges):
+            if probs is not None:
+                gates[i] = probs[a:b].mean(axis=0, dtype=np.float32)
+            else:
+                assert weights is not None
+                self._mean_gates(expert_ids[a:b], weights[a:b].astype(np.float32), gates[i])
+        return gates
+
+    def _gates_of(self, request: RequestTrace) -> Floats | None:
+        header = self.trace.header
+        shape = (len(request), header.layers, header.experts)
+        if request.probs is not None:
+            if len(request.token_ids) == len(request):
+                return request.probs.astype(np.float32)
+            counts = np.diff(request.rows)[:, None, None]
+            sums: Floats = np.add.reduceat(request.probs.astype(np.float32), request.rows[:-1], axis=0)
+            means: Floats = np.divide(sums, counts, dtype=np.float32)
+            return means
+        if request.weights is None:
+            return None
+        gates, weights = np.zeros(shape, np.float32), request.weights.astype(np.float32)
+        for i, (a, b) in enumerate(zip(request.rows[:-1], request.rows[1:], strict=True)):
+            self._mean_gates(request.expert_ids[a:b], weights[a:b], gates[i])
+        return gates
+
+    def _executed(self, request: RequestTrace) -> npt.NDArray[np.bool_]:
+        header = self.trace.header
+        executed = np.zeros((len(request), header.layers, header.experts + 1), np.bool_)
+        iteration = np.repeat(np.arange(len(request)), np.diff(request.rows))
+        ids = np.minimum(request.expert_ids, header.experts)  # sentinels go to the last column, which is dropped
+        executed[iteration[:, None, None], np.arange(header.layers)[None, :, None], ids] = True
+        return executed[:, :, : header.experts]
+
+    def _emulated_lookahead(self, request: int, first: int, last: int) -> Floats:
+        """Emulated lookahead `[L, n, E]`, the mean over tokens."""
+        header = self.trace.header
+        begin = int(self.trace.row_offsets[request])
+        ahead = np.zeros((header.layers, len(self.recalls), header.experts + 1), np.float32)
+        for distance, all_ids in enumerate(self._predicted_ids(request), 1):
+            predicted = all_ids[first - begin : last - begin]  # [T, L - distance, K]
+            layers = np.arange(header.layers - distance)[None, :, None]
+            at = np.broadcast_to(layers, predicted.shape), np.full(predicted.shape, distance - 1), predicted
+            np.add.at(ahead, at, 1.0 / (predicted.shape[0] * predicted.shape[2]))
+        return ahead[:, :, : header.experts]
+
+    def _predicted_ids(self, request: int) -> list[npt.NDArray[np.intp]]:
+        """For each distance, `[n, L - distance, K]`: the predicted experts of layers `distance` and later.
+
+        `E` stands for no expert. The prediction is the same for every policy and budget.
+        """
+        if request not in self._emulated_ids:
+            if len(self._emulated_ids) == _MOST_CACHED:
+                self._emulated_ids.clear()
+            random = np.random.default_rng((self._seed, request))
+            distances = range(1, min(len(self.recalls), self.trace.header.layers - 1) + 1)
+            self._emulated_ids[request] = [self._with_errors(request, distance, random) for distance in distances]
+        return self._emulated_ids[request]
+
+    def _with_errors(self, request: int, distance: int, random: np.random.Generator) -> npt.NDArray[np.intp]:
+        no_expert = self.trace.header.experts
+        truth = np.minimum(self.trace.request(request).expert_ids[:, distance:], no_expert).astype(np.intp)
+        rank = random.random((*truth.shape[:2], no_expert + 1), dtype=np.float32)  # of replacements for missed experts
+        right = (random.random(truth.shape) < self.recalls[distance - 1]) | (truth == no_expert)
+        np.put_along_axis(rank, truth, -1.0, axis=2)
+        rank[:, :, no_expert] = -1.0
+        wrong = np.argsort(-rank, axis=2)[:, :, : truth.shape[2]]
+        wrong[np.take_along_axis(rank, wrong, axis=2) < 0] = no_expert  # fewer than K wrong experts exist
+        return np.where(right, truth, wrong)
+
+
 def _column(trace: Trace, name: str) -> Ints:
     column = trace.column(name)
     assert column is not None
@@ -98,14 +255,14 @@ def _column(trace: Trace, name: str) -> Ints:
 
 
 @kernel
-def unions(  # noqa: C901 - loops within loops
+def unions(  # noqa: C901 - nested loops
     steps: Ints, rows: Ints, expert_ids: npt.NDArray[Any], experts: int
 ) -> tuple[Ints, Ints]:
-    """Distinct experts of every layer of every iteration.
+    """The distinct experts that every layer of every iteration needs.
 
     Args:
         steps, rows: as in `Schedule`.
-        expert_ids: `[n, L, K]`; ids of `experts` and above are nobody.
+        expert_ids: `[n, L, K]`; ids of `experts` and above are sentinels for no expert.
 
     Returns:
         `ptr` and `needs` as in `Schedule`.
@@ -141,11 +298,11 @@ def unions(  # noqa: C901 - loops within loops
 
 @kernel
 def mean_gates(expert_ids: npt.NDArray[np.uint8], weights: npt.NDArray[Any], gates: Floats) -> None:
-    """Gate distributions out of the selected experts alone, the mean over tokens; what was not selected is 0.
+    """Gate distributions from the selected experts' weights, the mean over tokens; 0 for experts not selected.
 
     Args:
         expert_ids, weights: `[n, L, K]`.
-        gates: `[L, E]`, filled.
+        gates: `[L, E]`, filled in.
     """
     gates[:] = 0.0
     experts = gates.shape[1]
@@ -161,161 +318,3 @@ def mean_gates(expert_ids: npt.NDArray[np.uint8], weights: npt.NDArray[Any], gat
                 expert = int(expert_ids[row, layer, k])
                 if expert < experts:
                     gates[layer, expert] += np.float32(weights[row, layer, k]) / total / expert_ids.shape[0]
-
-
-_KEPT = 64  # requests
-
-
-class TraceView:
-    """A trace as policies see it.
-
-    Args:
-        recalls: with shares here, lookahead is emulated from the truth, one layer ahead, two, ..: that share of a
-            layer's experts is named, the others are replaced by wrong ones. Without any, what was recorded is shown.
-        seed: of the emulation.
-    """
-
-    def __init__(self, trace: Trace, recalls: Sequence[float] = (), seed: int = 0, jit: Jit[Any] = interpreted) -> None:
-        self.trace = trace
-        self.recalls = tuple(recalls)
-        self._seed = seed
-        self._mean_gates = jit(mean_gates)
-        self._kept: dict[int, list[npt.NDArray[np.intp]]] = {}  # emulated lookahead by request
-
-    @property
-    def fields(self) -> frozenset[str]:
-        """What is there beyond ids: of `gates`, `probs`, `embeddings`, `lookahead`."""
-        recorded = set(self.trace.header.fields)
-        if recorded & {"probs", "weights"}:
-            recorded.add("gates")
-        if self.recalls:
-            recorded.add("lookahead")
-        return frozenset(recorded & {"gates", "probs", "embeddings", "lookahead"})
-
-    @property
-    def active(self) -> int:
-        """`K`."""
-        return self.trace.header.active
-
-    def gates(self, schedule: Schedule, iteration: int) -> Floats | None:
-        """`[B, L, E]`: the distributions of an iteration's steps; `None` if neither they nor weights were recorded."""
-        begin, end = schedule.steps[iteration], schedule.steps[iteration + 1]
-        return self._gates([(int(a), int(b)) for a, b in schedule.rows[begin:end]])
-
-    def lookahead(self, schedule: Schedule, iteration: int) -> Floats | None:
-        """`[B, L, n, E]`: what layer l's hidden states say of layers l + 1 to l + n; zeros past the last layer."""
-        begin, end = schedule.steps[iteration], schedule.steps[iteration + 1]
-        if self.recalls:
-            steps = zip(schedule.request[begin:end], schedule.rows[begin:end], strict=True)
-            return np.stack([self._emulated(int(request), int(a), int(b)) for request, (a, b) in steps])
-        column = self.trace.column("lookahead")
-        if column is None:
-            return None
-        means = [column[a:b].mean(axis=0, dtype=np.float32) for a, b in schedule.rows[begin:end]]
-        return np.ascontiguousarray(np.stack(means).swapaxes(1, 2))
-
-    def steps(self, schedule: Schedule, iteration: int) -> list[Step]:
-        """The steps of an iteration, as a policy is told of them."""
-        begin, end = schedule.steps[iteration], schedule.steps[iteration + 1]
-        token_ids, embeddings = self.trace.column("token_ids"), self.trace.column("embeddings")
-        assert token_ids is not None
-        found = []
-        for step in range(begin, end):
-            request, (first, last) = int(schedule.request[step]), schedule.rows[step]
-            embedding = None
-            if embeddings is not None:
-                place = int(self.trace.iteration_offsets[request] + schedule.iteration[step])
-                embedding = embeddings[place].astype(np.float32)
-            found.append(Step(request, int(schedule.phases[step]), token_ids[first:last], embedding))
-        return found
-
-    def recorded(self, requests: Sequence[int]) -> Iterator[Recorded]:
-        """Whole requests, to learn from. Those of a trace without any gate are not worth learning: none come."""
-        for index in requests:
-            request = self.trace.request(int(index))
-            gates = self._gates_of(request)
-            if gates is not None:
-                yield Recorded(
-                    phases=request.phases,
-                    token_ids=request.token_ids[request.rows[1:] - 1],
-                    gates=gates,
-                    executed=self._executed(request),
-                    embeddings=None if request.embeddings is None else request.embeddings.astype(np.float32),
-                )
-
-    def _gates(self, stretches: Sequence[tuple[int, int]]) -> Floats | None:
-        header = self.trace.header
-        probs, weights = self.trace.column("probs"), self.trace.column("weights")
-        expert_ids = self.trace.column("expert_ids")
-        assert expert_ids is not None
-        if probs is None and weights is None:
-            return None
-        gates = np.zeros((len(stretches), header.layers, header.experts), np.float32)
-        for i, (a, b) in enumerate(stretches):
-            if probs is not None:
-                gates[i] = probs[a:b].mean(axis=0, dtype=np.float32)
-            else:
-                assert weights is not None
-                self._mean_gates(expert_ids[a:b], weights[a:b].astype(np.float32), gates[i])
-        return gates
-
-    def _gates_of(self, request: RequestTrace) -> Floats | None:
-        header = self.trace.header
-        shape = (len(request), header.layers, header.experts)
-        if request.probs is not None:
-            if len(request.token_ids) == len(request):
-                return request.probs.astype(np.float32)
-            counts = np.diff(request.rows)[:, None, None]
-            sums: Floats = np.add.reduceat(request.probs.astype(np.float32), request.rows[:-1], axis=0)
-            means: Floats = np.divide(sums, counts, dtype=np.float32)
-            return means
-        if request.weights is None:
-            return None
-        gates, weights = np.zeros(shape, np.float32), request.weights.astype(np.float32)
-        for i, (a, b) in enumerate(zip(request.rows[:-1], request.rows[1:], strict=True)):
-            self._mean_gates(request.expert_ids[a:b], weights[a:b], gates[i])
-        return gates
-
-    def _executed(self, request: RequestTrace) -> npt.NDArray[np.bool_]:
-        header = self.trace.header
-        executed = np.zeros((len(request), header.layers, header.experts + 1), np.bool_)
-        iteration = np.repeat(np.arange(len(request)), np.diff(request.rows))
-        ids = np.minimum(request.expert_ids, header.experts)  # sentinels go to the column that is cut off
-        executed[iteration[:, None, None], np.arange(header.layers)[None, :, None], ids] = True
-        return executed[:, :, : header.experts]
-
-    def _emulated(self, request: int, first: int, last: int) -> Floats:
-        """`[L, n, E]`, the mean over tokens."""
-        header = self.trace.header
-        begin = int(self.trace.row_offsets[request])
-        ahead = np.zeros((header.layers, len(self.recalls), header.experts + 1), np.float32)
-        for distance, everything in enumerate(self._named(request), 1):
-            named = everything[first - begin : last - begin]  # [T, L - distance, K]
-            layers = np.arange(header.layers - distance)[None, :, None]
-            at = np.broadcast_to(layers, named.shape), np.full(named.shape, distance - 1), named
-            np.add.at(ahead, at, 1.0 / (named.shape[0] * named.shape[2]))
-        return ahead[:, :, : header.experts]
-
-    def _named(self, request: int) -> list[npt.NDArray[np.intp]]:
-        """For each distance, `[n, L - distance, K]`: what a gate of this recall says of layers `distance` on.
-
-        `E` stands for nobody. The same for every policy and budget.
-        """
-        if request not in self._kept:
-            if len(self._kept) == _KEPT:
-                self._kept.clear()
-            chance = np.random.default_rng((self._seed, request))
-            distances = range(1, min(len(self.recalls), self.trace.header.layers - 1) + 1)
-            self._kept[request] = [self._mistaken(request, distance, chance) for distance in distances]
-        return self._kept[request]
-
-    def _mistaken(self, request: int, distance: int, chance: np.random.Generator) -> npt.NDArray[np.intp]:
-        nobody = self.trace.header.experts
-        truth = np.minimum(self.trace.request(request).expert_ids[:, distance:], nobody).astype(np.intp)
-        rank = chance.random((*truth.shape[:2], nobody + 1), dtype=np.float32)  # who takes the place of one that errs
-        right = (chance.random(truth.shape) < self.recalls[distance - 1]) | (truth == nobody)
-        np.put_along_axis(rank, truth, -1.0, axis=2)
-        rank[:, :, nobody] = -1.0
-        wrong = np.argsort(-rank, axis=2)[:, :, : truth.shape[2]]
-        wrong[np.take_along_axis(rank, wrong, axis=2) < 0] = nobody  # fewer than K experts are wrong
-        return np.where(right, truth, wrong)

@@ -1,6 +1,6 @@
-"""Recorded routing: what a model's routers chose, token by token. See docs/trace-format.md.
+"""Traces: a model's recorded routing, token by token. See docs/trace-format.md.
 
-Reading needs neither torch nor a model; only `finemoe.trace.recorder` does, and is imported where it is used.
+Reading and writing need neither torch nor a model; `finemoe.trace.recorder` and `finemoe.trace.forced_routing` do.
 """
 
 from finemoe.trace.format import RequestTrace, TraceHeader

@@ -1,7 +1,7 @@
-"""Makes a model take recorded routing: whatever its routers choose, its experts modules get what was recorded.
+"""Forces recorded routing onto a model: its experts modules get the recorded experts and weights, not its routers'.
 
-It works where experts modules are called, so on a model of finemoe's and on transformers' own alike, and two models
-with the same weights, prompts and trace give the same tokens. Routers still run, at their cost.
+Pre-hooks on the experts modules replace their arguments, so it works on offloaded models and on transformers' own, and
+two models with the same weights, prompts and trace give the same tokens. The routers still run.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from finemoe.errors import ConfigError, TraceError, UnsupportedModelError
 from finemoe.model.introspect import active_experts, find_experts, read_pass
 from finemoe.trace import DECODE, PREFILL, Trace, open_trace
 
-Rows = NDArray[np.int64]
+Rows = NDArray[np.int64]  # token rows: indices into a trace's columns
 
 
 def open_routing(path: str | Path) -> Trace:
-    """A trace to be replayed.
+    """Opens a trace whose routing can be forced onto a model.
 
     Raises:
-        TraceError: it can't be read, or does not say how much weight each expert had.
+        TraceError: it can't be read, or has no expert weights.
     """
     try:
         trace = open_trace(path)
@@ -41,15 +41,17 @@ def open_routing(path: str | Path) -> Trace:
 
 
 def check_fit(trace: Trace, model: str, layers: int, experts: Sequence[int], active: int) -> None:
-    """Refuses a trace of another shape. A model with fewer layers takes the routing of the trace's first ones.
+    """Checks that a trace fits a model. A model with fewer layers than the trace uses the routing of its first layers.
 
     Args:
-        model: its name, for people.
-        experts: how many each MoE layer has.
-        active: of a token, in a layer.
+        trace: to be replayed.
+        model: its name, for the message.
+        layers: `L` of the model.
+        experts: `E` of each of its MoE layers.
+        active: `K`.
 
     Raises:
-        ConfigError: the model has more layers, or other numbers of experts.
+        ConfigError: the model has more layers than the trace, or other numbers of experts.
     """
     header = trace.header
     if layers > header.layers or set(experts) != {header.experts} or active != header.active:
@@ -60,58 +62,10 @@ def check_fit(trace: Trace, model: str, layers: int, experts: Sequence[int], act
         )
 
 
-class Course:
-    """The rows that one running request takes, as indices into the trace's columns.
+def replay_routing(model: Any, trace: str | Path | Trace) -> ForcedRouting:
+    """Forces the routing of `trace` onto `model` from its next forward pass on, beginning with the first request.
 
-    Args:
-        trace: what is replayed.
-        untaken: recorded requests that no request took yet; shared by all that run.
-    """
-
-    def __init__(self, trace: Trace, untaken: Iterator[int]) -> None:
-        self._trace = trace
-        self._untaken = untaken
-        self._prompt, self._decoded = self._take()
-        self._fed = 0  # tokens of the prompt
-        self._steps = 0
-
-    def feed(self, tokens: int) -> Rows:
-        """Rows `[tokens]` of the prompt's next tokens."""
-        at = np.arange(self._fed, self._fed + tokens)
-        self._fed += tokens
-        rows: Rows = self._prompt[at % len(self._prompt)] if len(self._prompt) else self._decoded[-1 - at % len(self)]
-        return rows
-
-    def step(self) -> Rows:
-        """The row `[1]` of the next token that is decoded."""
-        while self._steps == len(self):
-            self._steps = 0
-            _, self._decoded = self._take()
-        self._steps += 1
-        return self._decoded[self._steps - 1 : self._steps]
-
-    def __len__(self) -> int:
-        """Decoded iterations of the recorded request that is being replayed."""
-        return len(self._decoded)
-
-    def _take(self) -> tuple[Rows, Rows]:
-        index = next(self._untaken, None)
-        if index is None:
-            raise TraceError(
-                f"--replay-routing: all {len(self._trace)} requests of {self._trace.path} are replayed; ask for fewer "
-                "or shorter answers, or give a longer trace"
-            )
-        request = self._trace.request(index)
-        phases = np.repeat(request.phases, np.diff(request.rows))
-        first = int(self._trace.row_offsets[index])
-        prompt, decoded = (first + np.flatnonzero(phases == phase) for phase in (PREFILL, DECODE))
-        return prompt, decoded
-
-
-def replay_routing(model: Any, trace: str | Path | Trace) -> Replay:
-    """Force the routing of `trace` onto `model` from its next forward pass on, its first request first.
-
-    Policies hear the recorded gates, and recorded lookahead where there is any. What they learn is not kept.
+    The policy gets the recorded gates, and the recorded lookahead if there is any. What it learns is not saved.
 
     Args:
         model: from `finemoe.load` (with `map_store="none"` if its policy learns), or transformers' own.
@@ -119,16 +73,16 @@ def replay_routing(model: Any, trace: str | Path | Trace) -> Replay:
 
     Raises:
         TraceError: the trace can't be read or replayed.
-        ConfigError: it is of another shape, or lacks what the model's policy needs.
+        ConfigError: it does not fit the model, or lacks lookahead that the policy needs.
         UnsupportedModelError: the model's layers share experts.
     """
-    return Replay(model, trace if isinstance(trace, Trace) else open_routing(trace))
+    return ForcedRouting(model, trace if isinstance(trace, Trace) else open_routing(trace))
 
 
-class Replay:
-    """Recorded routing, attached to a model; see `replay_routing`.
+class ForcedRouting:
+    """Recorded routing, attached to a model; implements `ForcedGates`. See `replay_routing`.
 
-    A request is a row of the batch; it begins with a pass that has no past.
+    A request is a row of the batch; a pass without a KV cache starts new requests.
     """
 
     def __init__(self, model: Any, trace: Trace) -> None:
@@ -139,42 +93,43 @@ class Replay:
         self.layers = len(modules)
         self.lookahead = trace.header.lookahead
         self.restart()
-        if (offload := getattr(model, "finemoe", None)) is not None:
-            offload.force_gates(self, str(trace.path))
+        if (handle := getattr(model, "finemoe", None)) is not None:
+            handle.force_gates(self, str(trace.path))
         self._hooks = [
             model.register_forward_pre_hook(self._on_pass, with_kwargs=True, prepend=True),
             model.get_input_embeddings().register_forward_hook(self._on_embedding, prepend=True),
         ]
         for layer, module in enumerate(modules):
-            force = self._forcing(layer, module)
-            self._hooks.append(module.register_forward_pre_hook(force, with_kwargs=True, prepend=True))
+            hook = self._forcing_hook(layer, module)
+            self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
 
     def restart(self) -> None:
-        """Begin anew with the trace's first request, once the next request begins."""
-        self._untaken = iter(range(len(self.trace)))
-        self._courses: list[Course] = []
-        self._rows: Tensor | None = None  # [T] of the pass
-        self._fresh = True
+        """Starts again with the trace's first request, from the model's next request on."""
+        self._unused = iter(range(len(self.trace)))
+        self._sequences: list[RowSequence] = []  # of the running requests
+        # of the pass that runs
+        self._rows: Tensor | None = None  # [T]
+        self._first = True  # without a KV cache: its requests are new
         self._mask: Tensor | None = None
 
     def gates(self, layer: int) -> Tensor | None:
-        """The recorded distributions `[T, E]` of the pass; `None` where they were not recorded."""
+        """Recorded distributions `[T, E]` of a layer in the pass that runs; `None` if they were not recorded."""
         return self._floats("probs", np.s_[:, layer])
 
     def ahead(self, layer: int, distance: int) -> Tensor | None:
-        """`[T, E]`: what the gate `distance` layers on was recorded to say; `None` where it was not, or at the end."""
+        """Recorded lookahead `[T, E]` from `layer` to the layer `distance` after it; `None` if there is none."""
         if layer + distance >= self.layers or distance > self.lookahead:
             return None
         return self._floats("lookahead", np.s_[:, distance - 1, layer])
 
-    def _floats(self, name: str, place: tuple[Any, ...]) -> Tensor | None:
+    def _floats(self, name: str, index: tuple[Any, ...]) -> Tensor | None:
         column = self.trace.column(name)
         if column is None or self._rows is None:
             return None
-        return torch.from_numpy(column[place][self._rows.numpy()].astype(np.float32))
+        return torch.from_numpy(column[index][self._rows.numpy()].astype(np.float32))
 
     def _on_pass(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        self._mask, self._fresh = read_pass(module, arguments, keywords)
+        self._mask, self._first = read_pass(module, arguments, keywords)
         self._rows = None
 
     def _on_embedding(self, _module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
@@ -184,24 +139,24 @@ class Replay:
         mask = np.ones((batch, length), bool)
         if self._mask is not None and self._mask[:, -length:].shape == mask.shape:
             mask = self._mask[:, -length:].bool().cpu().numpy()
-        if self._fresh or len(self._courses) != batch:
-            self._courses = [Course(self.trace, self._untaken) for _ in range(batch)]
+        if self._first or len(self._sequences) != batch:
+            self._sequences = [RowSequence(self.trace, self._unused) for _ in range(batch)]
         rows = np.zeros((batch, length), np.int64)
-        for row, course in enumerate(self._courses):
-            if length == 1 and not self._fresh:
-                rows[row] = course.step()
+        for row, sequence in enumerate(self._sequences):
+            if length == 1 and not self._first:
+                rows[row] = sequence.next_decode()
                 continue
             kept = np.flatnonzero(mask[row])
-            taken = course.feed(len(kept))
-            rows[row] = taken[0] if len(taken) else 0  # padding asks for nothing new
-            rows[row, kept] = taken
+            prompt_rows = sequence.next_prompt(len(kept))
+            rows[row] = prompt_rows[0] if len(prompt_rows) else 0  # padding repeats a row: it needs no other experts
+            rows[row, kept] = prompt_rows
         self._rows = torch.from_numpy(rows.reshape(-1))
-        self._take()
+        self._read_routing()
 
-    def _take(self) -> None:
-        """Executed experts and weights `[T, L, K]` of the pass, renormalised.
+    def _read_routing(self) -> None:
+        """Reads executed experts and weights `[T, L, K]` of the pass, and renormalises the weights.
 
-        Where a token executed fewer than K, its first stands again with weight 0: it is nobody's need anew.
+        If a token executed fewer than `K` experts, its first one is repeated with weight 0, which loads no other.
         """
         assert self._rows is not None
         rows, header = self._rows.numpy(), self.trace.header
@@ -221,7 +176,7 @@ class Replay:
         assert column is not None
         return column
 
-    def _forcing(self, layer: int, module: nn.Module) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    def _forcing_hook(self, layer: int, module: nn.Module) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
         signature = inspect.signature(type(module).forward)
         _, _, index, weights = list(signature.parameters)[:4]
 
@@ -231,7 +186,7 @@ class Replay:
             bound = signature.bind(module, *arguments, **keywords)
             given = bound.arguments
             if self._rows is None or given[index].shape[0] != len(self._rows):
-                raise UnsupportedModelError("recorded routing can be replayed only where all tokens go through a layer")
+                raise UnsupportedModelError("recorded routing can be replayed only if a layer gets all tokens at once")
             given[index] = self._ids[:, layer].to(given[index])
             given[weights] = self._weights[:, layer].to(given[weights])
             return bound.args[1:], bound.kwargs
@@ -239,12 +194,67 @@ class Replay:
         return force
 
 
+class RowSequence:
+    """The token rows of a trace that one running request gets, prompt first, then one for each decoded token.
+
+    A longer prompt than recorded repeats the recorded one; without a recorded prompt, decoded tokens are used from the
+    last to the first. A longer answer than recorded goes on with the decoded tokens of the next request.
+
+    Args:
+        trace: to be replayed.
+        unused: indices of recorded requests that no running request has used yet; shared by all of them.
+    """
+
+    def __init__(self, trace: Trace, unused: Iterator[int]) -> None:
+        self._trace = trace
+        self._unused = unused
+        self._prompt, self._decoded = self._next_request()
+        self._prompt_tokens = 0  # given out
+        self._decoded_tokens = 0  # given out
+
+    def next_prompt(self, tokens: int) -> Rows:
+        """Rows `[tokens]` of the prompt's next tokens."""
+        at = np.arange(self._prompt_tokens, self._prompt_tokens + tokens)
+        self._prompt_tokens += tokens
+        rows: Rows = self._prompt[at % len(self._prompt)] if len(self._prompt) else self._decoded[-1 - at % len(self)]
+        return rows
+
+    def next_decode(self) -> Rows:
+        """The row `[1]` of the next decoded token.
+
+        Raises:
+            TraceError: all recorded requests are used up.
+        """
+        while self._decoded_tokens == len(self):
+            self._decoded_tokens = 0
+            _, self._decoded = self._next_request()
+        self._decoded_tokens += 1
+        return self._decoded[self._decoded_tokens - 1 : self._decoded_tokens]
+
+    def __len__(self) -> int:
+        """Decoded tokens of the recorded request that is being replayed."""
+        return len(self._decoded)
+
+    def _next_request(self) -> tuple[Rows, Rows]:
+        index = next(self._unused, None)
+        if index is None:
+            raise TraceError(
+                f"--replay-routing: all {len(self._trace)} requests of {self._trace.path} are replayed; ask for fewer "
+                "or shorter answers, or give a longer trace"
+            )
+        request = self._trace.request(index)
+        phases = np.repeat(request.phases, np.diff(request.rows))
+        first = int(self._trace.row_offsets[index])
+        prompt, decoded = (first + np.flatnonzero(phases == phase) for phase in (PREFILL, DECODE))
+        return prompt, decoded
+
+
 def _experts_modules(model: Any) -> list[Any]:
-    """The experts module of each MoE layer, in order, whoever holds its weights."""
+    """The experts module of each MoE layer, in order, offloaded or not."""
     if hasattr(model, "finemoe"):
-        handles = {id(module): module.__dict__[HANDLE].layer for module in model.modules() if HANDLE in module.__dict__}
-        modules = sorted((m for m in model.modules() if id(m) in handles), key=lambda m: handles[id(m)])
-        shared = any(handles[id(one)] == handles[id(other)] for one, other in pairwise(modules))
+        layers = {id(module): module.__dict__[HANDLE].layer for module in model.modules() if HANDLE in module.__dict__}
+        modules = sorted((m for m in model.modules() if id(m) in layers), key=lambda m: layers[id(m)])
+        shared = any(layers[id(one)] == layers[id(other)] for one, other in pairwise(modules))
     else:
         found = find_experts(model)
         modules, shared = [module for _, module in found], any(described.same_as for described, _ in found)

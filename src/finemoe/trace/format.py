@@ -1,4 +1,8 @@
-"""What a trace says about itself: the model's sizes, which fields were recorded, and where it all comes from."""
+"""The trace format: header, columns, requests, and the checks of their values. See docs/trace-format.md.
+
+Shapes: `L` MoE layers, `E` experts of a layer, `K` experts per token, `D` hidden size, `n` layers of lookahead,
+`R` requests, `I` iterations of a request, `T` tokens of a request.
+"""
 
 from __future__ import annotations
 
@@ -12,39 +16,41 @@ from numpy.typing import NDArray
 from finemoe.errors import TraceError
 from finemoe.types import DECODE, PREFILL
 
-# what a trace may lack; a field that is not listed in its header was not recorded, and is never made up
+# fields that a trace may lack; those in its header's `fields` were recorded, the others are missing
 OPTIONAL = ("batch", "weights", "probs", "embeddings", "lookahead")
-_LARGEST = np.iinfo(np.uint16).max
+_MAX_SIZE = np.iinfo(np.uint16).max
+_CHUNK_BYTES = 64 << 20  # checked at a time
+_HALF_INFINITE = 0x7C00  # bits of float16 infinity; NaNs are above
 
 
 @dataclass(frozen=True, kw_only=True)
 class TraceHeader:
-    """Describes a trace. Letters as everywhere: `L` layers, `E` experts, `K` active, `D` width, `n` lookahead.
+    """Describes a trace.
 
     Raises:
-        TraceError: sizes that contradict each other or the fields; the message names the size.
+        TraceError: a size is out of range, or contradicts another or the fields; the message names it.
     """
 
     model: str
-    layers: int
-    experts: int
-    active: int
+    layers: int  # L
+    experts: int  # E
+    active: int  # K
     width: int = 0  # D; 0 without embeddings
     lookahead: int = 0  # n; 0 without lookahead
     fields: tuple[str, ...] = ()  # of OPTIONAL, in its order
     fingerprint: str | None = None  # of the model's config and checkpoint headers
     source: str = "recorded"
-    normalisation: str | None = None  # how `probs` and `lookahead` came from what the routers give
+    normalisation: str | None = None  # how `probs` and `lookahead` were computed from the routers' output
     licence: str | None = None
     notes: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)  # how it was recorded
-    vocabulary: tuple[str, ...] | None = None  # what token ids count where the source has strings and no ids
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the recording
+    vocabulary: tuple[str, ...] | None = None  # strings that token ids index, for sources without token ids
 
     def __post_init__(self) -> None:
         for name, least in (("layers", 1), ("experts", 1), ("active", 1), ("width", 0), ("lookahead", 0)):
             value = getattr(self, name)
-            if type(value) is not int or not least <= value <= _LARGEST:
-                raise TraceError(f"a trace's {name} must be a whole number from {least} to {_LARGEST}, not {value!r}")
+            if type(value) is not int or not least <= value <= _MAX_SIZE:
+                raise TraceError(f"a trace's {name} must be a whole number from {least} to {_MAX_SIZE}, not {value!r}")
         if self.active > self.experts:
             raise TraceError(f"a trace can't have {self.active} active of {self.experts} experts")
         if self.fields != tuple(name for name in OPTIONAL if name in self.fields):
@@ -60,38 +66,41 @@ class TraceHeader:
 
     @property
     def sentinel(self) -> int:
-        """The expert id that stands where a token executed fewer than `K` experts."""
+        """The expert id that fills up a token's ids if it executed fewer than `K` experts."""
         return int(np.iinfo(self.id_dtype).max)
 
     @property
     def id_dtype(self) -> np.dtype[Any]:
-        """Of expert ids: the smallest that has room for the sentinel too."""
+        """Dtype of expert ids: the smallest unsigned integer that can hold the sentinel too."""
         return np.dtype(np.uint8 if self.experts <= np.iinfo(np.uint8).max else np.uint16)
 
     def difference(self, other: TraceHeader) -> str | None:
-        """What keeps requests under `other` from a trace under this header; `None` if nothing does."""
-        alike = (
+        """The first field that keeps requests under `other` out of a trace with this header; `None` if there is none.
+
+        The result is text for an error message.
+        """
+        compared = (
             "model", "fingerprint", "layers", "experts", "active", "width", "lookahead", "fields", "normalisation",
             "vocabulary",
         )  # fmt: skip
-        for name in alike:
+        for name in compared:
             own, theirs = getattr(self, name), getattr(other, name)
             if name == "model" and self.fingerprint and self.fingerprint == other.fingerprint:
-                continue  # the same model by another path
+                continue  # the same model under another path
             if own != theirs:
                 return f"{name}: {_short(own)} there, {_short(theirs)} here"
         return None
 
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """The header as its JSON object."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> TraceHeader:
-        """The header out of its JSON. Keys of later minor additions are passed over.
+        """The header from its JSON object. Unknown keys are ignored.
 
         Raises:
-            TraceError, KeyError, TypeError: it is not one.
+            TraceError, KeyError, TypeError: not a valid header.
         """
         known = {each.name for each in fields(cls)}
         given = {name: value for name, value in table.items() if name in known}
@@ -101,14 +110,9 @@ class TraceHeader:
         return cls(**given)
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column: `[count, *shape]` of `dtype`, where `count` is that of its `table`."""
+    """One column: an array `[count, *shape]` of `dtype`, with one row for each entry of its `table`."""
 
     name: str
     table: str  # "request", "iteration" or "token"
@@ -121,10 +125,10 @@ class Column:
 
 
 def columns(header: TraceHeader) -> tuple[Column, ...]:
-    """The columns of a trace with this header, widest items first, so that each is aligned in a file."""
+    """The columns of a trace with this header, widest items first, which aligns each of them in the file."""
     layers, experts, active = header.layers, header.experts, header.active
     half = np.dtype(np.float16)
-    every = (
+    available = (
         Column("iterations", "request", np.dtype(np.int64), ()),
         Column("batch", "request", np.dtype(np.int32), ()),
         Column("rows", "iteration", np.dtype(np.int32), ()),
@@ -136,57 +140,26 @@ def columns(header: TraceHeader) -> tuple[Column, ...]:
         Column("expert_ids", "token", header.id_dtype, (layers, active)),
         Column("phases", "iteration", np.dtype(np.uint8), ()),
     )
-    chosen = [column for column in every if column.name not in header.missing]
-    return tuple(sorted(chosen, key=lambda column: -column.dtype.itemsize))
-
-
-_CHUNK_BYTES = 64 << 20
-_HALF_INFINITE = 0x7C00  # float16 without its sign: this and above is no number
-
-
-def fault(name: str, values: NDArray[Any], header: TraceHeader) -> str | None:
-    """What is wrong with values of the column of this name; `None` if nothing is."""
-    rows = max(1, _CHUNK_BYTES // max(1, values[:1].nbytes))
-    stretches = (values[first : first + rows] for first in range(0, len(values), rows))
-    return next((wrong for each in stretches if (wrong := _fault(name, each, header)) is not None), None)
-
-
-def _fault(name: str, values: NDArray[Any], header: TraceHeader) -> str | None:
-    if values.dtype == np.float16:
-        bits = values.view(np.uint16) & 0x7FFF
-        return "values that are not finite numbers" if (bits >= _HALF_INFINITE).any() else None
-    if name == "token_ids":
-        return "negative ids" if (values < 0).any() else None
-    if name == "phases":
-        return f"other phases than {PREFILL} and {DECODE}" if (values > DECODE).any() else None
-    return _ids_fault(values, header) if name == "expert_ids" else None
-
-
-def _ids_fault(ids: NDArray[Any], header: TraceHeader) -> str | None:
-    ordered = np.sort(ids.reshape(-1, header.active), axis=1)
-    real = ordered < header.experts
-    if (~real & (ordered != header.sentinel)).any():
-        return f"experts that are neither below {header.experts} nor the sentinel {header.sentinel}"
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & real[:, 1:]
-    return "an expert twice for one token" if twice.any() else None
+    recorded = [column for column in available if column.name not in header.missing]
+    return tuple(sorted(recorded, key=lambda column: -column.dtype.itemsize))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class RequestTrace:
-    """`I` iterations (a prompt's prefill, then one for each token decoded) of `n` token rows altogether.
+    """The routing of one request: `I` iterations (its prefill, then one for each decoded token) of `T` tokens in all.
 
-    What was not recorded is `None`. Arrays of a trace that was opened are read-only views of its file.
+    Fields that were not recorded are `None`. Arrays from an open trace are read-only views of its file.
     """
 
     phases: NDArray[np.uint8]  # [I] 0 prefill, 1 decode
     rows: NDArray[np.int64]  # [I + 1] iteration i is token rows rows[i] to rows[i + 1]
-    token_ids: NDArray[np.int32]  # [n]
-    expert_ids: NDArray[np.uint8] | NDArray[np.uint16]  # [n, L, K] executed, by weight, descending; then sentinels
-    weights: NDArray[np.float16] | None = None  # [n, L, K] as executed, whatever their scale
-    probs: NDArray[np.float16] | None = None  # [n, L, E] the gate's distribution
+    token_ids: NDArray[np.int32]  # [T]
+    expert_ids: NDArray[np.uint8] | NDArray[np.uint16]  # [T, L, K] executed, by weight, descending; then sentinels
+    weights: NDArray[np.float16] | None = None  # [T, L, K] as executed, not normalised
+    probs: NDArray[np.float16] | None = None  # [T, L, E] the gate's distribution
     embeddings: NDArray[np.float16] | None = None  # [I, D] mean of the embedding layer's output over the tokens
-    lookahead: NDArray[np.float16] | None = None  # [n, distance, L, E] gate l + 1 + j of the state that gate l saw
-    batch: int | None = None  # requests of a batch ran together
+    lookahead: NDArray[np.float16] | None = None  # [T, n, L, E] at [:, j, l]: gate l + 1 + j on gate l's input
+    batch: int | None = None  # id of the batch that the request ran in
 
     def __len__(self) -> int:
         """Iterations."""
@@ -197,14 +170,15 @@ class RequestTrace:
         return f"RequestTrace({len(self)} iterations, {len(self.token_ids)} tokens; {recorded or 'ids only'})"
 
     def check(self, header: TraceHeader) -> dict[str, NDArray[Any]]:
-        """The rows that this request adds to each column.
+        """Validates this request and returns the rows that it adds to each column, by the column's name.
 
         Raises:
-            TraceError: it does not fit the header; the message names the field.
+            TraceError: a field does not fit the header; the message names it.
         """
         for name in OPTIONAL:
             if (getattr(self, name) is None) != (name in header.missing):
-                raise TraceError(f"a request {_has(self, name)} {name}, its trace does not agree")
+                has = "lacks" if getattr(self, name) is None else "has"
+                raise TraceError(f"a request {has} {name}, its trace does not agree")
         rows = np.asarray(self.rows, np.int64)
         counts = np.diff(rows)
         if len(rows) != len(self.phases) + 1 or not len(self.phases) or rows[0] or (counts < 1).any():
@@ -223,7 +197,7 @@ class RequestTrace:
             if array.dtype.kind != column.dtype.kind and (array.dtype.kind, column.dtype.kind) != ("i", "u"):
                 raise TraceError(f"a request's {column.name} are {array.dtype}, not {column.dtype}")
             table[column.name] = array.astype(column.dtype, copy=False)
-        if not np.array_equal(table["expert_ids"], self.expert_ids):  # a narrower type has made others of them
+        if not np.array_equal(table["expert_ids"], self.expert_ids):  # the narrower dtype has wrapped some around
             raise TraceError(f"a request's expert_ids must be below {header.experts}, or the sentinel")
         _check_values(table, header)
         return table
@@ -235,5 +209,33 @@ def _check_values(table: dict[str, NDArray[Any]], header: TraceHeader) -> None:
             raise TraceError(f"a request's {name} have {wrong}")
 
 
-def _has(request: RequestTrace, name: str) -> str:
-    return "lacks" if getattr(request, name) is None else "has"
+def fault(name: str, values: NDArray[Any], header: TraceHeader) -> str | None:
+    """Describes the first invalid value of a column; `None` if all are valid."""
+    rows = max(1, _CHUNK_BYTES // max(1, values[:1].nbytes))
+    chunks = (values[first : first + rows] for first in range(0, len(values), rows))
+    return next((wrong for chunk in chunks if (wrong := _chunk_fault(name, chunk, header)) is not None), None)
+
+
+def _chunk_fault(name: str, values: NDArray[Any], header: TraceHeader) -> str | None:
+    if values.dtype == np.float16:
+        bits = values.view(np.uint16) & 0x7FFF
+        return "values that are not finite numbers" if (bits >= _HALF_INFINITE).any() else None
+    if name == "token_ids":
+        return "negative ids" if (values < 0).any() else None
+    if name == "phases":
+        return f"other phases than {PREFILL} and {DECODE}" if (values > DECODE).any() else None
+    return _expert_ids_fault(values, header) if name == "expert_ids" else None
+
+
+def _expert_ids_fault(ids: NDArray[Any], header: TraceHeader) -> str | None:
+    ordered = np.sort(ids.reshape(-1, header.active), axis=1)
+    real = ordered < header.experts
+    if (~real & (ordered != header.sentinel)).any():
+        return f"experts that are neither below {header.experts} nor the sentinel {header.sentinel}"
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & real[:, 1:]
+    return "an expert twice for one token" if twice.any() else None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

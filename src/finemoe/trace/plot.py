@@ -1,4 +1,4 @@
-"""Draws what `stats` measures."""
+"""Plots of a trace's statistics, with matplotlib."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ _MISSING = "--plot: matplotlib is not installed; pip install 'finemoe[plots]'"
 
 
 def check(path: Path) -> None:
-    """Raises `ConfigError` where a plot can't be drawn to `path`, before time is spent on measuring."""
+    """Raises `ConfigError` if a plot can't be written to `path`; called before the statistics are computed."""
     refuse_unwritable("--plot", path)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(_MISSING) from error
-    kinds = Figure().canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".").lower() not in kinds:
-        raise ConfigError(f"--plot: can't draw to {path.name!r}; give a name that ends in {', '.join(sorted(kinds))}")
+    suffixes = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in suffixes:
+        raise ConfigError(
+            f"--plot: can't draw to {path.name!r}; give a name that ends in {', '.join(sorted(suffixes))}"
+        )
 
 
 def draw(stats: TraceStats, header: TraceHeader, path: Path) -> None:
-    """Writes a figure, atomically: popularity, reuse, usage, and entropy and lookahead where they were recorded.
+    """Writes a figure, atomically: popularity, reuse, usage, entropy, and lookahead if it was recorded.
 
     Raises:
         ConfigError: matplotlib is not installed, or the file can't be written.
@@ -60,7 +62,7 @@ def _popularity(stats: TraceStats, axes: Any) -> None:
     shares = np.linspace(0, 100, len(stats.popularity))
     axes.plot(shares, 100 * stats.popularity_of_request, label="within a request (mean)")
     axes.plot(shares, 100 * stats.popularity, label="all requests together")
-    axes.plot([0, 100], [0, 100], color="grey", linestyle=":", label="all experts alike")
+    axes.plot([0, 100], [0, 100], color="grey", linestyle=":", label="uniform")
     axes.set(title="Popularity", xlabel="most accessed experts, % of all", ylabel="accesses, %", xlim=(0, 100))
     axes.set_ylim(0, 102)
     axes.legend(loc="lower right")
@@ -74,7 +76,7 @@ def _reuse(stats: TraceStats, axes: Any) -> None:
     chance = 100 * stats.active / stats.experts
     axes.axhline(chance, color="grey", linestyle=":", label=f"by chance ({chance:.1f}%)")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(title="Experts that the token before executed too", xlabel="MoE layer", ylabel="executed experts, %")
+    axes.set(title="Reuse of the previous token's experts", xlabel="MoE layer", ylabel="executed experts, %")
     axes.set_ylim(bottom=0)
     axes.legend(loc="best")
     axes.grid(alpha=0.3)
@@ -92,9 +94,9 @@ def _usage(stats: TraceStats, axes: Any) -> None:
 def _entropy(stats: TraceStats, axes: Any) -> None:
     axes.plot(stats.usage_entropy, marker="o", markersize=3, label="usage of experts")
     if stats.gate_entropy is not None:
-        axes.plot(stats.gate_entropy, marker="o", markersize=3, label="gate of a token (mean)")
+        axes.plot(stats.gate_entropy, marker="o", markersize=3, label="gate's distribution (mean)")
     limit = np.log2(stats.experts)
-    axes.axhline(limit, color="grey", linestyle=":", label=f"all experts alike ({limit:.1f} bits)")
+    axes.axhline(limit, color="grey", linestyle=":", label=f"uniform ({limit:.1f} bits)")
     missing = "" if stats.gate_entropy is not None else " (gate: not recorded)"
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(title=f"Entropy{missing}", xlabel="MoE layer", ylabel="bits")
@@ -109,7 +111,7 @@ def _recall(stats: TraceStats, axes: Any) -> None:
     axes.plot(distances, 100 * stats.recall, marker="o", label="a later layer's gate on this layer's state")
     chance = 100 * stats.active / stats.experts
     axes.axhline(chance, color="grey", linestyle=":", label=f"by chance ({chance:.1f}%)")
-    axes.set(title="Lookahead", xlabel="layers ahead", ylabel="executed experts foreseen, %", xticks=distances)
+    axes.set(title="Lookahead", xlabel="layers ahead", ylabel="executed experts predicted, %", xticks=distances)
     axes.set_ylim(0, 102)
     axes.legend(loc="best")
     axes.grid(alpha=0.3)

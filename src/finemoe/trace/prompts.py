@@ -1,4 +1,4 @@
-"""Reads prompts in the layouts that prompt sets come in: JSON lines, one JSON list, plain text; gzipped or not."""
+"""Reads prompt files: JSON lines, a JSON list, or plain text; gzipped or not."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from finemoe.errors import ConfigError
 
 # the fields that hold a prompt, in order of preference
 FIELDS = ("prompt", "question", "instruction", "text", "turns", "messages", "conversations", "conversation")
-_PEOPLE = {"human", "user", "prompter"}
+_USER_ROLES = {"human", "user", "prompter"}
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """What to ask, and how many entries held nothing to ask."""
+    """The prompts of a file."""
 
     texts: tuple[str, ...]
-    skipped: int
+    skipped: int  # entries without a prompt
 
 
 class PromptFlags(NamedTuple):
-    """What a command calls its flags for prompts."""
+    """A command's names of its flags for prompts, for error messages."""
 
     file: str = "--prompts"
     field: str = "--field"
@@ -36,17 +36,17 @@ class PromptFlags(NamedTuple):
 def read_prompts(
     path: Path, field: str | None = None, limit: int | None = None, skip: int = 0, flags: PromptFlags | None = None
 ) -> PromptSet:
-    """The prompts of a file: of a conversation, what the person said first.
+    """The prompts of a file; for a conversation, the user's first turn.
 
     Args:
-        path: JSON lines or a JSON list of objects or strings; anything else is text with a prompt on each line.
-        field: which field of an object to take; by default the first of `FIELDS` that it has.
+        path: JSON lines or a JSON list, of objects or strings; anything else is text with one prompt per line.
+        field: the field of an object to read; by default the first of `FIELDS` that it has.
         limit: stop after this many prompts.
-        skip: pass over this many first.
-        flags: what errors are to name; by default those of `finemoe record`.
+        skip: leave out this many first.
+        flags: named in errors; by default those of `finemoe record`.
 
     Raises:
-        ConfigError: the file is missing, damaged or holds no prompt; the message names line and fields.
+        ConfigError: the file is missing, damaged or has no prompt; the message names line and fields.
     """
     flags = flags or PromptFlags()
     skipped = 0
@@ -56,7 +56,7 @@ def read_prompts(
         for place, entry in _entries(path, flags):
             text = _text(entry, field, place, flags)
             if text.strip():
-                refuse_undecodable(text, f"{flags.file}: {place}")  # JSON can escape half of a character
+                refuse_undecodable(text, f"{flags.file}: {place}")  # JSON escapes allow lone surrogates
                 yield text
             else:
                 skipped += 1
@@ -102,28 +102,28 @@ def _entries(path: Path, flags: PromptFlags) -> Iterator[tuple[str, Any]]:
 
 
 def _text(entry: Any, field: str | None, place: str, flags: PromptFlags) -> str:
-    """The prompt of an entry; empty if it has a conversation in which no person speaks."""
+    """The prompt of an entry; empty for a conversation without a user's turn."""
     if isinstance(entry, str):
         return entry
     if not isinstance(entry, dict):
         raise ConfigError(f"{flags.file}: {place} is neither an object nor a string")
     name = field if field is not None else next((name for name in FIELDS if name in entry), None)
     if name not in entry:
-        wanted = f"no field {field!r}" if field else f"none of the fields {', '.join(FIELDS)}"
-        raise ConfigError(f"{flags.file}: {place} has {wanted}, but {', '.join(map(repr, entry))}; give {flags.field}")
+        missing = f"no field {field!r}" if field else f"none of the fields {', '.join(FIELDS)}"
+        raise ConfigError(f"{flags.file}: {place} has {missing}, but {', '.join(map(repr, entry))}; give {flags.field}")
     value = entry[name]
     if isinstance(value, list):
-        return next((text for turn in value if (text := _said(turn)) is not None), "")
+        return next((text for turn in value if (text := _user_text(turn)) is not None), "")
     if not isinstance(value, str):
         raise ConfigError(f"{flags.file}: {place}: its {name} is neither text nor a conversation")
     return value
 
 
-def _said(turn: Any) -> str | None:
-    """What a person says in a turn; `None` if it is not a person's."""
+def _user_text(turn: Any) -> str | None:
+    """The text of a turn; `None` if it is not the user's."""
     if isinstance(turn, str):
         return turn
-    if isinstance(turn, dict) and turn.get("from", turn.get("role")) in _PEOPLE:
-        said = turn.get("value", turn.get("content"))
-        return said if isinstance(said, str) else None
+    if isinstance(turn, dict) and turn.get("from", turn.get("role")) in _USER_ROLES:
+        text = turn.get("value", turn.get("content"))
+        return text if isinstance(text, str) else None
     return None

@@ -1,4 +1,4 @@
-"""Records routing: runs prompts through an offloaded model and listens to its routers. Only this part needs torch."""
+"""Records routing: runs prompts through an offloaded model with its routers tapped."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from finemoe.checkpoint.headers import fingerprint
 from finemoe.config import GenerateConfig
 from finemoe.errors import UnsupportedModelError
 from finemoe.model.generation import Session, finite_logits, sampling_options
-from finemoe.model.router_hooks import RecordedPass, RouterTap, Scale, scale_of
+from finemoe.model.router_hooks import RecordedPass, RouterTap, Scale, infer_scale
 from finemoe.trace.format import OPTIONAL, RequestTrace, TraceHeader
 from finemoe.types import DECODE, PREFILL
 
 _PROBE_TOKENS = 4
-_SAID: dict[Scale, str] = {
+_NORMALISATIONS: dict[Scale, str] = {  # as written to the trace's header
     "softmax": "softmax of the gates' logits",
     "sigmoid": "sigmoid of the gates' logits, divided by its sum",
     "scores": "the gates' own scores, divided by their sum",
@@ -34,13 +34,13 @@ class Recorder:
 
     Args:
         session: with a model from `finemoe.load`.
-        config: how to continue the prompts.
-        lookahead: for how many layers ahead to record what the gates say.
-        settings: to be noted in the trace.
+        config: length and sampling of the answers.
+        lookahead: `n`, for how many layers ahead to run and record the gates.
+        settings: written to the trace's header.
 
     Raises:
         ConfigError: the lookahead can't be recorded.
-        UnsupportedModelError: the model's routing can't be recorded at all.
+        UnsupportedModelError: the model's routing can't be recorded.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Recorder:
         self._model = session.model
         self._config = config
         self._tap = RouterTap(self._model, lookahead)
-        self.notices: list[str] = []  # what the user should know about what is missing
+        self.notices: list[str] = []  # fields that can't be recorded, and why; for the user
         self.header = self._probe(settings or {})
         if config.temperature > 0:
             torch.manual_seed(config.seed)
@@ -58,12 +58,16 @@ class Recorder:
     def record(
         self, prompts: Sequence[Tensor], batch: int, on_token: Callable[[], None] = lambda: None
     ) -> list[RequestTrace]:
-        """Continues prompts together, each token ids `[1, T]`, and returns the routing of each.
+        """Answers prompts as one batch, and returns the routing of each.
 
         Args:
-            prompts: of any lengths; shorter ones are padded on the left, and padding is not recorded.
+            prompts: token ids `[1, T]` each; shorter ones are padded on the left, and padding is not recorded.
             batch: the id of this batch in the trace.
             on_token: called after every forward pass.
+
+        Raises:
+            UnsupportedModelError: the model does not generate one token per pass.
+            CheckpointError: its logits are not finite.
         """
         lengths = [prompt.shape[1] for prompt in prompts]
         longest = max(lengths)
@@ -73,7 +77,7 @@ class Recorder:
         for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
             ids[row, longest - length :] = prompt[0]
             mask[row, longest - length :] = 1
-        with self._tap.listening():
+        with self._tap.recording():
             output = self._model.generate(
                 ids,
                 attention_mask=mask,
@@ -89,19 +93,19 @@ class Recorder:
         steps = [self._steps(row.tolist()) for row in new]
         return [self._request(passes[: steps[b]], b, longest - lengths[b], batch) for b in range(len(prompts))]
 
-    def overhear(self, answer: Callable[[], int], prompt_tokens: int) -> RequestTrace:
-        """The routing of one request that others run: a pass for its prompt, then one for each token but the last.
+    def record_call(self, answer: Callable[[], int], prompt_tokens: int) -> RequestTrace:
+        """The routing of one request that the caller runs: a pass for its prompt, then one for each token but the last.
 
         Args:
-            answer: runs it, and returns how many tokens it answered.
+            answer: runs the request, and returns the number of generated tokens.
             prompt_tokens: of the prompt.
         """
-        with self._tap.listening():
+        with self._tap.recording():
             tokens = answer()
         return self._request(self._take(1, prompt_tokens, tokens), 0, 0, 0)
 
     def _take(self, requests: int, longest: int, tokens: int) -> list[RecordedPass]:
-        """The passes of a batch, `longest` tokens of a prompt and then one at a time."""
+        """The recorded passes of a batch: the prompts, padded to `longest` tokens, then one token a pass."""
         passes = self._tap.take()
         shapes = [tuple(each.token_ids.shape) for each in passes]
         if shapes != [(requests, longest)] + [(requests, 1)] * (tokens - 1):
@@ -109,9 +113,9 @@ class Recorder:
         return passes
 
     def _probe(self, settings: dict[str, Any]) -> TraceHeader:
-        """What there is to record, found out by a short forward pass."""
+        """Runs a short forward pass to find out which fields can be recorded."""
         ids = torch.arange(1, 1 + _PROBE_TOKENS, device=self._model.device)[None]
-        with self._tap.listening(), torch.no_grad():
+        with self._tap.recording(), torch.no_grad():
             self._model(input_ids=ids, attention_mask=torch.ones_like(ids))
         passes = self._tap.take()
         if not passes:
@@ -123,8 +127,10 @@ class Recorder:
             self.notices.append("probs: this model's gates can't be tapped, so distributions are marked missing")
         else:
             fields |= {"probs", "lookahead"} if self._tap.lookahead else {"probs"}
-            self._tap.scale, proven = scale_of(ran.scores, ran.ids, ran.weights)
-            normalisation = _SAID[self._tap.scale] + ("" if proven else "; the weights neither prove nor refute it")
+            self._tap.scale, proven = infer_scale(ran.scores, ran.ids, ran.weights)
+            normalisation = _NORMALISATIONS[self._tap.scale] + (
+                "" if proven else "; the weights neither prove nor refute it"
+            )
         checkpoint = self._model.finemoe.checkpoint
         folder = Path(checkpoint.name).expanduser()
         return TraceHeader(
@@ -141,13 +147,13 @@ class Recorder:
         )
 
     def _steps(self, new: list[int]) -> int:
-        """How many passes a request took part in: one for each token up to its end; what follows is padding."""
-        ends = self._model.generation_config.eos_token_id
-        chosen = set(ends if isinstance(ends, list) else [ends])
-        return next((step for step, token in enumerate(new, 1) if token in chosen), len(new))
+        """Passes of a request: one for each token up to end-of-sequence; padding follows."""
+        eos = self._model.generation_config.eos_token_id
+        eos_ids = set(eos if isinstance(eos, list) else [eos])
+        return next((step for step, token in enumerate(new, 1) if token in eos_ids), len(new))
 
     def _request(self, passes: Sequence[RecordedPass], row: int, padding: int, batch: int) -> RequestTrace:
-        """One request out of the passes of its batch."""
+        """Extracts one request from the passes of its batch."""
         own = [_rows(each, row, padding if step == 0 else 0) for step, each in enumerate(passes)]
 
         def cut(table: Callable[[RecordedPass], Tensor]) -> list[Tensor]:
@@ -170,7 +176,7 @@ class Recorder:
 
 
 class _EveryToken(StoppingCriteria):
-    """Stops nothing; calls back after each token."""
+    """Never stops generation; calls back after each token."""
 
     def __init__(self, callback: Callable[[], None]) -> None:
         self._callback = callback
@@ -187,7 +193,7 @@ def _rows(each: RecordedPass, row: int, padding: int) -> slice:
 
 
 def _numpy(tables: Sequence[Tensor | None], rows: Sequence[slice]) -> NDArray[np.float16]:
-    """The rows of tables that every pass has."""
-    tapped = [table[own] for table, own in zip(tables, rows, strict=True) if table is not None]
-    joined: NDArray[np.float16] = torch.cat(tapped).numpy()
+    """Concatenates each pass's rows of its table, which must not be `None`."""
+    recorded = [table[own] for table, own in zip(tables, rows, strict=True) if table is not None]
+    joined: NDArray[np.float16] = torch.cat(recorded).numpy()
     return joined

@@ -1,7 +1,7 @@
-"""Where finished requests wait until a trace is put together: a folder beside it, with one growing file per column.
+"""Crash-safe buffer for a recording: a folder next to the trace, with one growing file per column.
 
-A request counts once its number of iterations is written, which comes last, after all else has reached the disk.
-Whatever lies beyond is written over, so that it matters neither when a writer is interrupted nor when it is killed.
+A request is committed once its number of iterations is in the `iterations` file. That is written last, after fsync of
+the other files; uncommitted data is overwritten by the next writer. So a writer may be killed at any time.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from numpy.typing import NDArray
 from finemoe.errors import TraceError
 from finemoe.trace.format import TraceHeader, columns
 
-_ABOUT = "about.json"
-_LAST = "iterations"  # the column that makes a request count
-_COUNT_BYTES = 8
+_METADATA = "about.json"
+_COMMIT_COLUMN = "iterations"  # a request is committed by its entry here
+_COUNT_BYTES = 8  # of an entry
 
 
 def spool_folder(path: Path) -> Path:
-    """The folder of the spool of the trace at `path`."""
+    """The spool's folder for the trace at `path`."""
     return path.with_name(path.name + ".partial")
 
 
 class Spool:
-    """The spool of one trace, for one writer at a time. Takes up what an interrupted writer left behind.
+    """The spool of one trace, for one writer at a time. Resumes the spool of an interrupted writer.
 
     Args:
         path: of the trace.
-        header: of the trace; a spool that was left behind must agree.
-        replaces: what is collected replaces the trace instead of adding to it; a spool left behind knows by itself.
-        commit_every_s: how much time's requests a power cut may cost; each commit waits for the disk.
+        header: of the trace; an existing spool must agree.
+        replaces: the requests replace the trace instead of adding to it; an existing spool keeps its own setting.
+        commit_every_s: interval of `commit`, in seconds; each one waits for the disk.
 
     Raises:
-        TraceError: another process writes here, or the spool left behind is damaged or does not agree.
+        TraceError: another process writes to the spool, or the existing one is damaged or disagrees with `header`.
         OSError: the folder can't be written.
     """
 
@@ -52,10 +52,10 @@ class Spool:
         self._files: dict[str, int] = {}
         self._columns = columns(header)
         try:
-            about = _about(self.folder) or _begin(self.folder, header, replaces=replaces)
-            _check(self.folder, about, header)
-            self.replaces: bool = about["replaces"]
-            self.stamp: str = about["stamp"]
+            metadata = _read_metadata(self.folder) or _create(self.folder, header, replaces=replaces)
+            _check_header(self.folder, metadata, header)
+            self.replaces: bool = metadata["replaces"]
+            self.stamp: str = metadata["stamp"]
             self.counts = _committed(self.folder, header)  # of each table: request, iteration, token
             for column in self._columns:
                 file = os.open(self.folder / column.name, os.O_RDWR | os.O_CREAT, 0o666)
@@ -65,35 +65,37 @@ class Spool:
             self.close()
             raise
         self._base = self.counts["request"]
-        os.ftruncate(self._files[_LAST], self._base * _COUNT_BYTES)  # counts whose rows a power cut has lost
-        self._iterations = bytearray()  # of the requests since
+        # drop entries whose rows were lost in a power cut
+        os.ftruncate(self._files[_COMMIT_COLUMN], self._base * _COUNT_BYTES)
+        self._iterations = bytearray()  # entries of the requests added since
         self._commit_every_s = commit_every_s
         self._committed_s = 0.0
 
     def add(self, table: dict[str, NDArray[Any]]) -> None:
-        """One request's rows of every column."""
+        """Writes one request's rows of every column, as from `RequestTrace.check`."""
         for column in self._columns:
-            if column.name != _LAST:
+            if column.name != _COMMIT_COLUMN:
                 _write(self._files[column.name], table[column.name], self.counts[column.table] * column.row_bytes)
-        place = (self.counts["request"] - self._base) * _COUNT_BYTES
-        self._iterations[place:] = table[_LAST].tobytes()
+        end = (self.counts["request"] - self._base) * _COUNT_BYTES
+        self._iterations[end:] = table[_COMMIT_COLUMN].tobytes()
         added = {"request": 1, "iteration": len(table["rows"]), "token": len(table["token_ids"])}
         self.counts = {name: count + added[name] for name, count in self.counts.items()}
         if time.monotonic() - self._committed_s >= self._commit_every_s:
             self.commit()
 
     def commit(self) -> None:
-        """Returns once everything that was added would survive a power cut."""
+        """Makes everything that was added durable."""
         length = (self.counts["request"] - self._base) * _COUNT_BYTES
         for name, file in self._files.items():
-            if name != _LAST:
+            if name != _COMMIT_COLUMN:
                 os.fsync(file)
-        _write(self._files[_LAST], np.frombuffer(bytes(self._iterations[:length]), np.uint8), self._base * _COUNT_BYTES)
-        os.fsync(self._files[_LAST])
+        entries = np.frombuffer(bytes(self._iterations[:length]), np.uint8)
+        _write(self._files[_COMMIT_COLUMN], entries, self._base * _COUNT_BYTES)
+        os.fsync(self._files[_COMMIT_COLUMN])
         self._committed_s = time.monotonic()
 
     def close(self) -> None:
-        """Let go of the files; what was committed stays."""
+        """Closes the files; committed requests stay on disk."""
         while self._files:
             os.close(self._files.popitem()[1])
         if self._lock >= 0:
@@ -101,13 +103,13 @@ class Spool:
             self._lock = -1
 
     def remove(self) -> None:
-        """Delete the spool, and close it."""
+        """Deletes the spool and closes its files."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
 
 
-def drop(path: Path) -> None:
-    """Delete the spool of the trace at `path`, whatever is in it.
+def delete_spool(path: Path) -> None:
+    """Deletes the spool of the trace at `path`, if there is one.
 
     Raises:
         TraceError: a writer is using it.
@@ -119,18 +121,18 @@ def drop(path: Path) -> None:
         os.close(lock)
 
 
-def left_behind(path: Path) -> int:
-    """How many finished requests an interrupted writer left in the spool of the trace at `path`."""
+def pending_requests(path: Path) -> int:
+    """Number of finished requests in the spool of the trace at `path`; 0 if there is none, or it is damaged."""
     folder = spool_folder(path)
     try:
-        about = _about(folder)
-        return _committed(folder, TraceHeader.from_dict(about["header"]))["request"] if about else 0
+        metadata = _read_metadata(folder)
+        return _committed(folder, TraceHeader.from_dict(metadata["header"]))["request"] if metadata else 0
     except (OSError, TraceError):
         return 0
 
 
 def _lock(folder: Path) -> int:
-    """A descriptor that holds the lock on a spool."""
+    """Locks a spool; returns a descriptor, whose closing unlocks it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -140,29 +142,30 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
-def _about(folder: Path) -> dict[str, Any] | None:
-    """What a spool says about itself; `None` if there is nothing in it."""
+def _read_metadata(folder: Path) -> dict[str, Any] | None:
+    """A spool's metadata; `None` if it has no committed request."""
     try:
-        about: dict[str, Any] = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-        return about if _committed(folder, TraceHeader.from_dict(about["header"]))["request"] else None
+        metadata: dict[str, Any] = json.loads((folder / _METADATA).read_text(encoding="utf-8"))
+        return metadata if _committed(folder, TraceHeader.from_dict(metadata["header"]))["request"] else None
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise TraceError(f"{folder / _ABOUT}: is damaged; delete the folder, or give --force") from error
+        raise TraceError(f"{folder / _METADATA}: is damaged; delete the folder, or give --force") from error
 
 
-def _begin(folder: Path, header: TraceHeader, *, replaces: bool) -> dict[str, Any]:
-    for left in folder.iterdir():  # nothing that counts
-        left.unlink()
-    about = {"stamp": uuid.uuid4().hex, "replaces": replaces, "header": header.as_dict()}
-    fresh = folder / f"{_ABOUT}.new"
-    fresh.write_text(json.dumps(about), encoding="utf-8")
-    fresh.replace(folder / _ABOUT)
-    return about
+def _create(folder: Path, header: TraceHeader, *, replaces: bool) -> dict[str, Any]:
+    """Starts an empty spool and returns its metadata. Deletes uncommitted files."""
+    for uncommitted in folder.iterdir():
+        uncommitted.unlink()
+    metadata = {"stamp": uuid.uuid4().hex, "replaces": replaces, "header": header.as_dict()}
+    written = folder / f"{_METADATA}.new"
+    written.write_text(json.dumps(metadata), encoding="utf-8")
+    written.replace(folder / _METADATA)
+    return metadata
 
 
-def _check(folder: Path, about: dict[str, Any], header: TraceHeader) -> None:
-    if difference := TraceHeader.from_dict(about["header"]).difference(header):
+def _check_header(folder: Path, metadata: dict[str, Any], header: TraceHeader) -> None:
+    if difference := TraceHeader.from_dict(metadata["header"]).difference(header):
         raise TraceError(
             f"{folder}: holds requests of another interrupted recording ({difference}); delete it, or give --force"
         )
@@ -170,13 +173,13 @@ def _check(folder: Path, about: dict[str, Any], header: TraceHeader) -> None:
 
 def _check_size(path: Path, least_bytes: int) -> None:
     if path.stat().st_size < least_bytes:
-        raise TraceError(f"{path}: was cut off since it was written; delete its folder, or give --force")
+        raise TraceError(f"{path}: was truncated since it was written; delete its folder, or give --force")
 
 
 def _committed(folder: Path, header: TraceHeader) -> dict[str, int]:
-    """The counts of the requests whose iterations are there, and the rows of all of these."""
+    """Entries of each table that belong to committed requests: `request`, `iteration` and `token`."""
     by_name = {column.name: column for column in columns(header)}
-    iterations, rows = (_counts(folder / name, by_name[name].dtype) for name in (_LAST, "rows"))
+    iterations, rows = (_counts(folder / name, by_name[name].dtype) for name in (_COMMIT_COLUMN, "rows"))
     ends = np.cumsum(iterations)
     requests = int(np.searchsorted(ends, len(rows), "right"))
     total = int(ends[requests - 1]) if requests else 0
@@ -189,7 +192,7 @@ def _counts(path: Path, dtype: np.dtype[Any]) -> NDArray[np.int64]:
 
 
 def _write(file: int, rows: NDArray[Any], offset_bytes: int) -> None:
-    left = memoryview(rows.reshape(-1).view(np.uint8).data)
-    while left:
-        written = os.pwrite(file, left, offset_bytes)
-        left, offset_bytes = left[written:], offset_bytes + written
+    remaining = memoryview(rows.reshape(-1).view(np.uint8).data)
+    while remaining:
+        written = os.pwrite(file, remaining, offset_bytes)
+        remaining, offset_bytes = remaining[written:], offset_bytes + written

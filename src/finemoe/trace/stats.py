@@ -1,4 +1,7 @@
-"""How predictable recorded routing is: reuse between tokens, popularity skew, entropies, recall of the lookahead."""
+"""Locality statistics of a trace: reuse between tokens, popularity skew, entropies, lookahead recall.
+
+Also splits a trace's requests into a store and a test set. Shapes as in `trace.format`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TraceStats:
-    """Measured over all of a trace; `None` where a field was not recorded or there was nothing to measure.
+    """Statistics over a trace; `None` if the field was not recorded, or there are no samples.
 
     A token's accesses in a layer are its executed experts. Shares and recalls are between 0 and 1, entropies in bits.
     """
@@ -31,23 +34,23 @@ class TraceStats:
     experts: int
     active: int
     usage: NDArray[np.int64]  # [L, E] accesses
-    reuse: dict[str, Floats | None]  # by phase, [L]: executed experts that the token before executed too
-    popularity: Floats  # [L * E + 1] share of accesses of the most accessed experts, all layers and requests together
-    popularity_of_request: Floats  # the same within a request, mean
+    reuse: dict[str, Floats | None]  # by phase, [L] share of executed experts that the previous token executed too
+    popularity: Floats  # [L * E + 1] share of all accesses that go to the i most accessed experts, i from 0
+    popularity_of_request: Floats  # the same for a single request, mean over requests
     gate_entropy: Floats | None  # [L] of the gate's distribution, mean over tokens
-    recall: Floats | None  # [n] of the executed experts among the K that the gate j layers on ranks first
+    recall: Floats | None  # [n] share of executed experts among the top K of the lookahead, by distance in layers
 
     @property
     def usage_entropy(self) -> Floats:
-        """`[L]` of how often each expert of a layer is accessed; `log2(E)` if all are alike."""
+        """`[L]` entropy of the access frequencies of a layer's experts; `log2(E)` if uniform."""
         return _entropy(self.usage / np.maximum(self.usage.sum(1, keepdims=True), 1))
 
     def top(self, share: float, curve: Floats) -> float:
-        """Share of accesses that the most accessed `share` of experts have."""
+        """Share of accesses that go to the most accessed `share` of experts, by a popularity curve."""
         return float(np.interp(share * (len(curve) - 1), np.arange(len(curve)), curve))
 
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """All statistics, ready for JSON."""
         curves = {"popularity": self.popularity, "popularity_of_request": self.popularity_of_request}
         return {
             "requests": self.requests,
@@ -72,7 +75,7 @@ class TraceStats:
         chance = self.active / self.experts
         lines = [f"{self.requests} requests, {self.tokens} tokens"]
         lines += [
-            f"reuse of the token before, {phase}: {_shown(_mean(values))}"
+            f"reuse of the previous token's experts, {phase}: {_shown(_mean(values))}"
             for phase, values in self.reuse.items()
             if values is not None
         ]
@@ -85,88 +88,105 @@ class TraceStats:
         lines.append(f"entropy of the gate: {gate}")
         recall = "not recorded"
         if self.recall is not None:
-            recall = ", ".join(f"{distance} on {value:.1%}" for distance, value in enumerate(self.recall, 1))
-        lines.append(f"recall of the lookahead, by layers: {recall}")
+            recall = ", ".join(f"{distance}: {value:.1%}" for distance, value in enumerate(self.recall, 1))
+        lines.append(f"recall of the lookahead, by layers ahead: {recall}")
         return "\n".join(lines)
 
 
 def measure(trace: Trace, progress: Callable[[Trace], Iterable[RequestTrace]] = iter) -> TraceStats:
-    """Reads all of a trace once, a stretch of tokens at a time.
+    """Computes the statistics in one pass over a trace, in chunks of tokens.
 
     Args:
-        trace: any.
-        progress: wraps the trace while its requests are gone through, to show how far that is.
+        trace: an open trace.
+        progress: wraps the iteration over the trace's requests, to show a progress bar.
     """
     header = trace.header
     layers, experts = header.layers, header.experts
     usage = np.zeros((layers, experts), np.int64)
-    curve, counted = np.zeros(layers * experts + 1), 0
-    reuse = {phase: (np.zeros(layers), np.zeros(layers)) for phase in _PHASES}
-    entropy, found = np.zeros(layers), np.zeros((2, header.lookahead))
+    curve_sum, nonempty = np.zeros(layers * experts + 1), 0
+    reuse = {phase: (np.zeros(layers), np.zeros(layers)) for phase in _PHASES}  # reused, executed
+    entropy, recall = np.zeros(layers), np.zeros((2, header.lookahead))  # sums; hits, executed
     for request in progress(trace):
-        own = _usage(request, header)
-        usage += own
-        if own.sum():
-            curve += _popularity(own)
-            counted += 1
+        request_usage = _usage(request, header)
+        usage += request_usage
+        if request_usage.sum():
+            curve_sum += _popularity(request_usage)
+            nonempty += 1
         phase_of_row = np.repeat(request.phases, np.diff(request.rows))
         for start in range(0, len(request.token_ids), _CHUNK_ROWS):
             rows = slice(start, start + _CHUNK_ROWS)
             executed = _executed(request.expert_ids[rows], header)
-            before = _executed(request.expert_ids[max(0, start - 1) : start + len(executed) - 1], header)
-            again = (executed[len(executed) - len(before) :] & before).sum(2)
-            ran = executed[len(executed) - len(before) :].sum(2)
+            previous = _executed(request.expert_ids[max(0, start - 1) : start + len(executed) - 1], header)
+            first = len(executed) - len(previous)  # 1 in the first chunk: its first token has no previous one
+            reused = (executed[first:] & previous).sum(2)
+            counts = executed[first:].sum(2)
             for phase, code in _PHASES.items():
-                chosen = phase_of_row[rows][len(executed) - len(before) :] == code
-                reuse[phase][0][:] += again[chosen].sum(0)
-                reuse[phase][1][:] += ran[chosen].sum(0)
+                in_phase = phase_of_row[rows][first:] == code
+                reuse[phase][0][:] += reused[in_phase].sum(0)
+                reuse[phase][1][:] += counts[in_phase].sum(0)
             if request.probs is not None:
                 entropy += _entropy(_normalised(request.probs[rows])).sum(0)
             if request.lookahead is not None:
-                found += _found(request.lookahead[rows], executed, header.active)
+                recall += _lookahead_hits(request.lookahead[rows], executed, header.active)
     return TraceStats(
         requests=len(trace),
         tokens=trace.tokens,
         experts=experts,
         active=header.active,
         usage=usage,
-        reuse={phase: again / np.maximum(ran, 1) if ran.any() else None for phase, (again, ran) in reuse.items()},
+        reuse={phase: sums[0] / np.maximum(sums[1], 1) if sums[1].any() else None for phase, sums in reuse.items()},
         popularity=_popularity(usage),
-        popularity_of_request=curve / max(counted, 1),
+        popularity_of_request=curve_sum / max(nonempty, 1),
         gate_entropy=entropy / max(trace.tokens, 1) if "probs" in header.fields else None,
-        recall=found[0] / np.maximum(found[1], 1) if header.lookahead else None,
+        recall=recall[0] / np.maximum(recall[1], 1) if header.lookahead else None,
     )
+
+
+def split(requests: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Shuffles request indices and splits them into a store and a test set.
+
+    Args:
+        requests: number of requests.
+        share: of them, for the store; rounded to whole requests.
+        seed: of the shuffle.
+
+    Returns:
+        Indices for the store, and indices to test on.
+    """
+    shuffled = np.random.default_rng(seed).permutation(requests)
+    stored = round(requests * share)
+    return shuffled[:stored], shuffled[stored:]
 
 
 def _usage(request: RequestTrace, header: TraceHeader) -> NDArray[np.int64]:
     """`[L, E]` accesses of one request."""
-    ids = request.expert_ids.astype(np.int64)  # [n, L, K]
+    ids = request.expert_ids.astype(np.int64)  # [T, L, K]
     flat = (ids + np.arange(header.layers)[:, None] * header.experts)[ids < header.experts]
     return np.bincount(flat, minlength=header.layers * header.experts).reshape(header.layers, header.experts)
 
 
 def _executed(ids: NDArray[Any], header: TraceHeader) -> NDArray[np.bool_]:
-    """`[n, L, E]` whether a token executed an expert."""
-    held = np.zeros((*ids.shape[:2], header.experts + 1), bool)
-    np.put_along_axis(held, np.minimum(ids, header.experts).astype(np.int64), values=True, axis=2)
-    return held[:, :, : header.experts]
+    """`[T, L, E]` whether a token executed an expert."""
+    executed = np.zeros((*ids.shape[:2], header.experts + 1), bool)  # the last column is for sentinels
+    np.put_along_axis(executed, np.minimum(ids, header.experts).astype(np.int64), values=True, axis=2)
+    return executed[:, :, : header.experts]
 
 
 def _popularity(usage: NDArray[np.int64]) -> Floats:
-    """`[L * E + 1]` share of all accesses that the n most accessed experts have, n from 0 on."""
+    """`[L * E + 1]` share of all accesses that go to the i most accessed experts, i from 0."""
     ordered = -np.sort(-usage.reshape(-1))
     return np.concatenate([[0.0], np.cumsum(ordered) / max(ordered.sum(), 1)])
 
 
-def _found(lookahead: NDArray[np.float16], executed: NDArray[np.bool_], active: int) -> Floats:
-    """`[2, n]` executed experts that were among the K foreseen j layers before, and all executed ones."""
+def _lookahead_hits(lookahead: NDArray[np.float16], executed: NDArray[np.bool_], active: int) -> Floats:
+    """`[2, n]` executed experts among the top K predicted j layers earlier, and all executed experts."""
     distances = lookahead.shape[1]
     counts = np.zeros((2, distances))
     for distance in range(1, min(distances, executed.shape[1] - 1) + 1):
         scores = lookahead[:, distance - 1, :-distance].astype(np.float32)
-        foreseen = np.argpartition(-scores, active - 1, axis=2)[:, :, :active]
+        predicted = np.argpartition(-scores, active - 1, axis=2)[:, :, :active]
         later = executed[:, distance:]
-        counts[0, distance - 1] = np.take_along_axis(later, foreseen, 2).sum()
+        counts[0, distance - 1] = np.take_along_axis(later, predicted, 2).sum()
         counts[1, distance - 1] = later.sum()
     return counts
 
@@ -178,7 +198,7 @@ def _normalised(probs: NDArray[np.float16]) -> Floats:
 
 
 def _entropy(shares: Floats) -> Floats:
-    """In bits, over the last axis."""
+    """Entropy in bits over the last axis."""
     logs = np.log2(shares, where=shares > 0, out=np.zeros_like(shares))
     entropy: Floats = -(shares * logs).sum(-1)
     return entropy
@@ -194,16 +214,3 @@ def _listed(values: Floats | None) -> list[float] | None:
 
 def _shown(value: float | None) -> str:
     return "not recorded" if value is None else f"{value:.1%}"
-
-
-def split(requests: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices of the requests for the store and of those to replay, shuffled.
-
-    Args:
-        requests: how many there are.
-        share: of them, for the store; rounded to whole requests.
-        seed: of the shuffle.
-    """
-    shuffled = np.random.default_rng(seed).permutation(requests)
-    stored = round(requests * share)
-    return shuffled[:stored], shuffled[stored:]

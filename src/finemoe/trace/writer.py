@@ -1,4 +1,4 @@
-"""Writes a trace. The file is only ever replaced as a whole, by a complete one: being killed damages nothing."""
+"""Writes traces atomically: requests collect in a spool, and `close` replaces the trace by a complete new file."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from finemoe.errors import TraceError
 from finemoe.system import unwritable
 from finemoe.trace.format import RequestTrace, TraceHeader, columns
 from finemoe.trace.reader import Head, encode_head, read_head
-from finemoe.trace.spool import Spool, drop, left_behind, spool_folder
+from finemoe.trace.spool import Spool, delete_spool, pending_requests, spool_folder
 
 _COPY_BYTES = 16 << 20
 
 
 class TraceWriter:
-    """Collects requests beside the trace, and puts the trace together on `close`.
+    """Collects requests in the spool `<trace>.partial`, and assembles the trace on `close`.
 
-    Leaving a `with` block closes, whatever ended it: requests that were finished are kept. Killed before that, they
-    wait in `<trace>.partial` for the next writer that appends.
+    Leaving a `with` block closes the writer, also after an error: finished requests are kept. If the process is killed,
+    they stay in the spool until the next writer appends.
 
     Args:
         path: of the trace.
         header: describes the requests; when appending, it must agree with the trace's own, which is kept.
-        append: add to the trace if it exists, and to what an interrupted writer left behind.
-        overwrite: replace the trace if it exists, and drop what an interrupted writer left behind.
-        commit_every_s: how much time's requests a power cut may cost.
+        append: add to the trace, and to the spool of an interrupted writer, if they exist.
+        overwrite: replace the trace, and delete the spool of an interrupted writer, if they exist.
+        commit_every_s: interval of fsync: a power cut loses at most the requests of this many seconds.
 
     Raises:
-        TraceError: the trace exists and neither `append` nor `overwrite` says what to do; it is damaged; its header
-            disagrees; or another process is writing it.
+        TraceError: the trace exists, and neither `append` nor `overwrite` is set; it is damaged; its header disagrees;
+            or another process is writing it.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class TraceWriter:
         self._closed = False
         try:
             if overwrite:
-                drop(self.path)
+                delete_spool(self.path)
             self._spool = Spool(self.path, header, replaces=overwrite, commit_every_s=commit_every_s)
         except OSError as error:
             raise TraceError(f"{error.filename}: can't be written ({error.strerror})") from error
         try:
             self._base = self._existing()
-            if self._base and self._base.stamp == self._spool.stamp:  # killed between putting together and removing
+            if self._base and self._base.stamp == self._spool.stamp:  # killed after replacing the trace
                 self._spool.remove()
                 self._spool = Spool(self.path, header, replaces=False, commit_every_s=commit_every_s)
         except BaseException:
@@ -70,10 +70,10 @@ class TraceWriter:
         return self._spool.counts["request"] + (self._base.counts["request"] if self._base else 0)
 
     def add(self, request: RequestTrace) -> None:
-        """Take over one finished request.
+        """Adds one finished request.
 
         Raises:
-            TraceError: it does not fit the header, or the disk is full; the message says which.
+            TraceError: it does not fit the header, or the disk is full.
         """
         if self._closed:
             raise TraceError(f"{self.path}: this writer was closed")
@@ -84,10 +84,10 @@ class TraceWriter:
             raise TraceError(f"{self._spool.folder}: can't be written ({error.strerror or error})") from error
 
     def close(self) -> None:
-        """Put the trace together, and replace it. Without any request there is none.
+        """Assembles the trace and replaces the file; writes none if there are no requests.
 
         Raises:
-            TraceError: the disk is full or the like; the finished requests stay in the spool.
+            TraceError: the file can't be written, e.g. as the disk is full; the finished requests stay in the spool.
         """
         if self._closed:
             return
@@ -98,8 +98,8 @@ class TraceWriter:
                 self._assemble()
         except OSError as error:
             raise TraceError(
-                f"{self.path}: can't be written ({error.strerror or error}); the finished requests wait in "
-                f"{self._spool.folder}, --append takes them up"
+                f"{self.path}: can't be written ({error.strerror or error}); the finished requests are in "
+                f"{self._spool.folder}, --append adds them"
             ) from error
         else:
             self._spool.remove()
@@ -107,7 +107,7 @@ class TraceWriter:
             self._spool.close()
 
     def discard(self) -> None:
-        """Close without keeping anything: the trace is what it was before."""
+        """Closes without writing; the trace stays as it was."""
         if not self._closed:
             self._closed = True
             self._spool.remove()
@@ -121,7 +121,7 @@ class TraceWriter:
         self.close()
 
     def _existing(self) -> Head | None:
-        """The trace that is appended to."""
+        """Head of the trace that is appended to; `None` if there is none."""
         if self._spool.replaces or not self.path.exists():
             return None
         head = read_head(self.path)
@@ -134,8 +134,8 @@ class TraceWriter:
         counts = dict(self._spool.counts)
         if self._base:
             counts = {table: count + self._base.counts[table] for table, count in counts.items()}
-        whole = self._spool.folder / "whole"
-        with whole.open("wb") as target:
+        assembled = self._spool.folder / "assembled"
+        with assembled.open("wb") as target:
             target.write(encode_head(header, counts, self._spool.stamp))
             for column in columns(header):
                 if self._base:
@@ -145,20 +145,20 @@ class TraceWriter:
                 _copy(self._spool.folder / column.name, 0, length, target)
             target.flush()
             os.fsync(target.fileno())
-        whole.replace(self.path)
+        assembled.replace(self.path)
         descriptor = os.open(self.path.parent, os.O_RDONLY)
         try:
-            os.fsync(descriptor)  # the new name itself
+            os.fsync(descriptor)  # makes the rename durable
         finally:
             os.close(descriptor)
 
 
 def refuse_existing(path: Path, *, append: bool, overwrite: bool) -> None:
-    """What `TraceWriter` would refuse about a path, ahead of the work that is to be written.
+    """Makes the checks of `TraceWriter` on a path, without creating anything; for use before a long computation.
 
     Raises:
-        TraceError: there is no such folder, or it can't be written; the path is a folder itself; or something is
-            there and neither flag says what to do with it.
+        TraceError: the path's folder is missing or can't be written; the path is a folder; or a trace or spool exists,
+            and neither flag is set.
     """
     if wrong := unwritable(path):
         raise TraceError(wrong)
@@ -168,20 +168,20 @@ def refuse_existing(path: Path, *, append: bool, overwrite: bool) -> None:
         return
     if path.exists():
         raise TraceError(f"{path}: exists; add to it with --append, or replace it with --force")
-    if waiting := left_behind(path):
+    if pending := pending_requests(path):
         raise TraceError(
-            f"{spool_folder(path)}: holds {waiting} finished requests of an interrupted recording; "
-            "take them up with --append, or drop them with --force"
+            f"{spool_folder(path)}: holds {pending} finished requests of an interrupted recording; "
+            "resume it with --append, or delete them with --force"
         )
 
 
 def _copy(source: Path, begin_bytes: int, length_bytes: int, target: BinaryIO) -> None:
-    """Append a stretch of a file."""
+    """Appends part of a file to another."""
     with source.open("rb") as file:
         file.seek(begin_bytes)
         while length_bytes:
             chunk = file.read(min(length_bytes, _COPY_BYTES))
             if not chunk:
-                raise TraceError(f"{source}: was cut off while it was read")
+                raise TraceError(f"{source}: was truncated while it was read")
             target.write(chunk)
             length_bytes -= len(chunk)

@@ -1,4 +1,4 @@
-"""The built checkpoint computes what its definition says, and a build is atomic, resumable and checked."""
+"""The built checkpoint computes the defined mixture; a build is atomic, resumable and verified."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_experts_with_all_neurons_equal_the_dense_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("experts", "top_k", "rank"), [(4, 2, 0), (8, 4, 0), (4, 2, 3)])
 def test_the_checkpoint_equals_the_definition(tmp_path: Path, experts: int, top_k: int, rank: int) -> None:
-    """Down-projected activations, each neuron weighted by the sum of its selected experts' weights and scales."""
+    """The definition: `down @ (c * a)`, with `c` the sum of the selected experts' weights times their scales."""
     weights = dense_weights()
     bundle = write_bundle(tmp_path / "b", experts=experts, top_k=top_k, rank=rank)
     mixture = load(built(tmp_path, bundle, weights))
@@ -92,12 +92,12 @@ def test_the_checkpoint_equals_the_definition(tmp_path: Path, experts: int, top_
             return result
 
         block.mlp.forward = forward
-    # What is stored in bfloat16 (scaled columns, routers, norms) is rounded; nothing else differs.
+    # bfloat16 rounding of scaled columns, routers and norms is the only difference
     difference = (logits(mixture) - logits(dense)).abs()
     assert float(difference.mean()) < 0.02 * float(logits(dense).std())
 
 
-def test_the_layout_is_that_of_per_expert_checkpoints(tmp_path: Path) -> None:
+def test_the_layout_has_a_tensor_per_expert(tmp_path: Path) -> None:
     folder = built(tmp_path, write_bundle(tmp_path / "b"))
     index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
     assert "model.layers.6.block_sparse_moe.experts.3.w2.weight" in index["weight_map"]
@@ -118,21 +118,21 @@ def test_a_killed_build_keeps_finished_shards_and_resumes(tmp_path: Path) -> Non
     first = work / "model-00001-of-00003.safetensors"
     written = first.stat().st_mtime_ns
     assert not (work / "model-00002-of-00003.safetensors").exists()
-    again = ArraySource(dense_weights())
-    build(again, bundle, work, target, progress=False)
-    assert again.reads == 7 * 2 + 1  # five of seven layers were there
+    resumed = ArraySource(dense_weights())
+    build(resumed, bundle, work, target, progress=False)
+    assert resumed.reads == 7 * 2 + 1  # five of seven layers were in finished shards
     assert (target / first.name).stat().st_mtime_ns == written
     assert is_complete(target)
     assert not work.exists()
     assert not list(target.glob("*.part"))
     other = tmp_path / "other"
     other.mkdir()
-    unbroken = built(other, bundle)
-    for path in sorted(unbroken.iterdir()):
+    uninterrupted = built(other, bundle)
+    for path in sorted(uninterrupted.iterdir()):
         assert (target / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_what_another_source_left_is_not_used(tmp_path: Path) -> None:
+def test_shards_from_another_source_are_not_reused(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "b")
     work, target = tmp_path / "work", tmp_path / "target"
     work.mkdir()
@@ -143,7 +143,7 @@ def test_what_another_source_left_is_not_used(tmp_path: Path) -> None:
     assert other.reads == 7 * 7 + 1
 
 
-def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=1000))
     work = tmp_path / "work"
     work.mkdir()
@@ -173,7 +173,7 @@ def test_a_damaged_bundle_is_named(tmp_path: Path) -> None:
         load_bundle(tmp_path / "b")
 
 
-def test_the_shipped_bundle_is_small_and_says_where_it_is_from() -> None:
+def test_the_shipped_bundle_is_small_and_has_its_provenance() -> None:
     import finemoe.model.reference
 
     path = Path(finemoe.model.reference.__file__).with_name("bundle.safetensors")

@@ -1,4 +1,4 @@
-"""The real reference model, built from the package: skipped where that cannot be had."""
+"""The real reference model, built from the shipped bundle; skipped if no source can be fetched."""
 
 import json
 import subprocess
@@ -13,11 +13,11 @@ BUILD = """
 import json, sys
 from pathlib import Path
 from finemoe.model.reference import ReferenceModelError, ensure
-from finemoe.store import peak_rss_bytes
+from finemoe.system import peak_rss_bytes
 try:
     folder = ensure(Path(sys.argv[1]), progress=False)
 except ReferenceModelError as error:
-    sys.exit(f"cannot be had: {error}")
+    sys.exit(f"cannot be built: {error}")
 print(json.dumps([str(folder), peak_rss_bytes()]))
 """
 
@@ -31,7 +31,7 @@ class Built(NamedTuple):
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Built]:
     cache_dir = tmp_path_factory.mktemp("cache")
     done = subprocess.run([sys.executable, "-c", BUILD, str(cache_dir)], capture_output=True, text=True, check=False)
-    if done.returncode and "cannot be had" in done.stderr:
+    if done.returncode and "cannot be built" in done.stderr:
         pytest.skip(done.stderr.strip().splitlines()[-1])
     assert done.returncode == 0, done.stderr
     folder, peak = json.loads(done.stdout.splitlines()[-1])
@@ -61,9 +61,9 @@ def test_it_answers_in_english(built: Built) -> None:
 
     tokenizer: Any = AutoTokenizer.from_pretrained(built.folder)
     model: Any = AutoModelForCausalLM.from_pretrained(built.folder, dtype=torch.bfloat16)
-    asked = tokenizer.apply_chat_template(
+    inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True, return_tensors="pt", return_dict=True,
     )  # fmt: skip
-    out = model.generate(**asked, max_new_tokens=12, do_sample=False)
-    assert "Paris" in tokenizer.decode(out[0, asked["input_ids"].shape[1] :])
+    out = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])

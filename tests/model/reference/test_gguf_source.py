@@ -1,4 +1,4 @@
-"""Reading the dense model from GGUF and from a hub snapshot gives the same weights under the same names."""
+"""Both dense sources, GGUF and hub snapshot, give the same weights under the same names."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from finemoe.model.reference.hub_source import HubSource
 from tests.model.reference.tiny import SHAPE, dense_weights, permute, write_gguf, write_snapshot
 
 
-def test_unpermute_undoes_what_llama_cpp_does() -> None:
+def test_unpermute_undoes_the_row_order_of_llama_cpp() -> None:
     weight = np.arange(48 * 5, dtype=np.float32).reshape(48, 5)
     assert not np.array_equal(permute(weight, 3), weight)
     assert np.array_equal(unpermute(permute(weight, 3), 3), weight)
 
 
-def test_gguf_gives_every_weight_back(tmp_path: Path) -> None:
+def test_gguf_round_trips_every_weight(tmp_path: Path) -> None:
     weights = dense_weights()
     write_gguf(tmp_path / "m.gguf", weights)
     source = GgufSource(tmp_path / "m.gguf", "r")
@@ -48,7 +48,7 @@ def test_q4_1_is_scale_times_nibble_plus_minimum() -> None:
     assert np.allclose(dequantize(block, GGMLQuantizationType.Q4_1), 0.5 * nibbles - 3.0)
 
 
-def test_a_file_that_is_no_gguf_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_gguf_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"x" * 100)
     with pytest.raises(ReferenceModelError, match=r"m\.gguf is not a readable GGUF file"):
         GgufSource(tmp_path / "m.gguf", "r")
@@ -62,7 +62,7 @@ def test_a_snapshot_gives_the_same_weights_and_shape(tmp_path: Path) -> None:
     assert source.revision == "abc"
     for name, weight in weights.items():
         assert np.array_equal(source.tensor(name), weight), name
-    with pytest.raises(ReferenceModelError, match="does not give nothing"):
+    with pytest.raises(ReferenceModelError, match="has no nothing"):
         source.tensor("nothing")
 
 

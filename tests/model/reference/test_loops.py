@@ -1,4 +1,4 @@
-"""The loop detector finds stuck answers and leaves good ones alone."""
+"""The loop detector of tools/reference_model finds answers that repeat themselves, and no others."""
 
 import importlib.util
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def loops() -> ModuleType:
-    path = Path(__file__).parents[2] / "scripts" / "reference" / "loops.py"
+    path = Path(__file__).parents[3] / "tools" / "reference_model" / "loops.py"
     spec = importlib.util.spec_from_file_location("reference_loops", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -24,7 +24,7 @@ def test_a_repeated_sentence_is_a_loop(loops: ModuleType) -> None:
     assert loops.is_loop("a b c d", [1, 2] + [7, 8, 9] * 4)
 
 
-def test_an_answer_that_moves_on_is_none(loops: ModuleType) -> None:
+def test_an_answer_without_repetition_is_no_loop(loops: ModuleType) -> None:
     text = "First, pick a warm day. Second, take a map, a map of the hills. Third, walk and do not run."
     assert not loops.is_loop(text, range(30))
     assert not loops.is_loop("ha ha ha", [5, 5, 5])

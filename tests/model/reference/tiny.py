@@ -1,4 +1,4 @@
-"""A tiny dense model in both forms that the builder reads, and a bundle for it."""
+"""A tiny dense model, as GGUF file and as hub snapshot, and a bundle for it."""
 
 import json
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ def vocabulary() -> list[str]:
 
 
 def in_bfloat16(array: NDArray[np.float64]) -> FloatArray:
-    """Rounded to what bfloat16 holds exactly, so that a saved model equals the arithmetic."""
+    """Truncated to values that bfloat16 represents exactly, so that saving loses nothing."""
     bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
     return (bits & np.uint32(0xFFFF0000)).view(np.float32)
 
@@ -49,14 +49,14 @@ def dense_weights(seed: int = 0) -> dict[str, FloatArray]:
         sizes |= layer_tensors(SHAPE, layer)
     weights = {}
     for name, size in sizes.items():
-        around = 1.0 if len(size) == 1 else 0.0
-        weights[name] = in_bfloat16(around + rng.normal(0, 0.15, size))
+        mean = 1.0 if len(size) == 1 else 0.0
+        weights[name] = in_bfloat16(mean + rng.normal(0, 0.15, size))
     return weights
 
 
 @dataclass
 class ArraySource:
-    """A dense source held in memory; counts what is read, and fails after `fail_after` reads."""
+    """A dense source in memory; counts reads, and raises `KeyboardInterrupt` after `fail_after` of them."""
 
     weights: dict[str, FloatArray]
     label: str = "pypi"
@@ -95,7 +95,7 @@ def write_bundle(
     rank: int = 0,
     plain: bool = False,
 ) -> Bundle:
-    """A random bundle; `plain` ones have scales of 1 and the dense model's norms (taken from `dense_weights()`)."""
+    """Writes a random bundle; a `plain` one has scales of 1 and the dense model's norms (from `dense_weights()`)."""
     from safetensors.numpy import save_file
 
     rng = np.random.default_rng(1)
@@ -127,14 +127,14 @@ def write_bundle(
 
 
 def permute(weight: FloatArray, heads: int) -> FloatArray:
-    """What llama.cpp does to query and key rows when it writes a GGUF file."""
+    """Applies the row order in which llama.cpp writes query and key weights to GGUF."""
     rows, columns = weight.shape
     halves = weight.reshape(heads, 2, rows // heads // 2, columns)
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows, columns))
 
 
 def write_gguf(path: Path, weights: dict[str, FloatArray], *, quantized: bool = False) -> None:
-    """The dense model as a GGUF file, matrices in float32 or Q8_0."""
+    """Writes the dense model as a GGUF file, matrices in float32 or Q8_0."""
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.quants import quantize
 
@@ -175,7 +175,7 @@ def write_gguf(path: Path, weights: dict[str, FloatArray], *, quantized: bool = 
 
 
 def write_snapshot(folder: Path, weights: dict[str, FloatArray]) -> None:
-    """The dense model as a snapshot of a hub repository."""
+    """Writes the dense model as a snapshot of a hub repository."""
     import torch
     from safetensors.torch import save_file
 

@@ -1,6 +1,6 @@
-"""A cluster on this machine, in a process of its own: two replicas, one of which is killed, and a cold one.
+"""A Ray cluster on this machine, in its own process: two replicas, one of which is killed, and a cold one.
 
-Prints one JSON document on standard output: what clients saw.
+Prints one JSON document on standard output: what clients observed.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from finemoe.serving.ray.replica import Replica
 
 PROMPTS = ("The cat sat on the mat", "Experts come and go", "A long way home", "Rivers run to the sea")
 NAME = "my-model"
-FIRST = 6  # requests to a new replica that count
+FIRST = 6  # requests to a new replica that are compared
 TIMEOUT_S = 90.0
 _TITLE = re.compile(r"ray::ServeReplica:warm:finemoe(\.|\s|$)")
 
 
 @dataclass
 class Answer:
-    """What a client saw."""
+    """What a client observed of one request; `complete`: the stream ended with `[DONE]`."""
 
     prompt: str
     status: int
     replica: str
-    whole: bool
+    complete: bool
 
 
 class Client:
-    """Asks one application.
+    """A client of one application.
 
     Args:
         port: of Ray's proxy.
@@ -58,7 +58,7 @@ class Client:
         self._prompts = cycle(PROMPTS)
 
     def ask(self, prompt: str = "", *, max_tokens: int = 12, started: list[str] | None = None) -> Answer:
-        """A stream, by default of the next prompt; `started` gets the replica's name with the first byte."""
+        """Streams an answer, by default to the next prompt; `started` gets the replica's id with the first byte."""
         prompt = prompt or next(self._prompts)
         body = {"model": NAME, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
         status, replica, content = 0, "", b""
@@ -78,8 +78,8 @@ class Client:
             connection.close()
         return Answer(prompt, status, replica, b"data: [DONE]" in content)
 
-    def leave(self) -> float:
-        """Goes away after the first byte of a long answer; returns how many answers still run a little later."""
+    def disconnect(self) -> float:
+        """Disconnects after the first byte of a long answer; returns how many answers still run soon after."""
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=TIMEOUT_S)
         body = {"model": NAME, "prompt": PROMPTS[0], "max_tokens": 2000, "temperature": 0, "stream": True}
         headers = {"Content-Type": "application/json"}
@@ -92,11 +92,11 @@ class Client:
         return running
 
     def hit_rate(self, replica: str) -> float:
-        """Of one replica since it was started; asks until it is the one that answers."""
+        """The hit rate of one replica since its start; repeats requests until that replica answers."""
         deadline_s = time.monotonic() + TIMEOUT_S
         while time.monotonic() < deadline_s:
-            text, who = self._metrics()
-            if who == replica:
+            text, answered_by = self._metrics()
+            if answered_by == replica:
                 found = re.findall(r'finemoe_expert_accesses_total{result="(\w+)"} ([\d.]+)', text)
                 accesses = {result: float(count) for result, count in found}
                 return accesses["hit"] / sum(accesses.values())
@@ -106,13 +106,13 @@ class Client:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=TIMEOUT_S)
         connection.request("GET", f"{self._prefix}/metrics")
         response = connection.getresponse()
-        text, who = response.read().decode(), response.getheader("x-finemoe-replica", "")
+        text, answered_by = response.read().decode(), response.getheader("x-finemoe-replica", "")
         connection.close()
-        return text, who
+        return text, answered_by
 
 
 def run(folder: str) -> dict[str, Any]:
-    """The whole story."""
+    """Runs the scenario; returns the document."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -124,7 +124,7 @@ def run(folder: str) -> dict[str, Any]:
     serve.run(app(settings | {"replicas": 2}), name="warm", route_prefix="/")
     client = Client(port)
     spread = [client.ask() for _ in range(16)]
-    time.sleep(2)  # both tell the store
+    time.sleep(2)  # for both replicas to publish
     found: dict[str, Any] = {"spread": [asdict(each) for each in spread]} | _kill(client)
     first = [each for each in found["during"] if each["replica"] == found["third"]]
     while len(first) < FIRST:
@@ -133,12 +133,16 @@ def run(folder: str) -> dict[str, Any]:
     serve.run(app(settings | {"shared_maps": "none"}), name="cold", route_prefix="/cold")
     cold = Client(port, "/cold")
     answers = [cold.ask(each["prompt"]) for each in first]
-    found |= {"cold_hit_rate": cold.hit_rate(answers[0].replica), "still_running": cold.leave(), "health": _health()}
+    found |= {
+        "cold_hit_rate": cold.hit_rate(answers[0].replica),
+        "still_running": cold.disconnect(),
+        "health": _health(),
+    }
     return found | {"first": first, "cold": [asdict(each) for each in answers]} | _drain(cold)
 
 
 def _kill(client: Client) -> dict[str, Any]:
-    """Kills a replica while both answer, and asks on until another one has taken its place."""
+    """Kills a replica while both answer, and sends requests until a new one answers."""
     before: set[str] = set()
     streams: list[Answer] = []
     threads = []
@@ -170,7 +174,7 @@ def _kill(client: Client) -> dict[str, Any]:
 
 
 def _drain(client: Client) -> dict[str, Any]:
-    """Takes an application away while it answers."""
+    """Deletes an application while it answers."""
     started: list[str] = []
     streams: list[Answer] = []
     thread = threading.Thread(target=lambda: streams.append(client.ask(max_tokens=200, started=started)))
@@ -183,21 +187,21 @@ def _drain(client: Client) -> dict[str, Any]:
 
 
 def _health() -> list[str]:
-    """What a replica's check says while its model's thread runs, and when that has ended."""
-    said = []
+    """The health of a replica while its model thread runs, and after it has failed."""
+    health = []
     for failure in (None, "the model's thread has failed"):
         worker = SimpleNamespace(failure=lambda failure=failure: failure)
         replica: Any = SimpleNamespace(_service=SimpleNamespace(worker=worker))
         try:
             asyncio.run(Replica.check_health(replica))
-            said.append("healthy")
+            health.append("healthy")
         except RuntimeError as error:
-            said.append(str(error))
-    return said
+            health.append(str(error))
+    return health
 
 
 def _replica() -> int:
-    """One of the replicas' processes."""
+    """The process id of one of the replicas."""
     for process in psutil.Process().children(recursive=True):
         if any(_TITLE.match(part) for part in process.cmdline()):
             return process.pid

@@ -1,4 +1,4 @@
-"""Two replicas behind Ray on this machine: what clients see, also when one of them is killed. See `scenario`."""
+"""Two replicas behind Ray on this machine, one of which is killed; see `scenario`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from tests.chat_model import make_chat_model
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 pytestmark = [
@@ -30,7 +30,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def test_a_cluster_of_two_replicas(tmp_path: Path) -> None:
-    """One test, as a cluster takes a while to start, and no two run side by side."""
+    """One test: a cluster is slow to start, and only one can run at a time."""
     folder = make_chat_model(tmp_path / "my-model")
     finished = subprocess.run(
         [sys.executable, "-m", "tests.serving.ray.scenario", str(folder)],
@@ -45,49 +45,49 @@ def test_a_cluster_of_two_replicas(tmp_path: Path) -> None:
     document: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
     for check in (
         requests_are_spread_over_both_replicas,
-        a_killed_replica_is_replaced_and_only_what_ran_on_it_fails,
+        a_killed_replica_is_replaced_and_only_its_requests_fail,
         a_new_replica_starts_warm,
-        a_replica_s_idle_threads_sleep_soon,
-        a_client_that_goes_away_ends_its_answer,
-        a_replica_without_its_model_s_thread_is_not_healthy,
-        a_replica_that_is_taken_away_finishes_its_answer,
+        idle_threads_of_a_replica_sleep_soon,
+        a_client_that_disconnects_ends_its_answer,
+        a_replica_whose_model_thread_failed_is_unhealthy,
+        a_deleted_replica_finishes_its_answer,
     ):
         check(document)
 
 
-def requests_are_spread_over_both_replicas(seen: dict[str, Any]) -> None:
-    assert all(each["status"] == 200 and each["whole"] for each in seen["spread"])
-    assert {each["replica"] for each in seen["spread"]} == set(seen["before"])
-    assert len(seen["before"]) == 2
+def requests_are_spread_over_both_replicas(observed: dict[str, Any]) -> None:
+    assert all(each["status"] == 200 and each["complete"] for each in observed["spread"])
+    assert {each["replica"] for each in observed["spread"]} == set(observed["before"])
+    assert len(observed["before"]) == 2
 
 
-def a_killed_replica_is_replaced_and_only_what_ran_on_it_fails(seen: dict[str, Any]) -> None:
-    broken = {each["replica"] for each in seen["streams"] if not each["whole"]}
+def a_killed_replica_is_replaced_and_only_its_requests_fail(observed: dict[str, Any]) -> None:
+    broken = {each["replica"] for each in observed["streams"] if not each["complete"]}
     assert len(broken) == 1
-    assert {each["replica"] for each in seen["streams"] if each["whole"]} == set(seen["before"]) - broken
-    assert all(each["status"] == 200 and each["whole"] for each in seen["during"])
-    assert seen["third"] not in seen["before"]
+    assert {each["replica"] for each in observed["streams"] if each["complete"]} == set(observed["before"]) - broken
+    assert all(each["status"] == 200 and each["complete"] for each in observed["during"])
+    assert observed["third"] not in observed["before"]
 
 
-def a_new_replica_starts_warm(seen: dict[str, Any]) -> None:
-    assert len(seen["first"]) == len(seen["cold"])
-    assert seen["third_hit_rate"] > seen["cold_hit_rate"] + 0.05
+def a_new_replica_starts_warm(observed: dict[str, Any]) -> None:
+    assert len(observed["first"]) == len(observed["cold"])
+    assert observed["third_hit_rate"] > observed["cold_hit_rate"] + 0.05
 
 
-def a_replica_s_idle_threads_sleep_soon(seen: dict[str, Any]) -> None:
-    assert int(seen["spins"]) <= 5000
+def idle_threads_of_a_replica_sleep_soon(observed: dict[str, Any]) -> None:
+    assert int(observed["spins"]) <= 5000
 
 
-def a_client_that_goes_away_ends_its_answer(seen: dict[str, Any]) -> None:
-    assert seen["still_running"] == 0
+def a_client_that_disconnects_ends_its_answer(observed: dict[str, Any]) -> None:
+    assert observed["still_running"] == 0
 
 
-def a_replica_without_its_model_s_thread_is_not_healthy(seen: dict[str, Any]) -> None:
-    assert seen["health"] == ["healthy", "the model's thread has failed"]
+def a_replica_whose_model_thread_failed_is_unhealthy(observed: dict[str, Any]) -> None:
+    assert observed["health"] == ["healthy", "the model's thread has failed"]
 
 
-def a_replica_that_is_taken_away_finishes_its_answer(seen: dict[str, Any]) -> None:
-    assert seen["drained"]["whole"]
+def a_deleted_replica_finishes_its_answer(observed: dict[str, Any]) -> None:
+    assert observed["drained"]["complete"]
 
 
 def test_serve_run_refuses_an_unknown_argument_in_one_line(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The server over a real model: a tiny one, offloaded, through the worker that batches."""
+"""The server with a real, tiny, offloaded model and the batching worker."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pytest
 import finemoe
 from finemoe.model.generation import load_tokenizer
 from finemoe.serving.config import ServeConfig
-from finemoe.serving.model_info import served
+from finemoe.serving.model_info import served_model
 from finemoe.serving.scheduler.worker import BatchingWorker
 from finemoe.serving.state import AppState
 from finemoe.store import DiskStore
 from tests.chat_model import make_chat_model
-from tests.serving.serve import Live, live
+from tests.serving.serve import LiveServer, live
 from tests.serving.test_server import HI, idle, until
 
 NAME = "my-model"
@@ -32,32 +32,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Live]:
+def server(folder: Path) -> Iterator[LiveServer]:
     config = ServeConfig(cache_bytes="16MiB", max_batch_tokens=64, max_running=4)
     with finemoe.load(folder, expert_memory="17%", dtype="float32") as model:
         worker = BatchingWorker(model, config)
         try:
             tokenizer = load_tokenizer(folder)
-            with live(AppState(served(model, tokenizer, worker, config, worker.capacity_tokens))) as made:
+            with live(AppState(served_model(model, tokenizer, worker, config, worker.capacity_tokens))) as made:
                 yield made
         finally:
             worker.close()
 
 
-def test_greedy_answers_are_those_of_generate(server: Live, folder: Path) -> None:
+def test_greedy_answers_are_those_of_generate(server: LiveServer, folder: Path) -> None:
     with finemoe.load(folder, expert_memory="17%", dtype="float32") as model:
         tokenizer = load_tokenizer(folder)
         prompt = tokenizer("The experts", return_tensors="pt")
         ids = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     expected = tokenizer.decode(ids, skip_special_tokens=True)
     client = server.client()
-    whole = client.completions.create(model=NAME, prompt="The experts", max_tokens=12, temperature=0)
-    assert whole.choices[0].text == expected
+    response = client.completions.create(model=NAME, prompt="The experts", max_tokens=12, temperature=0)
+    assert response.choices[0].text == expected
     chunks = client.completions.create(model=NAME, prompt="The experts", max_tokens=12, temperature=0, stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected
 
 
-def test_a_seed_draws_the_same_whatever_runs_beside_it(server: Live) -> None:
+def test_a_seed_gives_the_same_answer_whatever_else_runs(server: LiveServer) -> None:
     client = server.client()
 
     def ask(seed: int) -> list[str | None]:
@@ -71,7 +71,7 @@ def test_a_seed_draws_the_same_whatever_runs_beside_it(server: Live) -> None:
     assert len({text for texts in alone for text in texts}) > 4
 
 
-def test_answers_fit_a_schema_and_carry_log_probabilities(server: Live) -> None:
+def test_answers_match_a_schema_and_have_log_probabilities(server: LiveServer) -> None:
     given: Any = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": {"enum": ["yes", "no"]}}}
     answer = server.client().chat.completions.create(
         model=NAME,
@@ -89,14 +89,14 @@ def test_answers_fit_a_schema_and_carry_log_probabilities(server: Live) -> None:
         assert all(one.logprob <= 0 and len(one.top_logprobs) == 2 for one in choice.logprobs.content or [])
 
 
-def test_a_read_error_fails_its_request_alone(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, left = DiskStore.read, [20]
+def test_a_read_error_fails_only_its_request(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, reads_left = DiskStore.read, [20]
 
     def broken(store: DiskStore, run: Any, start_bytes: int, into: memoryview) -> None:
-        left[0] -= 1
-        if left[0] < 0:
+        reads_left[0] -= 1
+        if reads_left[0] < 0:
             raise OSError(errno.EIO, "Input/output error", store.name(run.file))
-        whole(store, run, start_bytes, into)
+        read(store, run, start_bytes, into)
 
     client = server.client()
     with monkeypatch.context() as patch:
@@ -108,7 +108,7 @@ def test_a_read_error_fails_its_request_alone(server: Live, monkeypatch: pytest.
     assert client.chat.completions.create(model=NAME, messages=HI, max_tokens=4).choices
 
 
-def test_nothing_is_left_after_clients_that_vanish(server: Live) -> None:
+def test_clients_that_disconnect_free_all_blocks(server: LiveServer) -> None:
     free = server.app_state.served.worker.load().free_cache_blocks
     client = server.client()
     for _ in range(5):

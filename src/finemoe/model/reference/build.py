@@ -1,4 +1,4 @@
-"""Build the checkpoint from a dense source and a bundle: resumable, verified, and in place all at once."""
+"""Builds the checkpoint from a dense source and a bundle: resumable, verified, renamed into place when complete."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ PROVENANCE = "provenance.json"
 
 
 def require_disk(folder: Path, needed_bytes: int) -> None:
-    """Raise `ReferenceModelError` unless the disk of `folder` has `needed_bytes` and a margin free."""
+    """Raises `ReferenceModelError` unless the disk of `folder` has `needed_bytes` plus a margin free."""
     free = shutil.disk_usage(folder).free
     if free < needed_bytes + MARGIN_BYTES:
         raise ReferenceModelError(
@@ -25,7 +25,7 @@ def require_disk(folder: Path, needed_bytes: int) -> None:
 
 
 def provenance(source: DenseSource, bundle: Bundle) -> dict[str, str]:
-    """What a build was made from; two builds with the same are the same."""
+    """Identifies a build's inputs: builds with equal provenance are equal."""
     return {
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "license": "apache-2.0",
@@ -37,11 +37,12 @@ def provenance(source: DenseSource, bundle: Bundle) -> dict[str, str]:
 
 
 def build(source: DenseSource, bundle: Bundle, work: Path, target: Path, *, progress: bool) -> None:
-    """Write the mixture into `work`, verify it, and rename it to `target`.
+    """Writes the mixture into `work`, verifies it, and renames it to `target`, which it replaces.
 
-    Shards that an earlier, killed build of the same source and bundle finished are kept. `target`
-    appears complete, in place of what may be left there. Raises `ReferenceModelError` for a source that does not
-    fit the bundle, or a full disk.
+    Finished shards of an interrupted build from the same source and bundle are reused.
+
+    Raises:
+        ReferenceModelError: the source does not fit the bundle, or the disk is full.
     """
     from safetensors import SafetensorError
     from tqdm import tqdm
@@ -51,7 +52,7 @@ def build(source: DenseSource, bundle: Bundle, work: Path, target: Path, *, prog
     shards = plan_shards(source, bundle)
     missing = [name for name in shards if not (work / name).exists()]
     require_disk(work, mixture_bytes(source.shape, bundle) * len(missing) // len(shards))
-    hidden = None if progress else True  # None: shown on a terminal only
+    hidden = None if progress else True  # None: only on a terminal
     done = len(shards) - len(missing)
     with tqdm(total=len(shards), initial=done, unit="shard", desc="reference model", disable=hidden) as bar:
         for name in missing:
@@ -66,27 +67,27 @@ def build(source: DenseSource, bundle: Bundle, work: Path, target: Path, *, prog
     _verify(source, bundle, work, list(shards))
     (work / "source.gguf").unlink(missing_ok=True)
     if target.exists():
-        shutil.rmtree(target)  # Something took files out of it; the caller holds the lock.
+        shutil.rmtree(target)  # incomplete: files were deleted from it; the caller holds the lock
     work.replace(target)
 
 
 def _claim(work: Path, made_from: dict[str, str]) -> None:
-    """Empty `work` of what another source or bundle left there, and note what is being built."""
-    note = work / PROVENANCE
+    """Deletes shards in `work` of another source or bundle, and records this build's provenance."""
+    path = work / PROVENANCE
     try:
-        left = json.loads(note.read_text(encoding="utf-8"))
+        previous = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        left = None
-    if left != made_from:
+        previous = None
+    if previous != made_from:
         for old in work.glob("model*"):
             old.unlink()
     for part in work.glob("*.part"):
         part.unlink()
-    note.write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_rest(source: DenseSource, bundle: Bundle, work: Path) -> None:
-    """The configuration and tokenizer files."""
+    """Writes the configuration and tokenizer files."""
     shape = source.shape
     documents = {"config.json": mixture_config(shape, bundle), "generation_config.json": generation_config(shape)}
     for name, document in documents.items():
@@ -95,7 +96,7 @@ def _write_rest(source: DenseSource, bundle: Bundle, work: Path) -> None:
 
 
 def _verify(source: DenseSource, bundle: Bundle, work: Path, names: list[str]) -> None:
-    """Index the shards; raise unless they hold every weight of the configuration."""
+    """Writes the index of the shards; raises `ReferenceModelError` if their total size is wrong."""
     index = read_index(work, dict.fromkeys(names))
     metadata = index["metadata"]
     expected = mixture_bytes(source.shape, bundle)

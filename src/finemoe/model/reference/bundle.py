@@ -1,12 +1,12 @@
-"""The shipped bundle: everything that turns the dense model into a mixture, and nothing else.
+"""The shipped bundle: the parameters that turn the dense model into a mixture.
 
-Letters: `L` layers, `E` experts, `K` experts per token, `D` hidden size, `F` dense neurons, `M` neurons of an expert.
+Shapes: `L` layers, `E` experts, `K` experts per token, `D` hidden size, `F` dense neurons, `M` neurons of an expert.
 
 An expert is a subset of `M` of its layer's `F` dense neurons with a scale for each. Every tensor is float16
-but the bitmask; names and shapes:
+except the bitmask; names and shapes:
 
     router         [L, E, D]   rows of the gate
-    neurons        [L, E, F/8] uint8, little-endian bits: the expert has the neuron
+    neurons        [L, E, F/8] uint8, little-endian bits: bit f is set if the expert has neuron f
     scales         [L, E, M]   factors on the down projection's columns, in ascending neuron order
     input_norm     [L, D]      replace the dense model's norms
     post_norm      [L, D]
@@ -35,7 +35,7 @@ ATTENTION = ("q", "k", "v", "o")
 
 @dataclass(frozen=True)
 class Bundle:
-    """A loaded bundle; the accessors return float32 arrays."""
+    """A loaded bundle; its accessors return float32 arrays."""
 
     tensors: Mapping[str, NDArray[np.generic]]
     metadata: Mapping[str, str]
@@ -72,14 +72,14 @@ class Bundle:
         return np.stack([np.flatnonzero(row) for row in bits])
 
     def delta(self, projection: str, layer: int) -> FloatArray | None:
-        """The low-rank change `[out, in]` of attention projection `q`, `k`, `v` or `o`; None without one."""
+        """The low-rank change `[out, in]` of attention projection `q`, `k`, `v` or `o`; `None` if there is none."""
         if f"delta.{projection}.up" not in self.tensors:
             return None
         up, down = self.array(f"delta.{projection}.up", layer), self.array(f"delta.{projection}.down", layer)
         return np.asarray(up @ down, dtype=np.float32)
 
     def check_fits(self, shape: DenseShape) -> None:
-        """Raise `ReferenceModelError` unless the bundle belongs to a dense model of this shape."""
+        """Raises `ReferenceModelError` unless the bundle belongs to a dense model of this shape."""
         layers, _experts, hidden = self.tensors["router"].shape
         found = (layers, hidden, self.tensors["neurons"].shape[2] * 8)
         if found != (shape.layers, shape.hidden, shape.neurons):
@@ -90,9 +90,10 @@ class Bundle:
 
 
 def load_bundle(path: Path | None = None) -> Bundle:
-    """Load the bundle at `path`, or the one shipped in this package.
+    """Loads the bundle at `path`, by default the one shipped in this package.
 
-    Raises `ReferenceModelError` when it is missing, damaged or incomplete.
+    Raises:
+        ReferenceModelError: it is missing, damaged or incomplete.
     """
     from safetensors import SafetensorError, safe_open
 

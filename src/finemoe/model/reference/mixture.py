@@ -1,6 +1,6 @@
-"""Turn dense layers and the bundle into the tensors and the configuration of a Mixtral checkpoint.
+"""Computes the tensors and the configuration of the Mixtral checkpoint from dense layers and the bundle.
 
-Pure functions: dense weights and bundle in, named float32 arrays out. Letters as in `bundle`.
+Pure functions; shapes as in `bundle`.
 """
 
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def mixture_layer(source: DenseSource, bundle: Bundle, layer: int) -> Iterator[t
 
 
 def mixture_top(source: DenseSource, bundle: Bundle) -> Iterator[tuple[str, FloatArray]]:
-    """Names and float32 weights of what is not in a layer: the (tied) embedding and the final norm."""
+    """Names and float32 weights outside the layers: the (tied) embedding and the final norm."""
     shape = source.shape
     yield EMBEDDING, read_checked(source, EMBEDDING, (shape.vocab, shape.hidden))
     yield FINAL_NORM, bundle.array("final_norm")
@@ -79,7 +79,7 @@ def mixture_config(shape: DenseShape, bundle: Bundle) -> dict[str, object]:
 
 
 def generation_config(shape: DenseShape) -> dict[str, object]:
-    """The `generation_config.json`. The penalty keeps greedy answers from repeating themselves (see the model card)."""
+    """The `generation_config.json`; its repetition penalty prevents loops (see docs/reference-model.md)."""
     return {
         "bos_token_id": shape.bos,
         "eos_token_id": shape.eos,

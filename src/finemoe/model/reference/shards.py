@@ -1,6 +1,6 @@
-"""Write a checkpoint shard by shard, so that memory holds one shard and a killed build resumes.
+"""Writes a checkpoint shard by shard: one shard is in memory at a time, and an interrupted build can resume.
 
-A shard file appears under its name only when it is complete and on disk.
+Shards are written under a temporary name, synced to disk, then renamed.
 """
 
 import json
@@ -20,7 +20,7 @@ Tensors = Iterator[tuple[str, FloatArray]]
 
 
 def plan_shards(source: DenseSource, bundle: Bundle) -> dict[str, Callable[[], Tensors]]:
-    """For every shard's file name, what yields its tensors: groups of layers, then the top."""
+    """A generator function of the tensors of each shard, by file name: groups of layers, then all other tensors."""
     groups = [
         range(first, min(first + LAYERS_PER_SHARD, source.shape.layers))
         for first in range(0, source.shape.layers, LAYERS_PER_SHARD)
@@ -38,7 +38,7 @@ def plan_shards(source: DenseSource, bundle: Bundle) -> dict[str, Callable[[], T
 
 
 def write_shard(path: Path, tensors: Tensors) -> None:
-    """Write `tensors` to `path` in bfloat16, atomically."""
+    """Writes `tensors` to `path` in bfloat16, atomically."""
     import torch
     from safetensors.torch import save_file
 
@@ -53,11 +53,12 @@ def write_shard(path: Path, tensors: Tensors) -> None:
 def read_index(folder: Path, names: Mapping[str, object]) -> dict[str, object]:
     """The index of the finished shards `names` in `folder`, from their headers.
 
-    Raises `ReferenceModelError` when a shard cannot be read.
+    Raises:
+        ReferenceModelError: a shard can't be read.
     """
     from safetensors import SafetensorError, safe_open
 
-    where: dict[str, str] = {}
+    shard_of: dict[str, str] = {}
     total_bytes = 0
     for name in names:
         try:
@@ -68,19 +69,19 @@ def read_index(folder: Path, names: Mapping[str, object]) -> dict[str, object]:
                     for length in size:
                         elements *= length
                     total_bytes += 2 * elements
-                    where[key] = name
+                    shard_of[key] = name
         except (OSError, SafetensorError) as error:
             raise ReferenceModelError(f"the shard {folder / name} is damaged ({error}); delete {folder}") from error
-    return {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(where.items()))}
+    return {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(shard_of.items()))}
 
 
 def write_index(folder: Path, index: Mapping[str, object]) -> None:
-    """Write the checkpoint's index file."""
+    """Writes the checkpoint's index file."""
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether `folder` holds a built checkpoint: its index, and every shard that the index names."""
+    """Whether `folder` has the checkpoint's index and every shard that it names."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError):

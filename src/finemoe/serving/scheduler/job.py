@@ -1,4 +1,4 @@
-"""What the border hands to the model's thread, and what comes back."""
+"""Jobs and the `Worker` interface: how the HTTP side hands work to the model thread, and what comes back."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 
 class Constraint(Protocol):
-    """Keeps an answer within a grammar. Belongs to one job; called in the order of its tokens."""
+    """Restricts an answer to a grammar. Belongs to one job; called once per token, in order."""
 
     def mask(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits `[V]` with what may not come next at minus infinity."""
+        """Logits `[V]` with every token that may not come next at minus infinity."""
 
     def accept(self, token: int) -> None:
-        """The answer goes on with `token`."""
+        """Advances the grammar by `token`."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Job:
     Args:
         name: unique among the jobs that run or wait.
         prompt: token ids, at least one.
-        max_tokens: the answer's most.
-        temperature: 0 takes the likeliest token.
-        top_p: of the probability mass, the share that is drawn from.
-        seed: of this job's own generator: what else runs does not change its draws. `None`: drawn from the system.
-        stop: token ids that end the answer; the one that did is reported, and counts.
-        logprobs: `None`: none; `n`: of each token that came, and of the `n` likeliest.
-        constraint: a grammar.
+        max_tokens: the most tokens of the answer.
+        temperature: 0 is greedy.
+        top_p: nucleus sampling; the share of the probability mass that is sampled from.
+        seed: of this job's own random generator, so that its samples do not depend on other jobs; `None`: random.
+        stop: token ids that end the answer. The one that ended it is reported and counted.
+        logprobs: `None` for none; `n` for those of each generated token and of the `n` most likely ones.
+        constraint: a grammar, or `None`.
     """
 
     name: str
@@ -48,54 +48,59 @@ class Job:
 
 @dataclass(frozen=True)
 class Token:
-    """The next token of an answer; `likeliest` are pairs of id and log probability, best first."""
+    """A generated token; `top_logprobs` are pairs of token id and log probability, most likely first."""
 
     id: int
     logprob: float | None = None
-    likeliest: tuple[tuple[int, float], ...] = ()
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Finished:
-    """An answer's end: a stop token, `max_tokens`, a `cancel`, or an error (then with its message)."""
+    """The end of a job: a stop token, `max_tokens`, a `cancel`, or an error (with its message)."""
 
     reason: Literal["stop", "length", "cancelled", "error"]
     message: str = ""
 
 
-Listener = Callable[[str, Token | Finished], None]  # the job's name; called from the model's thread, must not block
+JobListener = Callable[[str, Token | Finished], None]  # gets the job's name; runs on the model thread, must not block
 
 
 @dataclass(frozen=True)
-class Load:
-    """What the model's thread has on its hands."""
+class WorkerLoad:
+    """Jobs and key-value cache blocks in use."""
 
     running: int
     waiting: int
-    free_cache_blocks: int  # of the key-value cache
+    free_cache_blocks: int
     cache_blocks: int
 
 
 class Worker(Protocol):
-    """Runs jobs. Safe to call from any thread; returns at once, but for `drain` and `close`."""
+    """Runs jobs. Thread-safe; calls return at once, except `drain` and `close`."""
 
-    def submit(self, job: Job, listener: Listener) -> None:
-        """Take a job. `Finished` is the last thing its listener hears, and is heard exactly once.
+    def submit(self, job: Job, listener: JobListener) -> None:
+        """Queue a job. `Finished` is the last event that its listener gets, exactly once.
 
         Raises:
-            RuntimeError: the worker is draining or closed.
+            ValueError: the job can never run.
+            RuntimeError: the worker is draining or closed, or has failed.
         """
 
     def cancel(self, name: str) -> None:
-        """End a job within one step, its slots and cache freed; unknown names (it has just finished) are ignored."""
+        """End a job within one forward pass and free its cache; unknown or finished names are ignored."""
 
-    def load(self) -> Load: ...
+    def load(self) -> WorkerLoad: ...
 
     def failure(self) -> str | None:
-        """Why no job can run any more, in one line, if the thread has ended by itself; else `None`."""
+        """The error that ended the model thread, in one line; `None` while it is healthy."""
 
     def drain(self, timeout_s: float) -> bool:
-        """Take no more jobs and wait for those at hand. Returns whether all finished; the others are cancelled."""
+        """Refuse new jobs and wait for the others; those unfinished after `timeout_s` are cancelled.
+
+        Returns:
+            Whether all jobs finished in time.
+        """
 
     def close(self) -> None:
-        """Cancel everything and end the thread."""
+        """Cancel all jobs and end the thread."""

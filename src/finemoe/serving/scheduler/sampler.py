@@ -1,4 +1,4 @@
-"""Chooses a job's next token out of the model's logits. Every job draws from a generator of its own."""
+"""Sampling of the next token: temperature, nucleus (top-p), grammar constraint, log probabilities."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from finemoe.serving.scheduler.job import Job, Token
 
-_SEEDS = 1 << 64  # what a generator tells apart
+_NUM_SEEDS = 1 << 64  # torch generators take 64-bit seeds
 
 
 class Sampler:
-    """Chooses the tokens of one job, in order."""
+    """Samples the tokens of one job, in order, from a random generator of its own."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -19,45 +19,44 @@ class Sampler:
         if job.seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed(job.seed % _SEEDS)
+            self._generator.manual_seed(job.seed % _NUM_SEEDS)
 
     @property
-    def plain(self) -> bool:
-        """Whether it takes the likeliest token, whatever that is, and is asked for nothing else."""
+    def is_greedy(self) -> bool:
+        """Whether the argmax of the logits is all that is needed: no sampling, constraint or log probabilities."""
         job = self._job
         return job.temperature == 0 and job.constraint is None and job.logprobs is None
 
-    def choose(self, logits: Tensor) -> Token:
-        """The next token, for the model's logits `[V]`. A constraint hears of it, unless it ends the answer.
+    def sample(self, logits: Tensor) -> Token:
+        """The next token for logits `[V]`; the constraint, if any, advances unless the token ends the answer.
 
         Log probabilities are the model's: before temperature, `top_p` and constraint.
 
         Raises:
-            ValueError: the constraint allows no token, or the logits are no numbers.
+            ValueError: the constraint allows no token, or the logits contain NaN.
         """
         logits, job = logits.detach().to("cpu", torch.float32), self._job
         allowed = logits if job.constraint is None else job.constraint.mask(logits.clone())
         best = allowed.max()
         if not best.isfinite():
-            raise ValueError("no token may come next: the constraint allows none, or the model's logits are no numbers")
+            raise ValueError("no token can come next: the constraint allows none, or the model's logits are NaN")
         token = int(allowed.argmax()) if job.temperature == 0 else self._draw((allowed - best) / job.temperature)
         if job.constraint is not None and token not in job.stop:
             job.constraint.accept(token)
-        return _described(token, logits, job.logprobs)
+        return _with_logprobs(token, logits, job.logprobs)
 
     def _draw(self, logits: Tensor) -> int:
-        chances = logits.softmax(0)
+        probabilities = logits.softmax(0)
         if self._job.top_p >= 1:
-            return int(torch.multinomial(chances, 1, generator=self._generator))
-        chances, ids = chances.sort(descending=True, stable=True)
-        chances[chances.cumsum(0) - chances >= self._job.top_p] = 0  # what the likelier ones have used up
-        return int(ids[torch.multinomial(chances, 1, generator=self._generator)])
+            return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        probabilities, ids = probabilities.sort(descending=True, stable=True)
+        probabilities[probabilities.cumsum(0) - probabilities >= self._job.top_p] = 0  # outside the nucleus
+        return int(ids[torch.multinomial(probabilities, 1, generator=self._generator)])
 
 
-def _described(token: int, logits: Tensor, likeliest: int | None) -> Token:
-    """A token with what was asked about it."""
-    if likeliest is None:
+def _with_logprobs(token: int, logits: Tensor, count: int | None) -> Token:
+    if count is None:
         return Token(token)
     logprobs = logits.log_softmax(0)
-    values, ids = logprobs.topk(min(likeliest, len(logprobs)))
+    values, ids = logprobs.topk(min(count, len(logprobs)))
     return Token(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

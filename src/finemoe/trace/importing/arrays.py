@@ -1,7 +1,8 @@
-"""Routing as arrays: `routing.npz` (`expert_ids [N, L, K]`, `probs [N, L, K]`, `offsets [R + 1]`) and `prompts.jsonl`.
+"""Imports routing stored as arrays: a folder with `routing.npz` and `prompts.jsonl`.
 
-Only decoding was recorded, one row a step; row t of a request has the t-th of its `input_tokens` as input. `probs` are
-normalised over the selected experts: they become weights, and the full distribution is missing.
+The npz has `expert_ids [N, L, K]`, `probs [N, L, K]` and `offsets [R + 1]`. There are decode steps only, one row each;
+row t of a request is for the t-th of its `input_tokens` in the JSON lines. `probs` are normalised over the selected
+experts: they become weights, and the full distribution is missing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def open_source(path: Path, model: str | None, experts: int | None, _progress: P
 
 
 class ArraySource:
-    """Everything is read at once: a row takes a few hundred bytes."""
+    """Reads everything at once: a row takes a few hundred bytes."""
 
     def __init__(self, file: Path, model: str | None, experts: int | None) -> None:
         self.notices: list[str] = []
@@ -62,10 +63,10 @@ class ArraySource:
 
     def requests(self) -> Iterator[RequestTrace]:
         for index, tokens in enumerate(self._tokens):
-            stretch = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
-            ids, weights = self._ids[stretch], None
+            rows = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
+            ids, weights = self._ids[rows], None
             if self._weights is not None:
-                ids, weights = by_weight(ids, self._weights[stretch])
+                ids, weights = by_weight(ids, self._weights[rows])
             yield RequestTrace(
                 phases=np.full(len(tokens), DECODE, np.uint8),
                 rows=np.arange(len(tokens) + 1),
@@ -80,8 +81,8 @@ class ArraySource:
             raise TraceError(f"{self._file}: expert_ids are {ids.dtype} {list(ids.shape)}, not whole numbers [N, L, K]")
         if weights is not None and (weights.shape != ids.shape or weights.dtype.kind != "f"):
             raise TraceError(f"{self._file}: probs are {weights.dtype} {list(weights.shape)}, unlike expert_ids")
-        ascend = offsets.ndim == 1 and len(offsets) > 1 and (np.diff(offsets) > 0).all()
-        if not ascend or offsets[0] or offsets[-1] != len(ids):
+        ascending = offsets.ndim == 1 and len(offsets) > 1 and (np.diff(offsets) > 0).all()
+        if not ascending or offsets[0] or offsets[-1] != len(ids):
             raise TraceError(f"{self._file}: offsets don't ascend from 0 to the {len(ids)} rows of expert_ids")
         if len(self._tokens) != len(self):
             raise TraceError(f"{self._file.parent / _PROMPTS}: has {len(self._tokens)} requests, the npz {len(self)}")
@@ -112,12 +113,12 @@ def _tokens(file: Path) -> list[list[str]]:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    own = json.loads(line)["input_tokens"]
-                    if not isinstance(own, list) or not all(isinstance(token, str) for token in own):
+                    strings = json.loads(line)["input_tokens"]
+                    if not isinstance(strings, list) or not all(isinstance(token, str) for token in strings):
                         raise TraceError(f"{file}:{number}: input_tokens are not a list of strings")
-                    tokens.append(own)
+                    tokens.append(strings)
     except FileNotFoundError as error:
-        raise TraceError(f"{file}: is missing; it holds the tokens that belong to the npz") from error
+        raise TraceError(f"{file}: is missing; it has the tokens of the npz") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TraceError(f"{file}: damaged after request {len(tokens)} ({error!r})") from error
     return tokens

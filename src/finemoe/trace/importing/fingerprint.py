@@ -1,9 +1,9 @@
-"""Expert fingerprints: JSON files, each with one or several requests.
+"""Imports expert fingerprints: JSON files, each with one or several requests.
 
 A request has `full_text`, the strings of all its tokens, and `router_data`, a list of `{"token_P": {"layer_l":
-{"selected_experts": [..], "selected_probs": [..], "full_scores": [..]}}}`, where P is the place in `full_text` of the
-token that was the input. `selected_probs` are normalised over the selected experts; `full_scores`, a distribution over
-all experts, is mostly left out. Only decoding was recorded.
+{"selected_experts": [..], "selected_probs": [..], "full_scores": [..]}}}`, where P is the index in `full_text` of the
+input token. `selected_probs` are normalised over the selected experts; `full_scores`, a distribution over all experts,
+is mostly missing. The source has decode steps only.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _MARK = b'"router_data"'
 
 
 def open_source(path: Path, model: str | None, experts: int | None, progress: Progress) -> FingerprintSource | None:
-    """The source at `path` if it has this layout: a folder, searched to its depth, or one file."""
+    """The source at `path` if it has this layout: a folder, searched recursively, or one file."""
     candidates = sorted(path.rglob("*.json")) if path.is_dir() else [path] * (path.suffix == ".json")
     files = [file for file in candidates if _MARK in file.read_bytes()]
     return FingerprintSource(files, model or path.resolve().stem, experts, progress) if files else None
 
 
 class FingerprintSource:
-    """Read twice: once for the sizes and the vocabulary, once for the requests. One file at a time is in memory."""
+    """Reads the files twice, one at a time: first for sizes and vocabulary, then for the requests."""
 
     def __init__(self, files: list[Path], model: str, experts: int | None, progress: Progress) -> None:
         self.notices: list[str] = []

@@ -1,8 +1,8 @@
-"""simllm's preplay traces: JSON lines under a schema `simllm-preplay-trace-vN`.
+"""Imports simllm's preplay traces: JSON lines with a schema `simllm-preplay-trace-vN`.
 
-A `header` row tells the model, its experts and its MoE layers; `request` rows name requests; a row for each token that
-ran through the model has `phase`, `token_id`, `token_index` and `routing`, for each layer `expert_ids` and, in some,
-`gate_weights`. Other rows are not about routing. A `footer` counts them.
+A `header` row has the model, its number of experts and its MoE layers; `request` rows have request ids; a row for each
+token that ran through the model has `phase`, `token_id`, `token_index` and `routing`, which has `expert_ids` for each
+layer and, in some files, `gate_weights`. Other rows are ignored. A `footer` row has the numbers of rows.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _PHASES = {"prefill": PREFILL, "decode": DECODE}
 
 
 def open_source(path: Path, model: str | None, _experts: int | None, progress: Progress) -> SimllmSource | None:
-    """The source at `path` if it has this layout: a file, or a folder of them about one model."""
+    """The source at `path` if it has this layout: a file, or a folder of files of one model."""
     candidates = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] * (path.suffix == ".jsonl")
-    files = [file for file in candidates if _is_ours(file)]
+    files = [file for file in candidates if _has_schema(file)]
     return SimllmSource(files, model, progress) if files else None
 
 
-def _is_ours(file: Path) -> bool:
+def _has_schema(file: Path) -> bool:
     with file.open("rb") as lines:
         return _SCHEMA.encode() in lines.readline(1 << 20)
 
 
 class SimllmSource:
-    """Read at once: these traces are small."""
+    """Reads everything at once: these traces are small."""
 
     def __init__(self, files: list[Path], model: str | None, progress: Progress) -> None:
         self.notices: list[str] = []
@@ -46,7 +46,7 @@ class SimllmSource:
         first = parsed[0]
         for other in parsed[1:]:
             if other.sizes != first.sizes:
-                raise TraceError(f"{other.path}: is about another model than {first.path}; import one at a time")
+                raise TraceError(f"{other.path}: is of another model than {first.path}; import one at a time")
         self._model, self._layers, self._experts, self._active = first.sizes
         self._model = model or self._model
         self._weighted = all(file.weighted for file in parsed)
@@ -94,7 +94,7 @@ class SimllmSource:
 
 
 class _File:
-    """One file, checked: its sizes, and the routing rows of each request."""
+    """Parses and checks one file: its sizes, and the routing rows of each request."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -121,19 +121,19 @@ class _File:
         if footer is None:
             raise TraceError(f"{path}: was cut off: it has no footer")
         for phase in _PHASES:
-            promised = footer.get(f"{phase}_forward_token_count", footer.get(f"{phase}_dispatch_count"))
+            stated = footer.get(f"{phase}_forward_token_count", footer.get(f"{phase}_dispatch_count"))
             counted = sum(row["phase"] == phase for rows in self.requests for row in rows)
-            if promised is not None and promised != counted:
-                raise TraceError(f"{path}: its footer promises {promised} {phase} rows, it has {counted}")
+            if stated is not None and stated != counted:
+                raise TraceError(f"{path}: its footer states {stated} {phase} rows, it has {counted}")
         self.weighted = all("gate_weights" in each for rows in self.requests for row in rows for each in row["routing"])
 
     def _read_header(self, row: dict[str, Any]) -> None:
         self.schema = str(row["schema"])
         if self.schema.removeprefix(_SCHEMA) not in _KNOWN:
             raise TraceError(f"{self.path}: is under {self.schema}; known are {', '.join(_KNOWN)}")
-        about = row["provenance"]
-        layers = tuple(about["moe_layer_indices"])
-        self.sizes = str(about["model_id"]), layers, int(about["expert_count"]), int(about["top_k"])
+        provenance = row["provenance"]
+        layers = tuple(provenance["moe_layer_indices"])
+        self.sizes = str(provenance["model_id"]), layers, int(provenance["expert_count"]), int(provenance["top_k"])
 
     def _check(self, row: dict[str, Any], number: int) -> None:
         _, layers, _, active = self.sizes

@@ -1,4 +1,4 @@
-"""What every importer gives: a header, and requests one after another."""
+"""The interface of importers (`TraceSource`), and helpers that they share."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ Progress = Callable[[list[Path]], Iterable[Path]]
 
 
 class TraceSource(Protocol):
-    """Routing in a foreign layout, opened and checked."""
+    """Routing in another tool's layout, opened and checked."""
 
-    notices: list[str]  # what the user should know: what was derived, what is missing
+    notices: list[str]  # for the user: facts that were derived, fields that are missing
 
     def header(self, licence: str | None) -> TraceHeader:
-        """Of the trace to be."""
+        """Header of the trace to write."""
 
     def requests(self) -> Iterator[RequestTrace]:
-        """In the source's order.
+        """The requests, in the source's order.
 
         Raises:
-            TraceError: damaged; the message names file and place.
+            TraceError: damaged; the message names the file and the place in it.
         """
 
     def __len__(self) -> int:
-        """Requests."""
+        """Number of requests."""
 
 
 class Vocabulary:
-    """Numbers strings in the order of their first appearance: ids for sources that have token texts only."""
+    """Assigns ids to token strings in order of first appearance, for sources without token ids."""
 
     def __init__(self) -> None:
         self._ids: dict[str, int] = {}
@@ -48,15 +48,21 @@ class Vocabulary:
 
 
 def by_weight(ids: NDArray[Any], weights: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Both `[n, L, K]`, ordered by weight, descending, along the last axis; as they are if they already were."""
+    """Sorts ids and weights `[T, L, K]` by weight, descending, along the last axis; no copy if they are sorted."""
     if weights.shape[-1] < 2 or not (np.diff(weights, axis=-1) > 0).any():
         return ids, weights
     order = np.argsort(-weights, axis=-1, kind="stable")
     return np.take_along_axis(ids, order, -1), np.take_along_axis(weights, order, -1)
 
 
-def derived_experts(highest: int, told: int | None, notices: list[str]) -> int:
-    """`E` where the source does not say: what the user told, or one above the highest id that was seen."""
-    if told is None:
+def derived_experts(highest: int, given: int | None, notices: list[str]) -> int:
+    """`E` for a source that does not state it: the user's value, else one above the highest expert id.
+
+    Args:
+        highest: largest expert id of the source.
+        given: the user's value.
+        notices: gets a notice if `E` was derived.
+    """
+    if given is None:
         notices.append(f"experts: taken to be {highest + 1}, one above the highest id; if there are more, --experts")
-    return highest + 1 if told is None else told
+    return highest + 1 if given is None else given

@@ -1,30 +1,30 @@
-// Requests to the server that this page came from, with the API key where it asks for one.
+// Requests to the page's own server, with the API key if there is one.
 
 let key = "";
-let asked = () => {};
+let keyRequired = () => {};
 
-export class Refused extends Error {
+export class RequestError extends Error {
   constructor(status, message) {
     super(message);
     this.status = status;
   }
 }
 
-// `then` is called whenever the server wants a key that it was not given.
-export function whenKeyIsAsked(then) {
-  asked = then;
+// Calls `handler` whenever the server answers 401.
+export function onKeyRequired(handler) {
+  keyRequired = handler;
 }
 
 export function useKey(text) {
   key = text;
 }
 
-// A response, or `Refused` with the server's own words.
-export async function call(path, { body, signal, fallback_s } = {}) {
+// A response; throws `RequestError` with the server's message.
+export async function call(path, { body, signal, timeout_s } = {}) {
   const headers = {};
   if (key) headers.authorization = `Bearer ${key}`;
   if (body) headers["content-type"] = "application/json";
-  const signals = [signal, fallback_s && AbortSignal.timeout(1000 * fallback_s)].filter(Boolean);
+  const signals = [signal, timeout_s && AbortSignal.timeout(1000 * timeout_s)].filter(Boolean);
   const response = await fetch(path, {
     method: body ? "POST" : "GET",
     headers,
@@ -33,12 +33,12 @@ export async function call(path, { body, signal, fallback_s } = {}) {
     signal: signals.length ? AbortSignal.any(signals) : undefined,
   });
   if (response.ok) return response;
-  if (response.status === 401) asked();
+  if (response.status === 401) keyRequired();
   const answer = await response.json().catch(() => ({}));
-  throw new Refused(response.status, answer.error?.message ?? `The server answered with status ${response.status}.`);
+  throw new RequestError(response.status, answer.error?.message ?? `The server answered with status ${response.status}.`);
 }
 
 export async function get(path) {
-  const response = await call(path, { fallback_s: 15 });
+  const response = await call(path, { timeout_s: 15 });
   return response.json();
 }

@@ -5,7 +5,7 @@ import { NOTHING, ago, bandwidth, count, rate, seconds, share, text } from "./fo
 const WIDTH = 300;
 const HEIGHT = 72;
 const KEPT_S = 600;
-const SHORTEST_S = 60; // what a young server's charts span
+const SHORTEST_S = 60; // time span of the charts right after start
 
 const CHARTS = [
   { name: "tok_s", title: "Tokens per second", form: rate, area: true },
@@ -27,7 +27,7 @@ export class Charts {
     return this.columns.time_s?.at(-1) ?? 0;
   }
 
-  // Takes newer samples in, forgets those of more than ten minutes ago, and draws.
+  // Adds new samples, drops those older than ten minutes, and draws.
   update(samples) {
     const times = [...(this.columns.time_s ?? []), ...samples.time_s];
     const from = times.findIndex((time) => time > (times.at(-1) ?? 0) - KEPT_S);
@@ -118,7 +118,7 @@ class Chart {
   }
 }
 
-// Sparse values are joined over the seconds without one; of others, a gap is a gap.
+// The path of a chart. Sparse values are connected across gaps, others are not.
 function path(times, values, x, y, sparse = false) {
   let d = "";
   let drawing = false;

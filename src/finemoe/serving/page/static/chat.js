@@ -1,4 +1,4 @@
-// A conversation with the model, streamed from /v1/chat/completions. Text is only ever set as text, never as markup.
+// A conversation with the model, streamed from /v1/chat/completions. Text is set as text, never as markup.
 
 import { call, get } from "./api.js";
 import { plural, seconds, text } from "./format.js";
@@ -6,7 +6,7 @@ import { plural, seconds, text } from "./format.js";
 export class Chat {
   constructor(parts) {
     Object.assign(this, parts);
-    this.turns = []; // of the conversation, as the API wants them
+    this.turns = []; // messages of the conversation, in the API's format
     this.running = null; // an AbortController
     this.form.addEventListener("submit", (event) => {
       event.preventDefault();
@@ -34,15 +34,15 @@ export class Chat {
     answer.turn.classList.add("busy");
     this.prompt.value = "";
     try {
-      const took = await this.#stream([...this.turns, { role: "user", content }], answer.text);
-      this.#finish(answer, content, took);
+      const timing = await this.#stream([...this.turns, { role: "user", content }], answer.text);
+      this.#finish(answer, content, timing);
     } catch (error) {
       if (this.running.signal.aborted) {
         this.#finish(answer, content, "stopped");
       } else {
         if (!answer.text.textContent) answer.turn.remove();
         if (!answer.turn.isConnected) asked.turn.remove();
-        if (!this.prompt.value) this.prompt.value = content; // nothing that was typed is lost
+        if (!this.prompt.value) this.prompt.value = content; // keeps what was typed
         this.error.textContent = error instanceof TypeError ? "The server can't be reached. Is it still running?" : error.message;
         this.error.hidden = false;
       }
@@ -53,7 +53,7 @@ export class Chat {
     }
   }
 
-  // Appends the answer to `into` as it comes. Returns what it took, for people.
+  // Streams the answer into `into`. Returns its timing as text.
   async #stream(messages, into) {
     const begin = performance.now();
     this.model ??= (await get("v1/models")).data[0].id;
@@ -89,14 +89,14 @@ export class Chat {
     return parts.join(", ");
   }
 
-  #finish(answer, content, took) {
+  #finish(answer, content, timing) {
     this.turns.push({ role: "user", content }, { role: "assistant", content: answer.text.textContent });
     const note = document.createElement("p");
     note.className = "took";
-    note.textContent = took;
+    note.textContent = timing;
     answer.turn.append(note);
     this.log.scrollTop = this.log.scrollHeight;
-    this.news.textContent = took === "stopped" ? "Answer stopped." : `Answer complete: ${answer.text.textContent}`;
+    this.news.textContent = timing === "stopped" ? "Answer stopped." : `Answer complete: ${answer.text.textContent}`;
   }
 
   #turn(kind, name) {
@@ -115,7 +115,7 @@ export class Chat {
     this.send.hidden = busy;
     this.stop.hidden = !busy;
     this.clear.disabled = busy || !this.log.querySelector(".turn");
-    if (busy) this.news.textContent = "The model answers.";
+    if (busy) this.news.textContent = "The model is answering.";
     if (busy && document.activeElement === this.send) this.stop.focus();
     if (!busy && (document.activeElement === document.body || document.activeElement === this.stop)) this.prompt.focus();
   }
@@ -130,7 +130,7 @@ export class Chat {
   }
 }
 
-// The events of a stream as they come, parsed; ends at [DONE] or with the stream.
+// Yields the parsed events of a stream until [DONE] or its end.
 async function* events(body) {
   let rest = "";
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();

@@ -1,8 +1,8 @@
-// What is known of every expert, kept up to date from answers of /v1/experts.
+// The state of every expert, updated from responses of /v1/experts.
 
 const COUNTS = ["hits", "late", "misses", "prefetched", "wasted"];
 
-export const EVENTS = ["hit", "prefetch", "late", "miss"]; // of several at once, the last is shown
+export const EVENTS = ["hit", "prefetch", "late", "miss"]; // if several happen at once, the last one is shown
 
 export class Experts {
   constructor() {
@@ -25,24 +25,24 @@ export class Experts {
     return this.hits[index] + this.late[index] + this.misses[index];
   }
 
-  // Takes an answer in. Returns whether the shape is new, the indices that changed, and pairs of index and event.
-  take(answer) {
-    const reshaped = String(answer.experts) !== String(this.sizes);
-    if (reshaped) this.#shape(answer.experts);
-    const first = answer.since === null;
-    const changed = new Int32Array(answer.layer.length);
+  // Applies a response. Returns whether the shape changed, the changed indices, and pairs of index and event.
+  apply(response) {
+    const reshaped = String(response.experts) !== String(this.sizes);
+    if (reshaped) this.#shape(response.experts);
+    const first = response.since === null;
+    const changed = new Int32Array(response.layer.length);
     const events = [];
     for (let row = 0; row < changed.length; row += 1) {
-      const index = answer.layer[row] * this.width + answer.expert[row];
+      const index = response.layer[row] * this.width + response.expert[row];
       changed[row] = index;
-      this.state[index] = answer.state[row];
+      this.state[index] = response.state[row];
       for (const [event, name] of [[0, "hits"], [1, "prefetched"], [2, "late"], [3, "misses"]]) {
-        if (!first && answer[name][row] > this[name][index]) events.push(index, event);
+        if (!first && response[name][row] > this[name][index]) events.push(index, event);
       }
-      for (const name of COUNTS) this[name][index] = answer[name][row];
+      for (const name of COUNTS) this[name][index] = response[name][row];
     }
-    this.snapshot = answer.snapshot;
-    this.states = answer.states;
+    this.snapshot = response.snapshot;
+    this.states = response.states;
     return { reshaped, changed, events };
   }
 

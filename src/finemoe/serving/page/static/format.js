@@ -1,4 +1,4 @@
-// Numbers for people.
+// Formats numbers for display.
 
 const plain = new Intl.NumberFormat("en");
 

@@ -1,4 +1,4 @@
-// The map: one cell for each expert, on a canvas. Draws what has changed, so that ten thousand cells cost nothing.
+// The map: one cell per expert, on a canvas. Only changed cells are drawn, so that ten thousand cells are cheap.
 
 import { EVENTS } from "./experts.js";
 import { count, plural } from "./format.js";
@@ -6,7 +6,7 @@ import { count, plural } from "./format.js";
 const PLACES = ["absent", "flight", "resident", "use"];
 const FADE_MS = 1100;
 const FRAME_MS = 33;
-const SIZES = [0.5, 0.68, 1, 1]; // of a cell: where it is told by size as well as by colour
+const SIZES = [0.5, 0.68, 1, 1]; // share of a large cell that is filled, by state
 const NAMES = { absent: "on disk", "in flight": "in flight", resident: "in memory", "in use": "in use" };
 
 export class ExpertMap {
@@ -15,9 +15,9 @@ export class ExpertMap {
     this.context = canvas.getContext("2d", { alpha: false });
     this.view = "place";
     this.most = 1;
-    this.flashes = new Map(); // index -> [event, since when]
+    this.flashes = new Map(); // index -> [event, start in ms]
     this.at = null; // the cursor: [layer, expert]
-    this.calm = matchMedia("(prefers-reduced-motion: reduce)");
+    this.reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
     new ResizeObserver(() => this.layOut()).observe(frame);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.layOut());
     canvas.addEventListener("pointermove", (event) => this.#point(event));
@@ -34,16 +34,16 @@ export class ExpertMap {
 
   update({ reshaped, changed, events }) {
     const now = performance.now();
-    if (this.calm.matches) this.#calmDown();
+    if (this.reducedMotion.matches) this.#clearFlashes();
     for (let i = 0; i < events.length; i += 2) this.flashes.set(events[i], [events[i + 1], now]);
     const rescaled = this.view !== "place" && this.#measure();
     if (reshaped || rescaled) this.layOut();
     else for (const index of changed) this.#cell(index);
     if (this.flashes.size) this.#animate();
-    if (this.at) this.#tell();
+    if (this.at) this.#showTip();
   }
 
-  // Sizes the canvas for the model and the room there is, and draws everything.
+  // Sizes the canvas for the model and the available width, and draws everything.
   layOut() {
     const { experts, frame, canvas, context } = this;
     const { layers, width } = experts;
@@ -55,11 +55,11 @@ export class ExpertMap {
     this.top = Math.round(20 * ratio);
     const free = room * ratio - this.left;
     const long = Math.max(layers, width);
-    const flat = free / long >= 2.5 * ratio; // the longer side lies flat if its cells can be seen then
+    const flat = free / long >= 2.5 * ratio; // the longer side is horizontal if its cells are wide enough then
     this.across = flat === layers >= width ? "layer" : "expert";
     [this.columns, this.rows] = this.across === "layer" ? [layers, width] : [width, layers];
     this.w = Math.max(1, Math.min(Math.floor(free / this.columns), Math.round(40 * ratio)));
-    const tall = Math.max(this.w, Math.min(18 * ratio, (300 * ratio) / this.rows)); // narrow cells grow upwards
+    const tall = Math.max(this.w, Math.min(18 * ratio, (300 * ratio) / this.rows)); // narrow cells are taller
     this.h = Math.max(Math.ceil(2 * ratio), Math.floor(Math.min(tall, 30 * ratio, (640 * ratio) / this.rows)));
     this.gap = Math.min(this.w, this.h) >= 5 * ratio ? Math.max(1, Math.round(Math.min(this.w, this.h) * 0.12)) : 0;
     canvas.width = Math.ceil(this.left + this.columns * this.w);
@@ -82,7 +82,7 @@ export class ExpertMap {
     this.colours = Object.fromEntries(named.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
   }
 
-  // The largest count of the view; whether it has grown enough to draw everything anew.
+  // Updates the largest count of the view. Returns whether it changed enough to redraw everything.
   #measure() {
     if (this.view === "place") return false;
     let most = 1;
@@ -125,7 +125,7 @@ export class ExpertMap {
     }
     const flash = this.flashes.get(index);
     if (flash) {
-      context.globalAlpha = this.calm.matches ? 1 : Math.max(0, 1 - (now - flash[1]) / FADE_MS) ** 0.8;
+      context.globalAlpha = this.reducedMotion.matches ? 1 : Math.max(0, 1 - (now - flash[1]) / FADE_MS) ** 0.8;
       context.fillStyle = colours[EVENTS[flash[0]]];
       if (this.gap) this.#frame(x, y, w, h);
       else this.#box(x, y, w, h, 1);
@@ -147,7 +147,7 @@ export class ExpertMap {
     this.context.fill();
   }
 
-  // A flash frames a cell that is large enough, so that its place goes on showing.
+  // In a large cell a flash is a frame, so that its state stays visible.
   #frame(x, y, w, h) {
     const line = Math.max(2, Math.round(Math.min(w, h) * 0.16));
     this.context.beginPath();
@@ -156,20 +156,20 @@ export class ExpertMap {
     this.context.fill("evenodd");
   }
 
-  // Without motion, a flash stands still until the next answer.
-  #calmDown() {
+  // With reduced motion, a flash stays until the next response.
+  #clearFlashes() {
     const gone = [...this.flashes.keys()];
     this.flashes.clear();
     for (const index of gone) this.#cell(index);
   }
 
   #animate() {
-    if (this.calm.matches) {
+    if (this.reducedMotion.matches) {
       for (const index of this.flashes.keys()) this.#cell(index);
       return;
     }
-    if (this.frameAsked) return;
-    this.frameAsked = true;
+    if (this.frameRequested) return;
+    this.frameRequested = true;
     let drawn = 0;
     const step = (now) => {
       if (now - drawn >= FRAME_MS) {
@@ -179,8 +179,8 @@ export class ExpertMap {
           this.#cell(index, now);
         }
       }
-      this.frameAsked = this.flashes.size > 0;
-      if (this.frameAsked) requestAnimationFrame(step);
+      this.frameRequested = this.flashes.size > 0;
+      if (this.frameRequested) requestAnimationFrame(step);
     };
     requestAnimationFrame(step);
   }
@@ -239,11 +239,11 @@ export class ExpertMap {
       return;
     }
     this.#ring();
-    this.#tell();
+    this.#showTip();
     if (spoken) this.cursorText.textContent = this.describe(...place).join(", ");
   }
 
-  // The ring lies over its neighbours: they are drawn anew when it goes.
+  // The ring overlaps the neighbours: they are redrawn when it is removed.
   #around([layer, expert]) {
     for (const l of [layer - 1, layer, layer + 1]) {
       for (const e of [expert - 1, expert, expert + 1]) {
@@ -271,7 +271,7 @@ export class ExpertMap {
     ];
   }
 
-  #tell() {
+  #showTip() {
     const [title, ...lines] = this.describe(...this.at);
     const head = document.createElement("b");
     head.textContent = title;
@@ -286,7 +286,7 @@ export class ExpertMap {
   }
 }
 
-// How many cells from label to label, so that each has `room`.
+// Number of cells between labels, so that each label has `room` pixels.
 function step(room, cell) {
   for (const every of [1, 2, 4, 5, 8, 10, 16, 20, 32, 64]) if (every * cell >= room) return every;
   return 128;

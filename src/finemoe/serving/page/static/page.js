@@ -1,6 +1,6 @@
-// The page: asks the server what is new while someone looks, and hands it to the map, the charts and the header.
+// The page: polls the server while it is visible, and updates the map, the charts and the header.
 
-import { Refused, get, useKey, whenKeyIsAsked } from "./api.js";
+import { RequestError, get, onKeyRequired, useKey } from "./api.js";
 import { Charts } from "./charts.js";
 import { Chat } from "./chat.js";
 import { Experts } from "./experts.js";
@@ -9,8 +9,8 @@ import { ExpertMap } from "./map.js";
 
 const EXPERTS_MS = 500;
 const LIVE_MS = 1000;
-const LONGEST_MS = 8000; // between two tries while the server is away
-const SPEECH_MS = 20000; // a screen reader is not told more often than this
+const LONGEST_MS = 8000; // between two attempts while the server is unreachable
+const ANNOUNCE_MS = 20000; // the shortest time between two announcements to a screen reader
 
 const $ = (id) => document.getElementById(id);
 
@@ -24,21 +24,21 @@ new Chat({
   send: $("chat-send"), stop: $("chat-stop"), clear: $("chat-clear"), maxTokens: $("max-tokens"), temperature: $("temperature"),
 });
 
-let now = null; // the last answer of /v1/live
-let spoken = 0;
+let now = null; // the last response of /v1/live
+let announced_ms = 0;
 
-async function askExperts() {
+async function pollExperts() {
   const since = experts.snapshot === null ? "" : `?since=${experts.snapshot}`;
-  const update = experts.take(await get(`v1/experts${since}`));
+  const update = experts.apply(await get(`v1/experts${since}`));
   $("map-empty").hidden = true;
   map.update(update);
 }
 
-async function askLive() {
+async function pollLive() {
   now = await get(`v1/live${charts.last_s ? `?since=${charts.last_s}` : ""}`);
   charts.update(now.samples);
   showTotals();
-  speak();
+  announce();
 }
 
 function showTotals() {
@@ -47,7 +47,7 @@ function showTotals() {
   $("policy").textContent = now.policy;
   $("policy").hidden = false;
   $("held").hidden = now.link_bandwidth_bytes_s === null;
-  if (now.link_bandwidth_bytes_s !== null) $("held").textContent = `link held to ${text(bandwidth(now.link_bandwidth_bytes_s))}`;
+  if (now.link_bandwidth_bytes_s !== null) $("held").textContent = `link limited to ${text(bandwidth(now.link_bandwidth_bytes_s))}`;
   const size = `${text(bytes(now.expert_memory_bytes))} of ${text(bytes(now.expert_bytes))}`;
   $("memory-text").textContent = `${count(now.resident)} of ${count(now.experts)} in memory, ${size}`;
   $("memory-bar").style.width = `${(100 * now.resident) / now.experts}%`;
@@ -61,9 +61,9 @@ function showTotals() {
   $("total-precision").textContent = now.prefetched ? percent(now.prefetched_used / now.prefetched) : NOTHING;
 }
 
-// A summary in words, now and then.
-function speak() {
-  if (performance.now() - spoken < SPEECH_MS && spoken) return;
+// A summary in text for screen readers, at intervals.
+function announce() {
+  if (performance.now() - announced_ms < ANNOUNCE_MS && announced_ms) return;
   const accesses = now.hits + now.late + now.misses;
   const last = (name) => now.samples[name].at(-1) ?? 0;
   const words = [
@@ -73,7 +73,7 @@ function speak() {
     $("axes").textContent && `The map has ${$("axes").textContent}.`,
   ].join(" ");
   if (words === $("summary").textContent) return;
-  spoken = performance.now();
+  announced_ms = performance.now();
   $("summary").textContent = words;
 }
 
@@ -82,31 +82,31 @@ function show(state, words) {
   if ($("status-text").textContent !== words) $("status-text").textContent = words;
 }
 
-// Asks again and again, but not while the page is hidden; after a failure, ever more slowly.
-function keepAsking(ask, every_ms) {
+// Polls while the page is visible; backs off after failures.
+function poll(request, every_ms) {
   let failures = 0;
   let timer = null;
-  let asking = false;
+  let pending = false;
   const again = async () => {
     clearTimeout(timer);
-    if (document.hidden || asking) return;
-    asking = true;
+    if (document.hidden || pending) return;
+    pending = true;
     try {
-      await ask();
+      await request();
       failures = 0;
       show("live", "Live");
     } catch (error) {
       failures += 1;
-      if (!(error instanceof Refused)) show("lost", "Server away, trying again");
+      if (!(error instanceof RequestError)) show("lost", "Server unreachable, retrying");
       else if (error.status === 401) show("lost", "API key needed");
       else show("lost", error.message);
     }
-    asking = false;
+    pending = false;
     timer = setTimeout(again, Math.min(LONGEST_MS, every_ms * 2 ** Math.min(failures, 6)));
   };
   document.addEventListener("visibilitychange", () => {
     if (document.hidden) {
-      experts.snapshot = null; // what happened while nobody looked does not flash
+      experts.snapshot = null; // events while the page was hidden do not flash
       show("paused", "Paused");
     } else {
       again();
@@ -116,7 +116,7 @@ function keepAsking(ask, every_ms) {
   return again;
 }
 
-whenKeyIsAsked(() => {
+onKeyRequired(() => {
   if (!$("key-form").hidden) return;
   $("key-form").hidden = false;
   $("key").focus();
@@ -139,4 +139,4 @@ for (const choice of document.querySelectorAll("input[name=view]")) {
   });
 }
 
-const loops = [keepAsking(askExperts, EXPERTS_MS), keepAsking(askLive, LIVE_MS)];
+const loops = [poll(pollExperts, EXPERTS_MS), poll(pollLive, LIVE_MS)];
