@@ -147,7 +147,11 @@ def setting(default: Any, text: str, *, advanced: bool = False) -> Any:
 class LoadConfig:
     """Which model to load, and how its experts are held in memory."""
 
-    model: str | None = setting(None, "folder or Hugging Face hub id; by default the built-in reference model")
+    model: str | None = setting(
+        None,
+        "folder, .gguf file or Hugging Face hub id (of GGUF models with a quantisation: org/name:Q4_K_M); by default "
+        "the built-in reference model",
+    )
     expert_memory: str = setting("25%", "hard limit for resident experts: bytes (2GiB), a share (25%) or all")
     device: str = setting(
         "auto",
@@ -168,6 +172,12 @@ class LoadConfig:
     )
     explain: bool = setting(
         default=False, text="report predictions, hits, late hits, misses and wasted prefetches by layer and source"
+    )
+    threads: int = setting(
+        0, "threads that compute; 0: torch's own choice, and for a GGUF model as many as cores are idle", advanced=True
+    )
+    kv_cache_dtype: Literal["auto", "q8_0"] = setting(
+        "auto", "of a GGUF model: q8_0 keeps keys and values in 8 bits, auto in 16", advanced=True
     )
     revision: str | None = setting(None, "hub revision (branch, tag or commit)", advanced=True)
     trust_remote_code: bool = setting(
@@ -231,12 +241,15 @@ class LoadConfig:
             parse_bandwidth(self.link_bandwidth)
         if not 1 <= self.reader_threads <= 64:
             raise ConfigError(f"--reader-threads: {self.reader_threads} is not between 1 and 64")
+        if not 0 <= self.threads <= 1024:
+            raise ConfigError(f"--threads: {self.threads} is not between 0 and 1024")
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16", "float16")),
             ("io", ("auto", "direct", "buffered")),
             ("expert_kernel", ("auto", "eager", "grouped_mm")),
             ("host_compute", ("off", "auto")),
             ("expert_dtype", EXPERT_DTYPES),
+            ("kv_cache_dtype", ("auto", "q8_0")),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -260,6 +273,11 @@ class LoadConfig:
             if getattr(self, name) != defaults[name]:
                 raise ConfigError(f"--{name.replace('_', '-')}: has no effect on the CPU; give --device cuda too")
 
+    def refuse_gguf_settings(self) -> None:
+        """Raises `ConfigError` for a setting that has an effect on GGUF models only."""
+        if self.kv_cache_dtype != "auto":
+            raise ConfigError("--kv-cache-dtype: is for GGUF models; leave it out")
+
     def refuse_cpu_settings(self) -> None:
         """Raises `ConfigError` for a setting that is for the CPU only."""
         if self.link_bandwidth is not None:
@@ -276,6 +294,17 @@ class GenerateConfig:
     max_new_tokens: int = setting(128, "stop after this many tokens")
     temperature: float = setting(0.0, "0 is greedy; above, sample at this temperature")
     top_p: float = setting(1.0, "sample from the smallest set of tokens with this probability")
+    top_k: int = setting(0, "sample from this many of the likeliest tokens; 0: from all", advanced=True)
+    min_p: float = setting(
+        0.0, "sample from tokens at least this likely, as a share of the likeliest one's probability", advanced=True
+    )
+    repetition_penalty: float = setting(1.0, "divides the scores of tokens that came before; 1: none", advanced=True)
+    frequency_penalty: float = setting(
+        0.0, "of a GGUF model: subtracted from a token's score for each time it came before", advanced=True
+    )
+    presence_penalty: float = setting(
+        0.0, "of a GGUF model: subtracted from the scores of tokens that came before", advanced=True
+    )
     seed: int = setting(0, "seed of the sampling")
     raw: bool = setting(default=False, text="pass the prompt as it is, without the chat template", advanced=True)
 
@@ -288,8 +317,18 @@ class GenerateConfig:
             raise ConfigError(f"--seed: {self.seed} is not between 0 and {_MOST_SEED}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"--top-p: {self.top_p} is not above 0 and at most 1")
-        if self.top_p < 1 and self.temperature == 0:
-            raise ConfigError("--top-p: has no effect without sampling; give --temperature too")
+        for name, fits, wanted in (
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= 10, "above 0 and at most 10"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
+        ):
+            if not fits:
+                raise ConfigError(f"--{name.replace('_', '-')}: {getattr(self, name)} is not {wanted}")
+        for name, off in (("top_p", 1), ("top_k", 0), ("min_p", 0)):
+            if getattr(self, name) != off and self.temperature == 0:
+                raise ConfigError(f"--{name.replace('_', '-')}: has no effect without sampling; give --temperature too")
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,14 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def idle_cores(interval_s: float = 0.1) -> int:
+    """How many of the cores that this process may use are idle, at least 1; measured for `interval_s`."""
+    busy = psutil.cpu_percent(interval_s, percpu=True)
+    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(busy))
+    idle = sum(100 - share for core, share in enumerate(busy) if core in own) / 100
+    return max(1, min(len(own), round(idle)))
+
+
 def limit_openmp_spin() -> None:
     """Have idle threads of GNU's OpenMP spin for a fraction of a millisecond, then sleep. Call before importing torch.
 

@@ -25,6 +25,7 @@ from finemoe.bench.measurements import PromptsResult, RandomTokensResult, Varian
 from finemoe.bench.report import PROMPT_FIGURES, RANDOM_TOKEN_FIGURES, BenchReport, BenchRun, summarise
 from finemoe.checkpoint import Checkpoint, ExpertIndex, locate, read_headers
 from finemoe.errors import CheckpointError
+from finemoe.gguf.locate import refuse_gguf
 from finemoe.model import chosen_model, read_config
 from finemoe.model.describe import describe
 from finemoe.model.introspect import pool_slots
@@ -46,6 +47,7 @@ def run_bench(config: BenchConfig, log: Log) -> BenchReport:
     Raises:
         FinemoeError: no such model, policy or weights, or a budget is below the minimum.
     """
+    refuse_gguf(config.model, "bench")
     checkpoint = locate(chosen_model(config.model), config.revision)
     described = describe(str(checkpoint.folder), trust_remote_code=config.trust_remote_code)
     expert_index = described.expert_index

@@ -11,16 +11,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-
-import torch
+from typing import TYPE_CHECKING, TypeAlias
 
 from finemoe.errors import CheckpointError, UnsupportedModelError
 from finemoe.types import ByteRange, ExpertId
 
+if TYPE_CHECKING:
+    import torch  # imported where it is used: a GGUF model needs none of it
+
 ALIGN_BYTES = 64  # alignment of torch's own allocator
 PAGE_BYTES = 4096
 PLACED_BYTES = 16 * PAGE_BYTES  # a parameter at least this long keeps its offset within a page of its file
-_ALIGNED = (torch.float32, torch.float64)  # on some CPUs MKL's order of summation depends on a matrix's alignment
+_ALIGNED = ("torch.float32", "torch.float64")  # on some CPUs MKL's order of summation depends on a matrix's alignment
 _MINOR_SHARE = 0.1  # dtypes with a smaller share of an expert's bytes (a bias) are left out of `stored_dtype`
 _MANY_BREAKS = 8  # a parameter whose rows have more jumps in the file than this is read in file order
 _FILE_SHIFT = 44  # an address is file << 44 | offset, so files may have up to 16 TiB
@@ -62,7 +64,7 @@ class Field:
         return stored.reshape(self.shape)
 
 
-Dequantize = Callable[[Sequence[torch.Tensor], torch.dtype], torch.Tensor]
+Dequantize: TypeAlias = "Callable[[Sequence[torch.Tensor], torch.dtype], torch.Tensor]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,13 +122,17 @@ class LayerLayout:
         """Bytes of one expert without padding."""
         return sum(field.length_bytes for field in self.fields)
 
+    def stored_as(self, field: Field) -> str:
+        """What a field's bytes are: the name of a quantization method, or a dtype."""
+        methods = {name: quantized.method for quantized in self.quantized for name in quantized.fields}
+        return methods.get(field.name, str(field.dtype).removeprefix("torch."))
+
     @property
     def stored_dtype(self) -> str:
         """An expert's stored dtype or quantization method; several are joined by `+`."""
-        methods = {name: quantized.method for quantized in self.quantized for name in quantized.fields}
         parts: Counter[str] = Counter()
         for field in self.fields:
-            parts[methods.get(field.name, str(field.dtype).removeprefix("torch."))] += field.length_bytes
+            parts[self.stored_as(field)] += field.length_bytes
         return "+".join(name for name, length in parts.most_common() if length >= _MINOR_SHARE * self.weight_bytes)
 
 
@@ -186,12 +192,16 @@ def round_up(value: int, multiple: int) -> int:
 def address_rows(file: int, offset_bytes: int, shape: Sequence[int], item_bytes: int) -> torch.Tensor:
     """Addresses of the rows of a stored tensor: int64 `[.., R, 1]` for `[.., R, C]`."""
     *outer, columns = shape
+    import torch
+
     rows = torch.arange(int(torch.Size(outer).numel()), dtype=torch.int64) * (columns * item_bytes)
     return (rows + (file << _FILE_SHIFT) + offset_bytes).reshape(*outer, 1)
 
 
 def address_items(file: int, offset_bytes: int, shape: Sequence[int], item_bytes: int) -> torch.Tensor:
     """Addresses of the elements of a stored tensor: int64 of its shape. For small tensors only."""
+    import torch
+
     items = torch.arange(int(torch.Size(shape).numel()), dtype=torch.int64) * item_bytes
     return (items + (file << _FILE_SHIFT) + offset_bytes).reshape(*shape)
 
@@ -248,6 +258,8 @@ class LayerBuilder:
 
     def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, stored: Addresses) -> None:
         """Append a parameter, of one expert's `shape`, whose rows are at `stored`."""
+        import torch
+
         rows = stored.rows
         order = None
         if _most_breaks(rows, stored.row_bytes) > _MANY_BREAKS:
@@ -304,7 +316,7 @@ def _place(
         for each in byte_ranges:
             fits[(each.file_offset_bytes - each.slot_offset_bytes) % PAGE_BYTES] += each.length_bytes
         place = fits.most_common(1)[0][0]
-        if place % ALIGN_BYTES == stacked if dtype in _ALIGNED else place % dtype.itemsize == 0:
+        if place % ALIGN_BYTES == stacked if str(dtype) in _ALIGNED else place % dtype.itemsize == 0:
             return end_bytes + (place - end_bytes) % PAGE_BYTES
     return end_bytes + (stacked - end_bytes) % ALIGN_BYTES
 
@@ -320,6 +332,8 @@ def _common_order(name: str, ranks: torch.Tensor) -> torch.Tensor | None:
     Args:
         ranks: int64 `[E, rows]`, the argsort of each expert's addresses.
     """
+    import torch
+
     if not bool((ranks == ranks[0]).all()):
         raise UnsupportedModelError(f"{name}: the checkpoint stores the rows of its experts in different orders")
     if bool((ranks[0] == torch.arange(ranks.shape[1])).all()):
@@ -329,6 +343,8 @@ def _common_order(name: str, ranks: torch.Tensor) -> torch.Tensor | None:
 
 def _join(addresses: torch.Tensor, row_bytes: int) -> list[ByteRange]:
     """Row addresses of one expert's parameter, merged into as few byte ranges as possible."""
+    import torch
+
     breaks = (torch.nonzero(addresses[1:] - addresses[:-1] != row_bytes).flatten() + 1).tolist()
     bounds = [0, *breaks, len(addresses)]
     byte_ranges = []

@@ -86,7 +86,7 @@ def locate_headers(model: str, revision: str | None = None) -> tuple[Path, dict[
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
-    with _hub_errors(model, revision):
+    with hub_errors(model, revision):
         folder = Path(hf_hub_download(model, "config.json", revision=revision)).parent
         try:
             metadata = get_safetensors_metadata(model, revision=revision)
@@ -108,7 +108,7 @@ def _is_local(model: str) -> bool:
 def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    with _hub_errors(model, revision):
+    with hub_errors(model, revision):
         patterns = [*_OTHER_FILES, *_hub_weights(model, revision)]
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
 
@@ -129,7 +129,7 @@ def _hub_weights(model: str, revision: str | None) -> list[str]:
 
 
 @contextmanager
-def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
+def hub_errors(model: str, revision: str | None) -> Iterator[None]:
     """Turn errors of the hub client into a `CheckpointError` of one line."""
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -17,7 +17,7 @@ from finemoe.errors import ConfigError
 from finemoe.system import unmap_idle_code
 
 if TYPE_CHECKING:
-    from finemoe.model.generation import Reply
+    from finemoe.model.reply import Reply
 
 _HELP = "/reset clears the conversation, /stats shows the last answer's speed and hits, /exit or Ctrl-D leaves"
 
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     with suppress(ImportError):  # line editing, where the platform has it
         import readline  # noqa: F401
     from finemoe.model import load_config as load
-    from finemoe.model.generation import Session
+    from finemoe.model.backend import open_session
 
     def show(text: str) -> None:
         arguments.interrupts.check()
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     refuse_undecodable(arguments.system or "", "--system")
     opening = [{"role": "system", "content": arguments.system}] if arguments.system else []
     with load(load_config) as model:
-        session = Session(model)
+        session = open_session(model)
         unmap_idle_code()
         turns, reply = list(opening), None
         print(_HELP, file=sys.stderr)

@@ -16,7 +16,7 @@ from finemoe.metrics import explain_table
 from finemoe.system import unmap_idle_code
 
 if TYPE_CHECKING:
-    from finemoe.model.generation import Reply
+    from finemoe.model.reply import Reply
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -38,13 +38,18 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--prefill-chunk: a recorded prompt was read whole; leave it out with --replay-routing")
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     refuse_undecodable(prompt, "PROMPT")
+    from finemoe.gguf.locate import refuse_gguf
     from finemoe.model import load_config as load
-    from finemoe.model.generation import Session
-    from finemoe.trace.forced_routing import open_routing, replay_routing
+    from finemoe.model.backend import open_session
 
-    routing = None if trace is None else open_routing(trace)
-    if routing is not None and load_config.map_store is None:
-        load_config = replace(load_config, map_store=NO_MAP_STORE)  # forced routing teaches nothing about this model
+    routing = None
+    if trace is not None:
+        refuse_gguf(load_config.model, "generate --replay-routing")
+        from finemoe.trace.forced_routing import open_routing, replay_routing
+
+        routing = open_routing(trace)
+        if load_config.map_store is None:
+            load_config = replace(load_config, map_store=NO_MAP_STORE)  # forced routing teaches nothing
 
     def show(text: str) -> None:
         arguments.interrupts.check()
@@ -54,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     with load(load_config) as model:
         if routing is not None:
             replay_routing(model, routing)
-        session = Session(model)
+        session = open_session(model)
         unmap_idle_code()
         arguments.interrupts.check()
         if arguments.json:

@@ -73,7 +73,7 @@ def as_dict(description: Description) -> dict[str, Any]:
                 "experts": layout.experts,
                 "bytes_per_expert": layout.weight_bytes,
                 "parameters": [
-                    {"name": field.name, "shape": list(field.shape), "dtype": str(field.dtype).removeprefix("torch.")}
+                    {"name": field.name, "shape": list(field.shape), "dtype": layout.stored_as(field)}
                     for field in layout.fields
                 ],
             }
@@ -99,11 +99,11 @@ def table(description: Description) -> str:
         f"the least --expert-memory is {format_bytes(least * index.slot_bytes)} ({least} experts)",
         "",
     ]
-    for _, alike in groupby(index.layouts, key=lambda layout: (layout.experts, layout.weight_bytes)):
+    for _, alike in groupby(index.layouts, key=lambda each: (each.experts, each.weight_bytes, each.stored_dtype)):
         group = list(alike)
         names = group[0].module if len(group) == 1 else f"{group[0].module} .. {group[-1].module}"
         parts = ", ".join(
-            f"{f.name} {'x'.join(map(str, f.shape))} {str(f.dtype).removeprefix('torch.')}" for f in group[0].fields
+            f"{field.name} {'x'.join(map(str, field.shape))} {group[0].stored_as(field)}" for field in group[0].fields
         )
         lines.append(f"{names}: {group[0].experts} experts of {format_bytes(group[0].weight_bytes)} ({parts})")
     return "\n".join(lines)

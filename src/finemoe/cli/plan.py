@@ -41,7 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
         expert_bytes=index.weight_bytes,
         dense_bytes=description.dense_bytes,
     )
-    folder = Path(description.name)
+    path = Path(description.name)
+    folder = path.parent if path.is_file() else path
     print("measuring this machine's disk and memory ...", file=sys.stderr)
     rates = measure(folder if folder.is_dir() else None)
     shares = [budget.slots(index.slot_bytes, index.experts) / index.experts for budget in budgets]

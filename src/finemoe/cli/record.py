@@ -52,10 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"resuming an interrupted recording with {waiting} finished requests", file=sys.stderr)
     from tqdm import tqdm
 
+    from finemoe.gguf.locate import refuse_gguf
     from finemoe.model import load_config as load
     from finemoe.model.generation import Session
     from finemoe.trace.recorder import Recorder
 
+    refuse_gguf(load_config.model, "record")
     settings = {
         "prompts": Path(arguments.prompts).name,
         "batch_size": config.batch_size,

@@ -68,6 +68,7 @@ class Engine:
         self._preload_next = 0  # index into these
         self._preloading: set[ExpertId] = set()  # of these, in flight and not needed yet; never cancelled
         self._needs_clear = False  # `clear` was interrupted
+        self._held: list[ExpertId] = []  # pinned by `hold`
         if cache_manager.policy.prefetches:
             transfer.when_idle = self._prefetch
 
@@ -177,10 +178,53 @@ class Engine:
             self.clear()
             raise
 
+    def hold(self, event: Routed) -> None:
+        """Blocks until all of a layer's experts are resident. They stay pinned until `release` or the next `hold`.
+
+        For a backend that computes a whole layer at once: the pool must have a slot for each of `event.experts`.
+
+        Args:
+            event: the layer, and the experts that it needs.
+
+        Raises:
+            ExpertReadError: an expert's bytes can't be read; the pool is emptied.
+        """
+        if self._needs_clear:
+            self.clear()
+        self.release()
+        try:
+            pending: dict[ExpertId, None] = {}
+            self._held += (expert for expert, _ in self._route(event, pending))
+            while pending:
+                self._held += (expert for expert, _ in self._handle_landed(self._wait(), pending))
+        except BaseException:
+            self.clear()
+            raise
+        self.counters.layer_calls += 1
+
+    @property
+    def all_resident(self) -> bool:
+        """Whether every expert is in the pool: then none is evicted, and `hold` has nothing to do."""
+        return self.pool.resident == self._experts
+
+    def count_resident(self, layers: int, experts: int) -> None:
+        """Count a pass that ran without `hold`, as all experts are resident."""
+        self.counters.layer_calls += layers
+        self.counters.hits += experts
+
+    def release(self) -> None:
+        """Nothing is computed with what `hold` has pinned any more."""
+        with self._lock:
+            for expert in self._held:
+                self.pool.unpin(expert)
+                self._execute(self.cache_manager.used(expert))
+            self._held.clear()
+
     def clear(self) -> None:
         """Cancels all transfers and empties the pool. No slot may be in use."""
         with self._lock:
             self._needs_clear = True
+            self._held.clear()
             self.transfer.cancel_all()
             self.pool.clear()
             self.cache_manager.clear()

@@ -10,10 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from finemoe.model.backend import load_config
     from finemoe.model.describe import Description
     from finemoe.model.handle import ModelHandle, OffloadedModel
     from finemoe.model.introspect import context_tokens, model_class, read_config
-    from finemoe.model.load import chosen_model, load_config, reference_model
+    from finemoe.model.load import chosen_model, reference_model
 
 __all__ = [
     "Description",
@@ -32,7 +33,7 @@ _MODULES = {
     "OffloadedModel": "handle",
     "chosen_model": "load",
     "context_tokens": "introspect",
-    "load_config": "load",
+    "load_config": "backend",
     "model_class": "introspect",
     "read_config": "introspect",
     "reference_model": "load",

@@ -11,6 +11,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from finemoe.checkpoint import ExpertIndex
 from finemoe.checkpoint.locate import locate_headers
 from finemoe.checkpoint.weight_conversion import read_expert_index
+from finemoe.config import LoadConfig
+from finemoe.gguf.expert_layout import group_by_block, index_experts
+from finemoe.gguf.locate import is_gguf, read_headers
+from finemoe.model.gguf_loader import refuse_settings
 from finemoe.model.introspect import (
     IN_FLIGHT_SLOTS,
     active_experts,
@@ -41,6 +45,14 @@ class Description:
         return len(self.expert_index.layouts)
 
 
+def _describe_gguf(model: str, revision: str | None) -> Description:
+    file = read_headers(model, revision)
+    file.refuse_dense()
+    expert_index = index_experts(group_by_block(file.expert_tensors))
+    least = min(file.active_experts, expert_index.experts)
+    return Description(model, file.architecture, expert_index, file.dense_bytes, file.active_experts, least)
+
+
 def describe(
     model: str, revision: str | None = None, *, trust_remote_code: bool = False, expert_dtype: str = "stored"
 ) -> Description:
@@ -49,6 +61,9 @@ def describe(
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError: as `load` would, if the headers show the fault.
     """
+    if is_gguf(model):
+        refuse_settings(LoadConfig(model, trust_remote_code=trust_remote_code, expert_dtype=expert_dtype))
+        return _describe_gguf(model, revision)
     folder, headers = locate_headers(model, revision)
     config = read_config(folder, trust_remote_code=trust_remote_code)
     kind = model_class(config)

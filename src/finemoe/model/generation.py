@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,48 +15,9 @@ from transformers import AutoTokenizer, LogitsProcessor, LogitsProcessorList, Pr
 
 from finemoe.config import GenerateConfig, refuse_undecodable
 from finemoe.engine.expert_layer import HANDLE
-from finemoe.errors import CheckpointError, ConfigError, FinemoeWarning
-from finemoe.metrics import Stats
+from finemoe.errors import CheckpointError, ConfigError
 from finemoe.model.introspect import context_tokens
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One answer and its timings."""
-
-    text: str
-    token_ids: list[int]
-    prompt_tokens: int
-    finish_reason: str  # "stop": end-of-sequence token; "length": max_new_tokens or the context's end
-    ttft_s: float  # time to first token
-    tpot_s: float  # mean time per token after the first; 0 for a single token
-    total_s: float
-    stats: Stats  # of this answer alone
-
-    @property
-    def tok_s(self) -> float:
-        """Tokens per second, prefill included."""
-        return len(self.token_ids) / self.total_s if self.total_s else 0.0
-
-    @property
-    def stall_share(self) -> float:
-        """Share of the answer's time spent waiting for experts."""
-        return min(1.0, self.stats.stall_s / self.total_s) if self.total_s else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """All fields and the statistics, ready for JSON."""
-        return self.stats.as_dict() | {
-            "text": self.text,
-            "tokens": len(self.token_ids),
-            "token_ids": self.token_ids,
-            "prompt_tokens": self.prompt_tokens,
-            "finish_reason": self.finish_reason,
-            "ttft_s": self.ttft_s,
-            "tpot_s": self.tpot_s,
-            "tok_s": self.tok_s,
-            "total_s": self.total_s,
-            "stall_share": self.stall_share,
-        }
+from finemoe.model.reply import Reply, fitting_tokens
 
 
 class _Stream(TextStreamer):
@@ -107,9 +66,15 @@ def finite_logits(model: Any) -> LogitsProcessorList:
 
 def sampling_options(config: GenerateConfig) -> dict[str, Any]:
     """Arguments of `generate`: greedy at temperature 0, else sampling; overrides the model's own defaults."""
+    for name in ("frequency_penalty", "presence_penalty"):
+        if getattr(config, name):
+            raise ConfigError(f"--{name.replace('_', '-')}: transformers has none; give --repetition-penalty")
+    penalty = None if config.repetition_penalty == 1.0 else config.repetition_penalty
     if config.temperature > 0:
-        return {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        sampled = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+        return {"do_sample": True, **sampled, "min_p": config.min_p or None, "repetition_penalty": penalty}
+    nothing = dict.fromkeys(("temperature", "top_p", "top_k", "min_p"))
+    return {"do_sample": False, **nothing, "repetition_penalty": penalty}
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -203,7 +168,7 @@ class Session:
         ids = self.prompt_ids(prompt, raw=config.raw).to(self.model.device)
         if not ids.shape[1]:
             raise ConfigError("PROMPT: is empty; there is nothing to continue")
-        max_new_tokens = self._cap_to_context(ids.shape[1], config.max_new_tokens)
+        max_new_tokens = fitting_tokens(self.context_tokens, ids.shape[1], config.max_new_tokens)
         if config.temperature > 0:
             torch.manual_seed(config.seed)
         self.model.finemoe.reset_stats()
@@ -235,24 +200,6 @@ class Session:
             total_s=total_s,
             stats=self.model.finemoe.stats(),
         )
-
-    def _cap_to_context(self, prompt_tokens: int, max_new_tokens: int) -> int:
-        """`max_new_tokens`, reduced with a warning to what fits into the context after the prompt."""
-        limit = self.context_tokens
-        if limit is None or prompt_tokens + max_new_tokens <= limit:
-            return max_new_tokens
-        if prompt_tokens >= limit:
-            raise ConfigError(
-                f"PROMPT: has {prompt_tokens} tokens, and the model's context holds {limit}, at least one of them an "
-                "answer's; shorten it"
-            )
-        warnings.warn(  # without the prompt's length: Python shows the same text only once
-            f"--max-new-tokens: {max_new_tokens} do not fit after the prompt; answers end at the model's context of "
-            f"{limit} tokens",
-            FinemoeWarning,
-            stacklevel=2,
-        )
-        return limit - prompt_tokens
 
     def pad_token_id(self) -> int | None:
         """A padding id for `generate`. One prompt has no padding, but transformers warns if none is given."""

@@ -7,23 +7,17 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self
-
-import torch
+from typing import TYPE_CHECKING, Any, Self
 
 from finemoe.checkpoint import Checkpoint, ExpertIndex
 from finemoe.config import LoadConfig
 from finemoe.engine.async_policy import AsyncPolicy, PolicyTimings
 from finemoe.engine.engine import Engine
-from finemoe.engine.expert_layer import ExpertLayer
 from finemoe.engine.layer_timing import LayerTiming
 from finemoe.errors import ConfigError, DamagedMapsError, FinemoeError, MapsError
-from finemoe.gpu.copier import HostToDeviceCopier
-from finemoe.gpu.setup import DeviceTiers
 from finemoe.learned import MapPersistence, Maps
 from finemoe.learned.file import check_arrays
 from finemoe.metrics import ExplainRow, PerExpert, Stats
-from finemoe.model.observer import ForcedGates, Observer
 from finemoe.policy import accounting
 from finemoe.policy import cache_state as cache
 from finemoe.store import DiskStore
@@ -31,6 +25,11 @@ from finemoe.store.bandwidth import LinkTotals
 from finemoe.store.reader import ReaderThreads
 from finemoe.system import peak_rss_bytes
 from finemoe.types import Recorded
+
+if TYPE_CHECKING:  # these import torch and transformers, which a GGUF model needs nothing of
+    from finemoe.engine.expert_layer import ExpertLayer
+    from finemoe.gpu.setup import DeviceTiers
+    from finemoe.model.observer import ForcedGates, Observer
 
 
 class ModelHandle:
@@ -50,6 +49,7 @@ class ModelHandle:
         observer: Observer | None = None,
         tiers: DeviceTiers | None = None,
         fingerprint: str | None = None,
+        resources: ExitStack | None = None,
     ) -> None:
         self.observer = observer  # None if the policy uses no gates
         self.checkpoint = checkpoint
@@ -65,6 +65,7 @@ class ModelHandle:
         self._map_persistence = map_persistence
         self.replayed_routing: str | None = None  # path of the trace whose routing is forced onto the model
         self._tiers = tiers
+        self._resources = resources  # of another backend; they own store, pool and transfer
         self._closed = False
         # totals at the last reset_stats
         self._moved_bytes_at_reset = 0
@@ -111,7 +112,7 @@ class ModelHandle:
             bytes_read=self._engine.transfer.moved_bytes - self._moved_bytes_at_reset,
             stall_s=counters.stall_s,
             stalled_bytes=counters.stalled_bytes,
-            peak_rss_bytes=peak_rss_bytes(),
+            peak_rss_bytes=peak_rss_bytes() - pool.mapped_twice_bytes,
             explained=None if source_counts is None else source_counts.rows(),
             replayed_routing=self.replayed_routing,
             device=self.device,
@@ -180,8 +181,9 @@ class ModelHandle:
     @property
     def host_resident(self) -> int:
         """Experts in the host tier; 0 without one."""
-        transfer = self._engine.transfer
-        return transfer.host.resident if isinstance(transfer, HostToDeviceCopier) else 0
+        transfer: Any = self._engine.transfer
+        resident: int = 0 if self._tiers is None else transfer.host.resident
+        return resident
 
     @property
     def host_slots(self) -> int:
@@ -189,12 +191,13 @@ class ModelHandle:
         return 0 if self._tiers is None else self._tiers.host_slots
 
     def _disk_bytes(self) -> int:
-        transfer = self._engine.transfer
-        return transfer.disk_bytes if isinstance(transfer, HostToDeviceCopier) else transfer.moved_bytes
+        transfer: Any = self._engine.transfer
+        read: int = transfer.moved_bytes if self._tiers is None else transfer.disk_bytes
+        return read
 
     def _kernel(self) -> str:
         kinds = Counter("forward" if each.accumulator is None else each.kernel for each in self._layers)
-        return kinds.most_common(1)[0][0]
+        return kinds.most_common(1)[0][0] if kinds else "ggml"
 
     def explain(self) -> tuple[ExplainRow, ...]:
         """Predictions, hits, late arrivals, misses and wasted prefetches, by layer and by what loaded the expert.
@@ -338,6 +341,9 @@ class ModelHandle:
             self._closed = True
             with ExitStack() as stack:  # runs in reverse order, each even if a Ctrl-C interrupts the one before it
                 stack.callback(self._save_maps)
+                if self._resources is not None:
+                    stack.callback(self._resources.close)
+                    return
                 stack.callback(self._store.close)
                 stack.callback(self._engine.pool.close)
                 for layer in self._layers:
@@ -360,6 +366,8 @@ class OffloadedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs a forward pass without gradients (offloaded experts have none). Threads run one pass at a time."""
+        import torch
+
         with self.finemoe.lock, torch.no_grad():  # the observer's hooks hold the state of one pass
             return super().__call__(*args, **kwargs)  # type: ignore[misc] # the transformers model's
 

@@ -15,7 +15,8 @@ from finemoe.config import LoadConfig, budget_text
 from finemoe.engine.expert_layer import IMPLEMENTATION
 from finemoe.errors import ConfigError
 from finemoe.gpu.device import open_devices
-from finemoe.learned import check_map_store, open_map_persistence
+from finemoe.learned import open_map_persistence
+from finemoe.model.backend import load_config
 from finemoe.model.introspect import model_class, read_config, refuse_incomplete, transformers_errors
 from finemoe.model.loader import ModelLoader, patched_loader
 from finemoe.policy import policy_class
@@ -39,6 +40,8 @@ class LoadSettings(TypedDict, total=False):
     reader_threads: int
     link_bandwidth: str | None
     verify: bool
+    threads: int
+    kv_cache_dtype: Literal["auto", "q8_0"]
     host_memory: str | float | None
     expert_kernel: Literal["auto", "eager", "grouped_mm"]
     host_compute: Literal["off", "auto"]
@@ -96,16 +99,12 @@ def _show_settings() -> None:
 _show_settings()
 
 
-def load_config(config: LoadConfig) -> Any:
-    """Like `load`, from a `LoadConfig`."""
-    kind = policy_class(config.policy)  # an unknown one is refused before anything is read
-    if ("predictors" in kind.needs) != (config.predictors is not None):
-        raise ConfigError(
-            f"--policy {config.policy}: needs --predictors FILE, from finemoe trace train"
-            if config.predictors is None
-            else f"--predictors: --policy {config.policy} takes none"
-        )
-    check_map_store(config.map_store, config.policy)
+def load_checkpoint(config: LoadConfig) -> Any:
+    """A transformers model, by settings that `backend.load_config` has checked."""
+    config.refuse_gguf_settings()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    kind = policy_class(config.policy)
     devices = open_devices(config.device)
     if devices:
         config.refuse_cpu_settings()

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
 from finemoe.checkpoint import Checkpoint, ExpertIndex, TensorHeader
 from finemoe.checkpoint.weight_conversion import ExpertsModule, read_expert_index
 from finemoe.config import LoadConfig, format_bytes
+from finemoe.engine.assembly import make_engine
 from finemoe.engine.async_policy import AsyncPolicy
 from finemoe.engine.engine import Engine
 from finemoe.engine.expert_layer import (
@@ -31,20 +32,18 @@ from finemoe.engine.expert_layer import (
     Views,
     choose_accumulator,
 )
-from finemoe.engine.warmup import warm_up
 from finemoe.errors import BudgetError, CheckpointError
 from finemoe.gpu.copier import HostToDeviceCopier
 from finemoe.gpu.device import Device
 from finemoe.gpu.expert_layer import DeviceExpertLayer
 from finemoe.gpu.setup import DeviceTiers, DeviceVerifier, choose_kernel
 from finemoe.gpu.slot_pool import DeviceSlotPool
-from finemoe.jit import interpreted
 from finemoe.learned import MapPersistence
 from finemoe.model.handle import ModelHandle, OffloadedModel
 from finemoe.model.introspect import find_experts, parameter_dtypes, pool_slots
 from finemoe.model.observer import Observer
 from finemoe.model.quantized import refuse_on_devices, refuse_unasked, refuse_uncast, restored_bytes
-from finemoe.policy import CacheManager, make_cache_manager, make_policy
+from finemoe.policy import make_cache_manager
 from finemoe.store import DiskStore, RamSlotPool
 from finemoe.store.dense import LazyTensor
 from finemoe.store.quantization import Dequantizer, scratch_bytes
@@ -175,23 +174,18 @@ class ModelLoader:
         if self._tiers is not None and self._config.host_compute == "auto":
             self._tiers.enable_host_compute(layers, [module for _, module in self._experts], model.dtype)
         trial.clear()
-        warm_up(self._config.policy, **self.policy_options)
-        policy = make_policy(self._config.policy, *shape, **self.policy_options)
-        if self.map_persistence is not None:
-            self.map_persistence.restore(policy)
-        if policy.runs_async:
-            policy = self._async_policy = AsyncPolicy(policy, self._transfer.wake)
-        cache_manager = CacheManager(
-            *shape, self._pool.slots, policy, device_count, sizes=sizes, explain=self._config.explain,
-            jit=self.policy_options.get("jit", interpreted),
+        engine = make_engine(
+            self._config, self.policy_options, self.map_persistence, self._pool, self._transfer, self._expert_index,
+            verify=verify, devices=device_count,
         )  # fmt: skip
-        engine = Engine(self._pool, cache_manager, self._transfer, verify, experts=self._expert_index.experts)
+        policy = engine.cache_manager.policy
+        self._async_policy = policy if isinstance(policy, AsyncPolicy) else None
         if self._tiers is not None:
             self._tiers.attach_engine(engine)
         for layer in layers:
             layer.engine = engine
-        inputs = cache_manager.policy.needs | cache_manager.policy.uses
-        lookahead = cache_manager.policy.lookahead if "lookahead" in inputs else 0
+        inputs = policy.needs | policy.uses
+        lookahead = policy.lookahead if "lookahead" in inputs else 0
         observer = Observer(model, engine, layer_of, lookahead=lookahead) if inputs else None
         if observer is not None:
             observer.attach(model)

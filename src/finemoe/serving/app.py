@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from finemoe import __version__
 from finemoe.config import LoadConfig
 from finemoe.errors import ConfigError
+from finemoe.gguf.locate import refuse_gguf
 from finemoe.learned import NO_MAP_STORE, FolderMaps, SharedMaps
 from finemoe.model import load_config as load
 from finemoe.model.generation import load_tokenizer
@@ -69,6 +70,7 @@ def open_service(
         check_policy_shares_maps(load_config.policy)
         if load_config.map_store is None:
             load_config = replace(load_config, map_store=NO_MAP_STORE)
+    refuse_gguf(load_config.model, "serve")
     with load(load_config) as model:
         if store is None and config.shared_maps is not None:
             store = _folder_store(model, config.shared_maps, config.max_shared_maps)

@@ -15,16 +15,18 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import accumulate, chain, count, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from finemoe.config import format_bytes
 from finemoe.errors import BudgetError, InvariantError
 from finemoe.system import available_bytes, available_cores
 from finemoe.types import ExpertId
+
+if TYPE_CHECKING:
+    import torch  # imported where it is used: a GGUF model needs none of it
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; keeps the content of pages
 _CHUNK_BYTES = 16 << 20
@@ -65,6 +67,11 @@ class SlotPool(ABC):
     def size_bytes(self) -> int:
         """Bytes of all slots."""
         return self.slots * self.slot_bytes
+
+    @property
+    def mapped_twice_bytes(self) -> int:
+        """The most that was ever mapped at two addresses at once: the process's resident set counts it twice."""
+        return 0
 
     @property
     def resident(self) -> int:
@@ -215,6 +222,8 @@ class RamSlotPool(SlotPool):
             raise too_much from error
         # numpy keeps the mapping alive; with torch.frombuffer it could be unmapped under its views
         array = np.frombuffer(self._memory, dtype=np.uint8)
+        import torch
+
         self._bytes = torch.from_numpy(array)
         self._prefault = Prefault(array)
         super().__init__((slots,), slot_bytes)
@@ -241,6 +250,8 @@ class RamSlotPool(SlotPool):
         self._prefault.stop()
         self.clear()
         self._free = [[] for _ in self._free]
+        import torch
+
         self._bytes = torch.empty(0, dtype=torch.uint8)
         with suppress(BufferError):  # still viewed: freed with the last view
             self._memory.close()

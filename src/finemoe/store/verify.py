@@ -7,14 +7,14 @@ from pathlib import Path
 
 from finemoe.checkpoint import ExpertIndex
 from finemoe.errors import InvariantError
-from finemoe.store.slot_pool import RamSlotPool
+from finemoe.store.slot_pool import SlotPool
 from finemoe.types import ExpertId
 
 
 class SecondReader:
     """Compares slots with the checkpoint's files. Slow; for debugging."""
 
-    def __init__(self, files: Sequence[Path], expert_index: ExpertIndex, pool: RamSlotPool) -> None:
+    def __init__(self, files: Sequence[Path], expert_index: ExpertIndex, pool: SlotPool) -> None:
         self._files = tuple(files)
         self._expert_index = expert_index
         self._pool = pool

@@ -1,0 +1,194 @@
+"""What a layer's gate says of its tokens, read from the pass under way at no cost of its own.
+
+When a routing node calls back, the tensors that it was computed from are still there where something later needs them,
+too: the gate's probabilities are needed for the weights of the chosen experts, and the gate's input by these experts.
+Found in the pass in which the structure is found: the way from the routing node to either is the same in every pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from finemoe.gguf.address_space import view
+from finemoe.gguf.binding import Library, Tensor
+
+Floats = npt.NDArray[np.float32]
+Scale = Literal["probabilities", "sigmoid", "logits"]
+_F32 = 0
+_MOST_HOPS = 12
+_FREE_OPS = (b"NONE", b"VIEW", b"RESHAPE", b"PERMUTE", b"TRANSPOSE")  # compute nothing
+_SCALES: dict[bytes, Scale] = {b"SOFT_MAX": "probabilities", b"UNARY": "sigmoid", b"MUL_MAT": "logits"}
+
+
+class Probe(NamedTuple):
+    """Ways from a layer's routing node. A way is a number of steps to a node's first source.
+
+    `scores` leads to the gate's output `[T, E]`, on the scale that `scale` names. `gate` leads to the multiplication by
+    the gate's weight; `weight` is that tensor's name. 0: there is none, or nothing keeps it until then.
+    """
+
+    scores: int
+    scale: Scale
+    gate: int
+    weight: str
+
+
+def node_at(address: int) -> Tensor:
+    """A node of the graph, shared, not copied."""
+    return Tensor.from_address(address)
+
+
+class _Node(NamedTuple):
+    """What is to be known of a node once its graph is gone."""
+
+    op: int
+    sources: tuple[int, int]  # the first two
+    base: int  # what it is a view of
+    floats: bool
+    width: int
+    rows: int
+    name: bytes
+
+
+class Graph:
+    """The nodes of one pass, in the order in which they are computed, and when each is needed for the last time."""
+
+    def __init__(self, library: Library) -> None:
+        self._free = {library.op(name) for name in _FREE_OPS}
+        self._scales = {library.op(name): scale for name, scale in _SCALES.items()}
+        self._matmul = library.op(b"MUL_MAT")
+        self._nodes: dict[int, _Node] = {}  # and what they were computed from
+        self._index: dict[int, int] = {}
+        self._computes: list[bool] = []
+        self._last_use: dict[int, int] = {}
+
+    def add(self, address: int) -> None:
+        """Take down the next node."""
+        node = self._nodes[address] = _take(address)
+        index = self._index[address] = len(self._computes)
+        self._computes.append(node.op not in self._free)
+        for source in node_at(address).src:
+            if source:
+                if source not in self._nodes:
+                    self._nodes[source] = _take(source)
+                self._last_use[source] = index
+                self._last_use[self._nodes[source].base] = index
+
+    def probe(self, routing: int, experts: int) -> Probe:
+        """The ways from a routing node, for a layer of `experts` experts."""
+        kept, scores = 0, 0  # steps to the last tensor that could be read, and to the gate's output
+        scale: Scale | None = None
+        address = routing
+        for hops in range(1, _MOST_HOPS + 1):
+            address = self._nodes[address].sources[0]
+            node = self._nodes.get(address)
+            if node is None:
+                break
+            if node.width == experts and node.floats and self._is_kept(address, routing):
+                kept = hops
+            if scale is None and node.op in self._scales:
+                scale = self._scales[node.op]
+                scores = kept if scale == "logits" or kept == hops else 0
+            if node.op == self._matmul:
+                weight, hidden = (self._nodes[source] for source in node.sources)
+                if weight.rows == experts and hidden.floats and self._is_kept(node.sources[1], routing):
+                    return Probe(scores, scale or "logits", hops, weight.name.decode())
+                break
+        return Probe(scores, scale or "logits", 0, "")
+
+    def _is_kept(self, address: int, routing: int) -> bool:
+        """Whether a tensor's memory is its own until after the routing node was computed."""
+        base = self._nodes[address].base or address
+        last = max(self._last_use.get(address, -1), self._last_use.get(base, -1))
+        between = range(last + 1, self._index[routing] + 1)
+        return last >= 0 and not any(self._computes[index] for index in between)
+
+
+def _take(address: int) -> _Node:
+    tensor = node_at(address)
+    sources = tensor.src[0] or 0, tensor.src[1] or 0
+    return _Node(tensor.op, sources, tensor.view_src or 0, tensor.type == _F32, tensor.ne[0], tensor.ne[1], tensor.name)
+
+
+def follow(routing: int, hops: int) -> Tensor:
+    """The node so many steps to first sources away."""
+    address = routing
+    for _ in range(hops):
+        address = node_at(address).src[0]
+    return node_at(address)
+
+
+def read_rows(tensor: Tensor) -> Floats | None:
+    """A float tensor's rows `[T, n]`; a view. `None` where it is no such tensor."""
+    width, rows = tensor.ne[0], tensor.ne[1]
+    if tensor.type != _F32 or not rows or not tensor.data or tensor.nb[0] != np.dtype(np.float32).itemsize:
+        return None
+    stored = np.frombuffer(view(tensor.data, tensor.nb[1] * (rows - 1) + width * 4), np.float32)
+    return np.lib.stride_tricks.as_strided(stored, (rows, width), (tensor.nb[1], 4))
+
+
+def distribution(scores: Floats, scale: Scale) -> Floats:
+    """`[.., E]` on any scale to probabilities that sum to 1."""
+    logits = scale == "logits"
+    shifted = np.exp(scores - scores.max(axis=-1, keepdims=True)) if logits else np.maximum(scores, 0)
+    shares: Floats = shifted / np.maximum(shifted.sum(axis=-1, keepdims=True), 1e-30)
+    return shares
+
+
+class GateReader:
+    """Gates and lookahead of layers, in the shapes that policies take.
+
+    Args:
+        probes: of each layer.
+        weights: the gates' weights `[E, D]` by name, where they are plain floats.
+        experts: the largest `E`.
+        lookahead: for how many layers ahead gates are asked; 0: none.
+    """
+
+    def __init__(
+        self, probes: Sequence[Probe], weights: Mapping[str, Floats], experts: int, lookahead: int = 0
+    ) -> None:
+        self._probes = probes
+        self._weights = weights
+        self._experts = experts
+        self.lookahead = lookahead
+
+    def read(self, layer: int, routing: int) -> tuple[Floats | None, Floats | None]:
+        """The gates of a layer `[1, E]`, the mean over its tokens, and those ahead `[1, n, E]`; `None`: not known."""
+        probe = self._probes[layer]
+        gates = None
+        if probe.scores and (scores := read_rows(follow(routing, probe.scores))) is not None:
+            gates = self._padded(distribution(scores, probe.scale).mean(axis=0, keepdims=True))
+        if gates is not None and not np.isfinite(gates).all():
+            gates = None
+        return gates, self._ahead(layer, routing) if self.lookahead and gates is not None else None
+
+    def _ahead(self, layer: int, routing: int) -> Floats | None:
+        """What the next layers' gates say of this layer's hidden state; of a single token."""
+        probe = self._probes[layer]
+        if not probe.gate:
+            return None
+        hidden = read_rows(node_at(follow(routing, probe.gate).src[1]))
+        if hidden is None or len(hidden) != 1:
+            return None
+        told = np.zeros((1, self.lookahead, self._experts), np.float32)
+        for distance, later in enumerate(self._probes[layer + 1 : layer + 1 + self.lookahead]):
+            weight = self._weights.get(later.weight)
+            if weight is not None and weight.shape[1] == hidden.shape[1]:
+                scale: Scale = "sigmoid" if later.scale == "sigmoid" else "logits"
+                scores = hidden @ weight.T
+                if scale == "sigmoid":
+                    scores = 1 / (1 + np.exp(-scores))
+                told[:, distance, : weight.shape[0]] = distribution(scores, scale)
+        return told
+
+    def _padded(self, gates: Floats) -> Floats:
+        if gates.shape[1] == self._experts:
+            return np.ascontiguousarray(gates, np.float32)
+        padded = np.zeros((len(gates), self._experts), np.float32)
+        padded[:, : gates.shape[1]] = gates
+        return padded
