@@ -143,7 +143,7 @@ def test_a_damaged_file_is_moved_away_and_generation_works(
     path = make_file(tmp_path / f"{fingerprint_of(chat_folder)}-finemoe.safetensors", model=fingerprint_of(chat_folder))
     path.write_bytes(path.read_bytes()[:-9])
     damaged = path.read_bytes()
-    with pytest.warns(FinemoeWarning, match=r"damaged .*; moved to .*\.damaged, starting anew"):
+    with pytest.warns(FinemoeWarning, match=r"damaged .*; moved to .*\.damaged, starting empty"):
         model = finemoe.load(chat_folder, policy="finemoe", map_store=path if chosen else None)
     generate(model)
     model.close()

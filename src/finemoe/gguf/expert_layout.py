@@ -32,7 +32,7 @@ def index_experts(layers: Sequence[Layer]) -> ExpertIndex:
 
 
 def group_by_block(tensors: Sequence[ExpertTensor]) -> list[Layer]:
-    """The MoE layers as far as names tell: what `index_experts` takes where no graph is at hand."""
+    """The MoE layers by tensor name: the input of `index_experts` when no graph is available."""
     groups: dict[tuple[int, str], list[ExpertTensor]] = {}
     for tensor in tensors:
         groups.setdefault((tensor.block, tensor.kind), []).append(tensor)

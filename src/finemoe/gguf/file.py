@@ -79,7 +79,7 @@ class GgufFile:
         files: the parts, in order; usually one.
         metadata: of the first part; strings and numbers, short arrays as lists.
         tensors: of all parts, by name.
-        stamps: tells each file from a later one of its name; none of remote files.
+        stamps: identity of each file, to detect a replacement; empty for remote files.
     """
 
     files: tuple[Path, ...]

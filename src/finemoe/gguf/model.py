@@ -57,7 +57,7 @@ class GgufModel:
 
     @property
     def lock(self) -> threading.RLock:
-        """Held by the pass that runs, and by whoever empties the pool or closes the model."""
+        """Held during a pass, and while the pool is emptied or the model closed."""
         return self._lock
 
     def encode(self, prompt: str | Sequence[dict[str, str]], *, raw: bool = False) -> list[int]:

@@ -175,7 +175,7 @@ class GateReader:
         hidden = read_rows(node_at(follow(routing, probe.gate).src[1]))
         if hidden is None or len(hidden) != 1:
             return None
-        told = np.zeros((1, self.lookahead, self._experts), np.float32)
+        ahead = np.zeros((1, self.lookahead, self._experts), np.float32)
         for distance, later in enumerate(self._probes[layer + 1 : layer + 1 + self.lookahead]):
             weight = self._weights.get(later.weight)
             if weight is not None and weight.shape[1] == hidden.shape[1]:
@@ -183,8 +183,8 @@ class GateReader:
                 scores = hidden @ weight.T
                 if scale == "sigmoid":
                     scores = 1 / (1 + np.exp(-scores))
-                told[:, distance, : weight.shape[0]] = distribution(scores, scale)
-        return told
+                ahead[:, distance, : weight.shape[0]] = distribution(scores, scale)
+        return ahead
 
     def _padded(self, gates: Floats) -> Floats:
         if gates.shape[1] == self._experts:

@@ -133,7 +133,7 @@ class Runner:
         """Compute new tokens at the end of the sequence, a micro-batch at a time.
 
         Args:
-            request: tells running requests apart, for the policy.
+            request: identifies the running request to the policy.
             tokens: their ids.
             logits: whether the last one's are wanted.
             decoding: whether this is an answer's token, not a prompt's.
@@ -193,7 +193,7 @@ class Runner:
         if status:
             raise FinemoeError(f"the library has failed with status {status}: {self._library.last_error()}")
         if logits and not self._unwatched and self._expected != len(self._layers):
-            raise InvariantError(f"{self._expected} of {len(self._layers)} MoE layers told what experts they chose")
+            raise InvariantError(f"{self._expected} of {len(self._layers)} MoE layers reported their routing")
 
     def _run(self, tokens: list[int], *, logits: bool) -> int:
         """The pass, never on the main thread: there a signal's handler may raise before a callback's first line."""

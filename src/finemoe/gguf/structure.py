@@ -110,7 +110,7 @@ class _Finder:
         if tuple(weights.ne[:3]) != known.info.shape or weights.nb[2] != known.expert_bytes:
             raise self._refused(f"{known.info.name} is laid out in another way than its file says")
         if indices.type != _I32 or not indices.name:
-            raise self._refused(f"the indices for {known.info.name} can't be told from others")
+            raise self._refused(f"the indices for {known.info.name} are ambiguous")
         self.used.setdefault(tensor.src[2], []).append(known)
         self.active[tensor.src[2]] = indices.ne[0]
 
@@ -152,7 +152,7 @@ def find_structure(library: Library, file: GgufFile, starts: Mapping[int, int], 
         raise refused(file, "indices of experts are no node of the graph")
     names = [layer.routing for layer in layers]
     if sum(name in set(names) for _, name in finder.order) != len(names):
-        raise refused(file, "nodes that choose experts can't be told from others by name")
+        raise refused(file, "routing nodes are not unique by name")
     if not layers:
         raise refused(file, "no part of its graph chooses experts")
     _refuse_shared(file, layers)
@@ -200,7 +200,7 @@ def _try_callbacks(file: GgufFile, layers: Sequence[MoELayer], run_pass: RunPass
 
     status = run_pass(take)
     if status or wrong or seen != [layer.routing for layer in layers]:
-        raise refused(file, f"of {len(layers)} layers, {len(seen)} told what experts they chose, {len(wrong)} wrongly")
+        raise refused(file, f"of {len(layers)} layers, {len(seen)} reported their routing, {len(wrong)} wrongly")
     seen.clear()
     run_pass(stop)
     if len(seen) != 1 or asked_after:

@@ -122,7 +122,7 @@ class MapPersistence:
             self._disabled = True
             _warn(f"{reason}; it can't be moved aside ({error.strerror or error}), going on without")
         else:
-            _warn(f"{reason}; moved to {target.name}, starting anew")
+            _warn(f"{reason}; moved to {target.name}, starting empty")
 
 
 def open_map_persistence(choice: str | None, policy: str, model: str, name: str) -> MapPersistence | None:

@@ -91,8 +91,8 @@ class DeepSpeedPolicy(LRUPrefetchPolicy):
     layers in order, the next layer while the current one computes. After the last layer comes the first of the next
     iteration.
 
-    Deviation: the original has no expert cache, it streams every layer anew. The cache is what published comparisons
-    add to it (among them arXiv 2502.05370); demand loads of the current layer go before the prefetches.
+    Deviation: the original has no expert cache and streams every layer. The cache is what published comparisons add
+    to it (among them arXiv 2502.05370); demand loads of the current layer go before the prefetches.
     """
 
     def __init__(self, layers: int, experts: int, *, jit: Jit[Any] = interpreted) -> None:
