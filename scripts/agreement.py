@@ -29,8 +29,9 @@ from finemoe.bench.inputs import Request, read_requests
 from finemoe.bench.measurements import Phase, PromptsResult
 from finemoe.bench.run import run_bench
 from finemoe.bench.worker_process import run_requests
+from finemoe.budget import parse_budget
 from finemoe.checkpoint import locate
-from finemoe.config import GenerateConfig, parse_budget
+from finemoe.config import GenerateConfig
 from finemoe.errors import FinemoeError
 from finemoe.jit import compiler
 from finemoe.model import chosen_model
@@ -39,7 +40,7 @@ from finemoe.policy import BOUNDS, compute_future, make_policy, policy_class, po
 from finemoe.sim.hardware import Machine
 from finemoe.sim.simulator import Outcome, Simulation
 from finemoe.sim.workload import Schedule, TraceView, make_schedule
-from finemoe.store.disk import CHUNK_BYTES
+from finemoe.store.direct_io import CHUNK_BYTES
 from finemoe.trace import DECODE, TraceWriter, open_trace
 from finemoe.trace.recorder import Recorder
 
@@ -95,7 +96,7 @@ class Simulator:
                 schedule.layers, schedule.experts, schedule.ptr, schedule.needs, self._jit
             )
         if "predictors" in policy_or_bound_class(name).needs:
-            from finemoe.learned.predictors import load
+            from finemoe.learned.promoe_predictors import load
 
             options["predictors"] = load(Path(self._predictors or ""), header.fingerprint or header.model)
         policy = make_policy(name, header.layers, header.experts, jit=self._jit, **options)

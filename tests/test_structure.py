@@ -21,8 +21,8 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 
 # A module imports only what stands before it. Packages stand for all of their modules.
 ORDER = (
-    "types", "errors", "metrics", "config", "system", "checkpoint", "jit", "store", "policy", "learned", "engine",
-    "gpu", "gguf", "model", "trace", "sim", "serving", "ray", "bench", "cli", "__main__",
+    "types", "errors", "budget", "metrics", "config", "system", "checkpoint", "jit", "store", "policy", "learned",
+    "engine", "gpu", "gguf", "model", "trace", "sim", "serving", "ray", "bench", "cli", "__main__",
 )  # fmt: skip
 ALONE = {"types", "errors"}  # the vocabulary rests on nothing
 REFERENCE_KNOWS = {"errors", "types", "config", "system"}

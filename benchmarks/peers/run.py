@@ -24,9 +24,9 @@ from table import Row, render
 
 from finemoe.bench.disk_probe import cached_share, evict
 from finemoe.bench.run import describe_host
+from finemoe.budget import format_bytes, parse_budget
 from finemoe.checkpoint import locate, read_headers
 from finemoe.checkpoint.headers import fingerprint
-from finemoe.config import format_bytes, parse_budget
 from finemoe.errors import ConfigError, FinemoeError
 from finemoe.model import read_config, reference_model
 from finemoe.model.generation import encode, load_tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 from cap import CapUsage
 from peer import Result
 
-from finemoe.config import format_bytes
+from finemoe.budget import format_bytes
 
 COLUMNS = ("", "load s", "TTFT s", "tok/s", "read/token", "peak memory", "cap", "same tokens")
 

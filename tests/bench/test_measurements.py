@@ -20,7 +20,7 @@ from finemoe.bench.measurements import (
     WorkerTask,
     variants,
 )
-from finemoe.bench.report import PROMPT_FIGURES, BenchReport, BenchRun, prompt_figures, summarise
+from finemoe.bench.row_metrics import PROMPT_FIGURES, BenchReport, BenchRun, prompt_figures, summarise
 from finemoe.bench.run import run_bench
 from finemoe.bench.table import render
 from finemoe.cli import main

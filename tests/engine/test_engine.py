@@ -14,7 +14,7 @@ from finemoe.engine.layer_timing import LayerTiming
 from finemoe.errors import ExpertReadError, FinemoeError, InvariantError
 from finemoe.metrics import NEVER, Durations
 from finemoe.policy import POLICIES, CacheManager, make_cache_manager
-from finemoe.policy.eviction import LRU
+from finemoe.policy.lru_lfu import LRU
 from finemoe.store import RamSlotPool
 from finemoe.types import ExpertId, Routed
 from tests.fakes import ManualTransfer, MemorySource

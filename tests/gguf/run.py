@@ -22,7 +22,7 @@ from finemoe.gguf.load import GgufOptions, load_parts, observe
 from finemoe.gguf.model import GgufModel
 from finemoe.jit import interpreted
 from finemoe.policy import policy_class
-from finemoe.store.reader import ReaderThreads
+from finemoe.store.reader_threads import ReaderThreads
 
 Floats = npt.NDArray[np.float32]
 VOCABULARY = 300

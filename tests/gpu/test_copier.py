@@ -25,7 +25,7 @@ from finemoe.gpu.expert_layer import DeviceExpertLayer
 from finemoe.gpu.host_tier import HostTier
 from finemoe.gpu.slot_pool import DeviceSlotPool
 from finemoe.policy import make_cache_manager
-from finemoe.store.reader import ReaderThreads
+from finemoe.store.reader_threads import ReaderThreads
 from finemoe.types import ByteRange, ExpertId, Step
 from tests.fakes import MemorySource
 from tests.gpu.simulated import Clock, SimulatedDevice, SimulatedEvent

@@ -25,7 +25,7 @@ import finemoe
 from finemoe.engine.expert_layer import ExpertLayer
 from finemoe.errors import ExpertReadError, InvariantError
 from finemoe.store import DiskStore
-from finemoe.store.reader import ReaderThreads
+from finemoe.store.reader_threads import ReaderThreads
 from finemoe.types import ByteRange
 from tests.tiny import WEIGHTS, answer
 

@@ -12,7 +12,7 @@ import finemoe
 from finemoe.checkpoint import read_headers
 from finemoe.checkpoint.headers import fingerprint
 from finemoe.errors import ConfigError, FinemoeError
-from finemoe.learned.predictors import save
+from finemoe.learned.promoe_predictors import save
 from finemoe.policy import FACTORIES
 from tests.chat_model import make_chat_model
 from tests.policy.workload import Shape, untrained

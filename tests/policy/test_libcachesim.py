@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from finemoe.policy import CacheManager, compute_future
 from finemoe.policy.base import Policy
 from finemoe.policy.belady import Belady
-from finemoe.policy.eviction import LFU, LRU
+from finemoe.policy.lru_lfu import LFU, LRU
 from finemoe.types import ExpertId, Routed
 
 libcachesim = pytest.importorskip("libcachesim")

@@ -13,7 +13,7 @@ import pytest
 import finemoe
 from finemoe.checkpoint import read_headers
 from finemoe.checkpoint.headers import fingerprint
-from finemoe.learned.predictors import save
+from finemoe.learned.promoe_predictors import save
 from finemoe.serving.scheduler.job import Job, Token
 from finemoe.types import DECODE, PREFILL, Routed, Step
 from tests.policy.workload import Shape, untrained

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from finemoe.policy import Policy
-from finemoe.policy.eviction import RECENCY, make_ranking, visit
+from finemoe.policy.lru_lfu import RECENCY, make_ranking, visit
 from finemoe.sim.hardware import Machine
 from finemoe.sim.simulator import Outcome, Simulation
 from finemoe.sim.workload import Floats, Schedule, TraceView

@@ -12,7 +12,7 @@ from finemoe.errors import InvariantError
 from finemoe.jit import Jit, interpreted
 from finemoe.policy import BOUNDS, FACTORIES, Policy, compute_future, make_policy
 from finemoe.policy.cache_state import LOADING, RESIDENT
-from finemoe.policy.eviction import OnDemand
+from finemoe.policy.lru_lfu import OnDemand
 from finemoe.sim.hardware import Machine
 from finemoe.sim.layer_kernel import check_invariants
 from finemoe.sim.link_kernel import ACCESSES, HITS, MOVED

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from finemoe.store.reader import ReaderThreads
+from finemoe.store.reader_threads import ReaderThreads
 from finemoe.types import ExpertId, Landed
 from tests.fakes import MemorySource
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finemoe.config import parse_bandwidth
+from finemoe.budget import parse_bandwidth
 from finemoe.errors import ConfigError
 from finemoe.metrics import NEVER, Durations
 from finemoe.store.bandwidth import CATCH_UP_S, LinkAccounting, Throttle
-from finemoe.store.reader import ReaderThreads
+from finemoe.store.reader_threads import ReaderThreads
 from finemoe.types import ByteRange, ExpertId, Landed
 from tests.fakes import MemorySource
 

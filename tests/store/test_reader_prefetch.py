@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from finemoe.store.reader import ReaderThreads
+from finemoe.store.reader_threads import ReaderThreads
 from finemoe.types import ExpertId
 from tests.fakes import MemorySource
 from tests.store.readers import Gate, collect, experts, reading, slots_for, submit

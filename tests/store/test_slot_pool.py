@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from finemoe.config import format_bytes
+from finemoe.budget import format_bytes
 from finemoe.errors import BudgetError, InvariantError
 from finemoe.policy import POLICIES, make_cache_manager
 from finemoe.store import RamSlotPool, slot_pool

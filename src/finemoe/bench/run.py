@@ -22,7 +22,7 @@ from finemoe.bench import disk_probe
 from finemoe.bench.config import BATCHED, DISK_OFFLOAD, BenchConfig
 from finemoe.bench.inputs import Requests, read_requests, read_text
 from finemoe.bench.measurements import PromptsResult, RandomTokensResult, Variant, WorkerTask, variants
-from finemoe.bench.report import PROMPT_FIGURES, RANDOM_TOKEN_FIGURES, BenchReport, BenchRun, summarise
+from finemoe.bench.row_metrics import PROMPT_FIGURES, RANDOM_TOKEN_FIGURES, BenchReport, BenchRun, summarise
 from finemoe.checkpoint import Checkpoint, ExpertIndex, locate, read_headers
 from finemoe.errors import CheckpointError
 from finemoe.gguf.locate import refuse_gguf

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from finemoe.bench.config import BATCHED
-from finemoe.bench.report import BenchReport, BenchRow
-from finemoe.config import format_bytes
+from finemoe.bench.row_metrics import BenchReport, BenchRow
+from finemoe.budget import format_bytes
 from finemoe.metrics import explain_table
 
 MIB = 1 << 20

@@ -24,8 +24,9 @@ from finemoe.bench.config import BATCHED
 from finemoe.bench.disk_probe import evict, probe
 from finemoe.bench.inputs import Request, learn_trace, perplexity
 from finemoe.bench.measurements import Phase, PromptsResult, RandomTokensResult, RequestResult, WorkerTask, counted
+from finemoe.budget import format_bytes
 from finemoe.checkpoint import locate, read_headers
-from finemoe.config import LoadConfig, format_bytes
+from finemoe.config import LoadConfig
 from finemoe.errors import BudgetError, FinemoeError
 from finemoe.model import load_config, model_class
 from finemoe.model.quantized import restore_on_load

@@ -8,8 +8,9 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from finemoe.budget import format_bytes
 from finemoe.cli.flags import add_flags, read_flags
-from finemoe.config import GenerateConfig, LoadConfig, PrefillConfig, ReplayConfig, format_bytes, refuse_undecodable
+from finemoe.config import GenerateConfig, LoadConfig, PrefillConfig, ReplayConfig, refuse_undecodable
 from finemoe.errors import ConfigError
 from finemoe.learned import NO_MAP_STORE
 from finemoe.metrics import explain_table

@@ -7,7 +7,8 @@ import json
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from finemoe.config import EXPERT_DTYPES, format_bytes
+from finemoe.budget import format_bytes
+from finemoe.config import EXPERT_DTYPES
 
 if TYPE_CHECKING:
     from finemoe.model import Description

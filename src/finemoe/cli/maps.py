@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from finemoe.budget import format_bytes
 from finemoe.cli.flags import Parser
-from finemoe.config import format_bytes
 from finemoe.errors import ConfigError
 from finemoe.learned import Maps, merge, prune, read_maps, write_maps
 from finemoe.system import refuse_unwritable

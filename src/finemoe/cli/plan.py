@@ -8,8 +8,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from finemoe.budget import format_bytes, parse_budget
 from finemoe.cli.inspect import add_model_flags, describe_model, stored_as
-from finemoe.config import format_bytes, parse_budget
 
 _SHARES = ("10%", "25%", "50%", "75%", "all")
 

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finemoe.budget import format_bytes
 from finemoe.cli.flags import add_flags, read_flags
 from finemoe.cli.generate import warn_if_lossy
-from finemoe.config import GenerateConfig, LoadConfig, RecordConfig, format_bytes
+from finemoe.config import GenerateConfig, LoadConfig, RecordConfig
 from finemoe.errors import ConfigError
 from finemoe.metrics import explain_table
 from finemoe.trace import TraceWriter, refuse_existing

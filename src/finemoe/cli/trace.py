@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from finemoe.budget import format_bytes
 from finemoe.cli.flags import Parser
-from finemoe.config import format_bytes
 from finemoe.errors import ConfigError
 from finemoe.system import refuse_unwritable
 from finemoe.trace.reader import Trace, open_trace
@@ -180,7 +180,7 @@ def _stats(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from finemoe.learned.predictors import recall, save, train
+    from finemoe.learned.promoe_predictors import recall, save, train
     from finemoe.sim.workload import TraceView
     from finemoe.trace.stats import split
 

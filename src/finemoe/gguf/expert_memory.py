@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from finemoe.budget import format_bytes
 from finemoe.checkpoint import ExpertIndex
-from finemoe.config import format_bytes
 from finemoe.errors import BudgetError, ConfigError, InvariantError
 from finemoe.gguf.address_space import NO_ACCESS, bind, map_anonymous, ranges
 from finemoe.store.slot_pool import Prefault, SlotPool

@@ -15,8 +15,8 @@ from typing import Literal
 
 import numpy as np
 
+from finemoe.budget import format_bytes, parse_budget
 from finemoe.checkpoint import ExpertIndex
-from finemoe.config import format_bytes, parse_budget
 from finemoe.engine.engine import Engine
 from finemoe.errors import BudgetError, CheckpointError, UnsupportedModelError
 from finemoe.gguf.address_space import NO_ACCESS, PAGE_BYTES, map_anonymous, view
@@ -30,8 +30,8 @@ from finemoe.gguf.mapping import FileMappings
 from finemoe.gguf.router_probe import GateReader
 from finemoe.gguf.runner import Runner, micro_batch_for
 from finemoe.gguf.structure import Eval, Structure, find_structure
-from finemoe.store.disk import CHUNK_BYTES, DiskStore
-from finemoe.store.reader import ReaderThreads
+from finemoe.store.direct_io import CHUNK_BYTES, DiskStore
+from finemoe.store.reader_threads import ReaderThreads
 from finemoe.system import available_bytes, idle_cores
 from finemoe.types import ByteRange
 

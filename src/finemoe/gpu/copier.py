@@ -16,8 +16,8 @@ from finemoe.gpu.copy_queue import CopyChunk, CopyJob, CopyQueue, ExpertPieces, 
 from finemoe.gpu.device import Device
 from finemoe.gpu.host_tier import HostTier
 from finemoe.gpu.slot_pool import Arrival, DeviceSlot
-from finemoe.store.reader import ReaderThreads
-from finemoe.store.transfer import BaseTransfer
+from finemoe.store.reader_threads import ReaderThreads
+from finemoe.store.transfer_results import BaseTransfer
 from finemoe.types import Cancelled, ExpertId, Landed
 
 

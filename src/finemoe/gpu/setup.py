@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from finemoe.budget import format_bytes, parse_budget
 from finemoe.checkpoint import ExpertIndex, LayerLayout
 from finemoe.checkpoint.expert_index import PAGE_BYTES, PLACED_BYTES, round_up
-from finemoe.config import format_bytes, parse_budget
 from finemoe.engine.engine import Engine
 from finemoe.engine.expert_layer import ExpertLayer, Kernel, Views, field_views
 from finemoe.errors import BudgetError, ConfigError, InvariantError
@@ -28,7 +28,7 @@ from finemoe.gpu.hybrid_cpu import HostCompute, measure_costs
 from finemoe.gpu.slot_pool import DeviceSlotPool
 from finemoe.metrics import Counters
 from finemoe.store import DiskStore
-from finemoe.store.reader import ReaderThreads
+from finemoe.store.reader_threads import ReaderThreads
 from finemoe.system import available_bytes
 from finemoe.types import ExpertId
 

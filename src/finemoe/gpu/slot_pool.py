@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finemoe.config import format_bytes
+from finemoe.budget import format_bytes
 from finemoe.errors import BudgetError
 from finemoe.gpu.device import Device, Event
 from finemoe.store.slot_pool import SlotPool

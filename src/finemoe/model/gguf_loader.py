@@ -22,7 +22,7 @@ from finemoe.gguf.model import GgufModel
 from finemoe.learned import MapPersistence, open_map_persistence
 from finemoe.model.handle import ModelHandle
 from finemoe.policy import policy_class
-from finemoe.store.reader import ReaderThreads
+from finemoe.store.reader_threads import ReaderThreads
 from finemoe.store.verify import SecondReader
 from finemoe.system import end_openmp_threads
 from finemoe.types import ExpertId
@@ -117,7 +117,7 @@ def policy_options(config: LoadConfig, identity: str) -> dict[str, Any]:
 
         options["jit"] = compiler()
     if config.predictors is not None:
-        from finemoe.learned.predictors import load as load_predictors
+        from finemoe.learned.promoe_predictors import load as load_predictors
 
         options["predictors"] = load_predictors(Path(config.predictors), identity)
     return options

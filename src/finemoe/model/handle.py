@@ -22,7 +22,7 @@ from finemoe.policy import accounting
 from finemoe.policy import cache_state as cache
 from finemoe.store import DiskStore
 from finemoe.store.bandwidth import LinkTotals
-from finemoe.store.reader import ReaderThreads
+from finemoe.store.reader_threads import ReaderThreads
 from finemoe.system import peak_rss_bytes
 from finemoe.types import Recorded
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from finemoe.budget import format_bytes, parse_budget
 from finemoe.checkpoint import ExpertIndex
 from finemoe.checkpoint.weight_conversion import ExpertsModule
-from finemoe.config import format_bytes, parse_budget
 from finemoe.errors import BudgetError, CheckpointError, FinemoeError, UnsupportedModelError
 from finemoe.model.quantized import refuse_unrestored, restore_on_load
 

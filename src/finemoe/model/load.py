@@ -9,9 +9,10 @@ from typing import Any, Literal, TypedDict, Unpack, get_type_hints
 
 import torch
 
+from finemoe.budget import budget_text
 from finemoe.checkpoint import Checkpoint, TensorHeader, locate, read_headers
 from finemoe.checkpoint.headers import fingerprint
-from finemoe.config import LoadConfig, budget_text
+from finemoe.config import LoadConfig
 from finemoe.engine.expert_layer import IMPLEMENTATION
 from finemoe.errors import ConfigError
 from finemoe.gpu.device import open_devices
@@ -153,7 +154,7 @@ def policy_options(config: LoadConfig, checkpoint: Checkpoint, headers: dict[str
 
         options["jit"] = compiler()
     if config.predictors is not None:
-        from finemoe.learned.predictors import load as load_predictors
+        from finemoe.learned.promoe_predictors import load as load_predictors
 
         model = fingerprint(checkpoint.folder, headers)
         options["predictors"] = load_predictors(Path(config.predictors), model)

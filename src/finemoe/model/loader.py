@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
 
+from finemoe.budget import format_bytes
 from finemoe.checkpoint import Checkpoint, ExpertIndex, TensorHeader
 from finemoe.checkpoint.weight_conversion import ExpertsModule, read_expert_index
-from finemoe.config import LoadConfig, format_bytes
+from finemoe.config import LoadConfig
 from finemoe.engine.assembly import make_engine
 from finemoe.engine.async_policy import AsyncPolicy
 from finemoe.engine.engine import Engine
@@ -48,7 +49,7 @@ from finemoe.store import DiskStore, RamSlotPool
 from finemoe.store.dense import LazyTensor
 from finemoe.store.quantization import Dequantizer, scratch_bytes
 from finemoe.store.quantized_copy import planned_copy
-from finemoe.store.reader import ReaderThreads
+from finemoe.store.reader_threads import ReaderThreads
 from finemoe.store.verify import SecondReader
 from finemoe.system import available_bytes
 from finemoe.types import ExpertId

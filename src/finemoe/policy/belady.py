@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from finemoe.jit import Jit, interpreted, kernel
 from finemoe.policy.base import Policy
-from finemoe.policy.eviction import NEXT_USE, OnDemand, visit
+from finemoe.policy.lru_lfu import NEXT_USE, OnDemand, visit
 from finemoe.types import Routed
 
 NEVER = 1 << 40  # in place of an event's index: not needed again. float64 represents all indices below it exactly

@@ -14,8 +14,8 @@ from finemoe.jit import Jit, interpreted
 from finemoe.policy.base import Policy
 from finemoe.policy.belady import Belady, Oracle
 from finemoe.policy.cache_manager import CacheManager
-from finemoe.policy.eviction import LFRU, LFU, LRU
 from finemoe.policy.finemoe.policy import FinemoePolicy
+from finemoe.policy.lru_lfu import LFRU, LFU, LRU
 from finemoe.policy.published.expert_map import ExpertMapPolicy
 from finemoe.policy.published.lru_prefetch import DeepSpeedPolicy, MixtralOffloadingPolicy
 from finemoe.policy.published.moe_infinity import MoEInfinityPolicy

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finemoe.config import parse_bytes, setting
+from finemoe.budget import parse_bytes
+from finemoe.config import setting
 from finemoe.errors import ConfigError
 
 _AT_LEAST_ONE = ("max_batch_tokens", "max_running", "max_prompt_tokens", "max_output_tokens", "max_shared_maps")

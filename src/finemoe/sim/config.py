@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from finemoe.config import parse_budget, setting
+from finemoe.budget import parse_budget
+from finemoe.config import setting
 from finemoe.errors import BudgetError, ConfigError
 from finemoe.policy import BOUNDS, POLICIES, policy_or_bound_class
 from finemoe.sim.hardware import HARDWARE, SHAPES, TIMING

@@ -19,7 +19,7 @@ from finemoe.policy.cache_state import (
     access,
     should_continue_prefetch,
 )
-from finemoe.policy.eviction import Ranking, visit
+from finemoe.policy.lru_lfu import Ranking, visit
 from finemoe.sim.link_kernel import (
     ACCESSES,
     CAPACITY,

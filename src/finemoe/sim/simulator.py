@@ -22,7 +22,7 @@ from finemoe.policy.cache_state import (
     make_cache_state,
     throttle_prefetch,
 )
-from finemoe.policy.eviction import OnDemand
+from finemoe.policy.lru_lfu import OnDemand
 from finemoe.sim.hardware import Machine, Noise
 from finemoe.sim.layer_kernel import advance_clock, replay_on_demand, run_layer
 from finemoe.sim.link_kernel import DUE, HITS, LATE, MISSES, NOW, STALL, USED, Ints, SimState, make_link_state

@@ -260,7 +260,7 @@ class _TraceInput:
                 schedule.layers, schedule.experts, schedule.ptr, schedule.needs, compiler()
             )
         if "predictors" in kind.needs:
-            from finemoe.learned.predictors import load
+            from finemoe.learned.promoe_predictors import load
 
             assert self.config.predictors is not None
             header = self.trace.header

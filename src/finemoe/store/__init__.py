@@ -1,6 +1,6 @@
 """Expert storage: disk reads, RAM slots, reader threads, quantized copies. Executes plans, decides nothing."""
 
-from finemoe.store.disk import DiskStore
+from finemoe.store.direct_io import DiskStore
 from finemoe.store.slot_pool import RamSlotPool, SlotPool
 from finemoe.system import available_bytes, peak_rss_bytes
 

@@ -11,7 +11,7 @@ from types import EllipsisType
 import torch
 
 from finemoe.checkpoint import TensorHeader
-from finemoe.store.disk import CHUNK_BYTES, DiskStore
+from finemoe.store.direct_io import CHUNK_BYTES, DiskStore
 from finemoe.types import ByteRange
 
 _DTYPES = {

@@ -18,13 +18,13 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from finemoe.budget import format_bytes
 from finemoe.checkpoint import Checkpoint, ExpertIndex, Field, LayerLayout, QuantizedParameter, TensorHeader
 from finemoe.checkpoint.expert_index import ALIGN_BYTES, PAGE_BYTES, PLACED_BYTES, round_up
 from finemoe.checkpoint.headers import files_fingerprint, fingerprint
-from finemoe.config import format_bytes
 from finemoe.errors import CheckpointError, ConfigError
 from finemoe.store import DiskStore
-from finemoe.store.disk import CHUNK_BYTES
+from finemoe.store.direct_io import CHUNK_BYTES
 from finemoe.store.quantization import SCHEMES, Scheme, require_torchao
 from finemoe.system import evict_from_page_cache, user_experts
 from finemoe.types import ByteRange, ExpertId

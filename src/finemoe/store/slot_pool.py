@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finemoe.config import format_bytes
+from finemoe.budget import format_bytes
 from finemoe.errors import BudgetError, InvariantError
 from finemoe.system import available_bytes, available_cores
 from finemoe.types import ExpertId

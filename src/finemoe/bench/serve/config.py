@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finemoe.config import parse_budget, parse_bytes, setting
+from finemoe.budget import parse_budget, parse_bytes
+from finemoe.config import setting
 from finemoe.errors import ConfigError
 from finemoe.policy import policy_class
 

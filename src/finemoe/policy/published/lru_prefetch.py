@@ -13,7 +13,7 @@ import numpy as np
 from finemoe.jit import Jit, interpreted, kernel
 from finemoe.policy.base import Policy
 from finemoe.policy.cache_state import Scores
-from finemoe.policy.eviction import RECENCY, make_ranking, visit
+from finemoe.policy.lru_lfu import RECENCY, make_ranking, visit
 from finemoe.policy.top_k import TopKEstimator, top_k_union
 from finemoe.types import Routed
 

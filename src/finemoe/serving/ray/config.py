@@ -9,7 +9,8 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from finemoe.config import LoadConfig, parse_bytes, setting
+from finemoe.budget import parse_bytes
+from finemoe.config import LoadConfig, setting
 from finemoe.errors import ConfigError
 from finemoe.serving.config import ServeConfig
 

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig
 
-from finemoe.config import format_bytes
+from finemoe.budget import format_bytes
 from finemoe.errors import ConfigError, UnsupportedModelError
 from finemoe.model import context_tokens
 

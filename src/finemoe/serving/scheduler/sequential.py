@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finemoe.config import format_bytes
+from finemoe.budget import format_bytes
 from finemoe.errors import ConfigError
 from finemoe.serving.scheduler.paged_batch import BLOCK_TOKENS, ScheduledRequest, slices_logits, token_bytes
 

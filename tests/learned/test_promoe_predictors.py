@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from finemoe.errors import FinemoeError
-from finemoe.learned.predictors import load, recall, save, train
+from finemoe.learned.promoe_predictors import load, recall, save, train
 from finemoe.policy.published.promoe import Predictors, ProMoEPolicy
 from finemoe.types import DECODE, Recorded, Routed, Step
 from tests.policy.workload import Shape, selected, softmax, untrained

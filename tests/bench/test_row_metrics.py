@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from finemoe.bench.measurements import Phase, RandomTokensResult, Variant, WorkerTask
-from finemoe.bench.report import RANDOM_TOKEN_FIGURES, BenchReport, BenchRun, random_token_figures, summarise
+from finemoe.bench.row_metrics import RANDOM_TOKEN_FIGURES, BenchReport, BenchRun, random_token_figures, summarise
 from finemoe.bench.table import render
 
 EAGER = Variant("resident", implementation="eager")

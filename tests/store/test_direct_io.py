@@ -21,7 +21,7 @@ from finemoe.checkpoint import ExpertIndex, TensorHeader
 from finemoe.checkpoint.expert_index import PAGE_BYTES
 from finemoe.store import DiskStore
 from finemoe.store.dense import LazyTensor
-from finemoe.store.disk import CHUNK_BYTES
+from finemoe.store.direct_io import CHUNK_BYTES
 from finemoe.types import ByteRange
 
 EMPTY = ExpertIndex([], {})

@@ -15,8 +15,8 @@ from itertools import pairwise
 
 from finemoe.checkpoint.expert_index import PAGE_BYTES
 from finemoe.store.bandwidth import LinkAccounting, LinkTotals, ReadStart, Throttle, TransferRecord
-from finemoe.store.disk import CHUNK_BYTES
-from finemoe.store.transfer import BaseTransfer
+from finemoe.store.direct_io import CHUNK_BYTES
+from finemoe.store.transfer_results import BaseTransfer
 from finemoe.system import available_cores
 from finemoe.types import ByteRange, Cancelled, ExpertId, ExpertSource, Landed
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from finemoe.policy import make_cache_manager
 from finemoe.policy.cache_state import ABSENT, NONE, RESIDENT, choose_victim, make_cache_state
-from finemoe.policy.eviction import LFRU, LFU, LRU
+from finemoe.policy.lru_lfu import LFRU, LFU, LRU
 from finemoe.types import ExpertId, Fetch
 from tests.policy.cache_driver import CacheDriver
 

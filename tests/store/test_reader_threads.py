@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finemoe.store.bandwidth import LinkTotals
-from finemoe.store.reader import ReaderThreads
+from finemoe.store.reader_threads import ReaderThreads
 from finemoe.types import ByteRange, ExpertId, Landed
 from tests.fakes import MemorySource
 from tests.store.readers import Gate, collect, experts, reading, slots_for, submit
