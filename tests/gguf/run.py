@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from finemoe.checkpoint import ExpertIndex
 from finemoe.config import LoadConfig
-from finemoe.engine.assembly import make_engine
 from finemoe.engine.engine import Engine
+from finemoe.engine.engine_factory import make_engine
 from finemoe.gguf.binding import load_library
 from finemoe.gguf.context import Context, ContextOptions
 from finemoe.gguf.expert_memory import ExpertMemory

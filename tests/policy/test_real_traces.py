@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from finemoe.policy import make_cache_manager
-from finemoe.sim.cost_model import LOCAL_HITS
+from finemoe.sim.speed_forecast import LOCAL_HITS
 from finemoe.types import ExpertId, Routed
 
 TRACE = Path(__file__).parents[3] / "shared" / "data" / "routing" / "gpt-oss-20b" / "routing.npz"

@@ -8,8 +8,8 @@ from math import isfinite
 import pytest
 
 from finemoe.sim.config import SimulateConfig
-from finemoe.sim.cost_model import link_ratios
 from finemoe.sim.hardware import HARDWARE, SHAPES, link_ratio
+from finemoe.sim.speed_forecast import link_ratios
 
 
 def test_mixtral_on_a_3090_by_hand() -> None:
@@ -61,6 +61,6 @@ def test_the_disk_of_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -
     class Rates:
         memory_bytes_s, disk_bytes_s = 20e9, 1e9
 
-    monkeypatch.setattr("finemoe.sim.cost_model.measure", Rates)
+    monkeypatch.setattr("finemoe.sim.speed_forecast.measure", Rates)
     (ratio,) = link_ratios(SimulateConfig(hardware="disk", shape="gpt-oss-20b"))
     assert ratio == pytest.approx(13_219_200 / 1e9 / ((53_084_160 + 4 * 13_219_200) / 20e9))

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit status."""
     budgets = [parse_budget(text) for text in arguments.expert_memory.split(",")]
     description = describe_model(arguments)
-    from finemoe.sim.cost_model import Sizes, forecast, measure
+    from finemoe.sim.speed_forecast import Sizes, forecast, measure
 
     index = description.expert_index
     sizes = Sizes(

@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
         refuse_unwritable("--json", Path(arguments.json))
     from tqdm import tqdm
 
-    from finemoe.sim.cost_model import link_ratios
     from finemoe.sim.report import table
+    from finemoe.sim.speed_forecast import link_ratios
     from finemoe.sim.sweep import Cell, count_iterations, run_cells, runnable
     from finemoe.trace import open_trace
 

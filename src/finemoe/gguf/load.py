@@ -26,8 +26,8 @@ from finemoe.gguf.embedding import EmbeddingTable
 from finemoe.gguf.expert_layout import dense_ranges, index_experts
 from finemoe.gguf.expert_memory import ExpertMemory
 from finemoe.gguf.file import GgufFile
+from finemoe.gguf.gate_reader import GateReader
 from finemoe.gguf.mapping import FileMappings
-from finemoe.gguf.router_probe import GateReader
 from finemoe.gguf.runner import Runner, micro_batch_for
 from finemoe.gguf.structure import Eval, Structure, find_structure
 from finemoe.store.direct_io import CHUNK_BYTES, DiskStore

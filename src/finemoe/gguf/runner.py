@@ -20,7 +20,7 @@ import numpy.typing as npt
 from finemoe.errors import FinemoeError, InvariantError
 from finemoe.gguf.binding import Library
 from finemoe.gguf.context import Context, ContextOptions
-from finemoe.gguf.router_probe import GateReader, node_at
+from finemoe.gguf.gate_reader import GateReader, node_at
 from finemoe.gguf.structure import Structure, name_of, read_indices
 from finemoe.types import DECODE, PREFILL, Routed, Step
 

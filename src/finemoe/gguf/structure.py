@@ -20,7 +20,7 @@ from finemoe.errors import UnsupportedModelError
 from finemoe.gguf.address_space import view
 from finemoe.gguf.binding import Library, Tensor
 from finemoe.gguf.file import ExpertTensor, GgufFile
-from finemoe.gguf.router_probe import Graph, Probe, node_at
+from finemoe.gguf.gate_reader import Graph, Probe, node_at
 
 Eval = Callable[[int, bool], bool]  # address of a node, whether this only asks -> whether to call with the result
 RunPass = Callable[[Eval], int]  # runs one token with this callback; the library's status

@@ -10,9 +10,9 @@ from typing import Any
 
 from finemoe.checkpoint import Checkpoint, ExpertIndex
 from finemoe.config import LoadConfig
-from finemoe.engine.assembly import make_engine
 from finemoe.engine.async_policy import AsyncPolicy
 from finemoe.engine.engine import Engine
+from finemoe.engine.engine_factory import make_engine
 from finemoe.errors import ConfigError
 from finemoe.gguf.expert_memory import ExpertMemory
 from finemoe.gguf.file import Array, GgufFile, open_gguf

@@ -21,9 +21,9 @@ from finemoe.budget import format_bytes
 from finemoe.checkpoint import Checkpoint, ExpertIndex, TensorHeader
 from finemoe.checkpoint.weight_conversion import ExpertsModule, read_expert_index
 from finemoe.config import LoadConfig
-from finemoe.engine.assembly import make_engine
 from finemoe.engine.async_policy import AsyncPolicy
 from finemoe.engine.engine import Engine
+from finemoe.engine.engine_factory import make_engine
 from finemoe.engine.expert_layer import (
     HANDLE,
     Accumulator,

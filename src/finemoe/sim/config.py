@@ -164,7 +164,7 @@ class SimulateConfig:
 
     @property
     def link_ratios(self) -> tuple[float, ...]:
-        """As given, 1 by default; without effect for a machine preset, see `cost_model.link_ratios`."""
+        """As given, 1 by default; without effect for a machine preset, see `speed_forecast.link_ratios`."""
         read = partial(_number, "link-ratio", sys.float_info.max, "a number of at least 0")
         return _distinct("link-ratio", "1" if self.link_ratio is None else self.link_ratio, read)
 

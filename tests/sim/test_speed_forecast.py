@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finemoe.sim.cost_model import Forecast, Rates, Sizes, forecast, measure
+from finemoe.sim.speed_forecast import Forecast, Rates, Sizes, forecast, measure
 
 fcntl = pytest.importorskip("fcntl")
 
