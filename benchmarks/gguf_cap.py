@@ -1,9 +1,9 @@
-"""One GGUF file under one memory cap: llama.cpp with its own mapping beside finemoe, the same library and prompt.
+"""Compares llama.cpp's own file mapping with finemoe under a memory cap: same GGUF file, library and prompt.
 
     python benchmarks/gguf_cap.py model.gguf --cap 50% --policies lru,finemoe --new-tokens 64
 
-Each row runs in a process of its own, in a memory cgroup of that size (page cache included), after the file was dropped
-from the page cache. `resident` rows have no cap: what the hardware allows. One JSON line comes last.
+Each row runs in a separate process in a memory cgroup of the cap's size (page cache included), after the file was
+dropped from the page cache. The first row has no cap and is the upper bound. The last line of output is JSON.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
-OVERHEAD_BYTES = 128 << 20  # interpreter, library, activations, keys and values
+OVERHEAD_BYTES = 128 << 20  # interpreter, library, activations, KV cache
 PROMPT_TOKENS = 32
 
 
 def plain(path: str, threads: int) -> Iterator[int]:
-    """llama.cpp: its mapping, no callback."""
+    """Greedy tokens of llama.cpp with its own mapping and no callback."""
     from finemoe.gguf.binding import LOAD_MMAP, load_library
     from finemoe.gguf.context import Context, ContextOptions
 
@@ -45,7 +45,7 @@ def plain(path: str, threads: int) -> Iterator[int]:
 
 
 def offloaded(given: argparse.Namespace, out: dict[str, Any]) -> Iterator[int]:
-    """finemoe; `out` gets its statistics when it is closed."""
+    """Greedy tokens of finemoe; adds its statistics to `out` when the generator is closed."""
     from finemoe.config import LoadConfig
     from finemoe.model.backend import load_config
 
@@ -62,14 +62,14 @@ def offloaded(given: argparse.Namespace, out: dict[str, Any]) -> Iterator[int]:
 
 
 def prompt_of(vocabulary: int) -> list[int]:
-    """The same tokens in every row."""
+    """A random prompt, the same in every row."""
     import numpy as np
 
     return [int(token) for token in np.random.default_rng(0).integers(20, vocabulary - 20, PROMPT_TOKENS)]
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """One row, in this process."""
+    """Measure one row in this process."""
     row: dict[str, Any] = {}
     start_s = time.perf_counter()
     tokens = plain(given.model, given.threads) if given.row == "llama.cpp" else offloaded(given, row)
@@ -86,7 +86,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_row(given: argparse.Namespace, row: str, cap_bytes: int | None, expert_memory: str) -> dict[str, Any]:
-    """One row, in a process of its own."""
+    """Measure one row in a separate process."""
     from cap import Cap
 
     with Path(given.model).open("rb") as file:
@@ -113,7 +113,7 @@ def run_row(given: argparse.Namespace, row: str, cap_bytes: int | None, expert_m
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--cap", default="50%", help="of the file")
+    parser.add_argument("--cap", default="50%", help="memory cap in percent of the file size")
     parser.add_argument("--policies", default="lru,finemoe")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)

@@ -193,7 +193,11 @@ class GenerateConfig:
     min_p: float = setting(
         0.0, "sample from tokens at least this likely, as a share of the likeliest one's probability", advanced=True
     )
-    repetition_penalty: float = setting(1.0, "divides the scores of tokens that came before; 1: none", advanced=True)
+    repetition_penalty: float | None = setting(
+        None,
+        "divides the scores of tokens that came before; 1: none (default: the model's own, for a GGUF model none)",
+        advanced=True,
+    )
     frequency_penalty: float = setting(
         0.0, "of a GGUF model: subtracted from a token's score for each time it came before", advanced=True
     )
@@ -215,7 +219,7 @@ class GenerateConfig:
         for name, fits, wanted in (
             ("top_k", self.top_k >= 0, "at least 0"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty <= 10, "above 0 and at most 10"),
+            ("repetition_penalty", self.repetition_penalty is None or 0 < self.repetition_penalty <= 10, "in (0, 10]"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
         ):

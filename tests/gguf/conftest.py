@@ -1,4 +1,4 @@
-"""Skips what needs the library where that is not installed."""
+"""Fixtures that skip a test if llama.cpp is not installed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ MakeFile = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def library() -> None:
-    """The test needs the library."""
+    """Skips the test if the library is not available."""
     if MISSING:
         pytest.skip(MISSING)
 
 
 @pytest.fixture(scope="session")
 def random_gguf(library: None, tmp_path_factory: pytest.TempPathFactory) -> MakeFile:
-    """A random file by architecture and options of `write`; read-only, as tests share it."""
+    """Creates random files by architecture and options of `write`. Tests share them and must not modify them."""
     from tests.gguf.make import write
 
     made: dict[tuple[object, ...], Path] = {}
@@ -39,7 +39,7 @@ def random_gguf(library: None, tmp_path_factory: pytest.TempPathFactory) -> Make
         if known not in made:
             path = tmp_path_factory.mktemp(arch) / "model.gguf"
             if not write(path, arch, **options):
-                pytest.skip(f"the library takes no random {arch}")
+                pytest.skip(f"the library rejects a random {arch} model")
             parts = sorted(path.parent.glob("*.gguf"))
             made[known] = parts[0]
         return made[known]
@@ -49,7 +49,7 @@ def random_gguf(library: None, tmp_path_factory: pytest.TempPathFactory) -> Make
 
 @pytest.fixture
 def loaded(library: None) -> Iterator[Callable[..., Any]]:
-    """Loads models under an engine of their own, and closes them."""
+    """Loads models, each with its own engine, and closes them after the test."""
     from tests.gguf.run import load
 
     models: list[Any] = []

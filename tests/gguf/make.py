@@ -1,7 +1,7 @@
-"""Tiny random GGUF files of any MoE architecture, without a table of shapes.
+"""Writes tiny random GGUF files of any MoE architecture, without a table of shapes.
 
-`llama_model_init_from_user` is given the metadata alone and names every tensor that it wants, with its shape, to a
-callback; these are then written with random values.
+`llama_model_init_from_user` takes only metadata and passes the name and shape of every required tensor to a callback.
+These tensors are then written with random values.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ CHAT_TEMPLATE = (
     "{% for turn in messages %}<|{{ turn.role }}|>{{ turn.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-TypeOf = Callable[[str, int], Type]  # name and innermost dimension of an expert tensor -> how it is stored
+TypeOf = Callable[[str, int], Type]  # name and innermost dimension of an expert tensor -> stored type
 
 
 def metadata(  # noqa: C901 - a table by architecture
     arch: str, experts: int = 8, active: int = 2
 ) -> dict[str, Any]:
-    """What a file of this architecture says of itself: some layers of 256 features."""
+    """Metadata of a small model: a few layers with 128 or 256 features."""
     mla = arch in MLA
     width, heads, hidden, layers = 256, 2, 384, 4
     if arch == "gemma4":
@@ -97,7 +97,7 @@ def metadata(  # noqa: C901 - a table by architecture
 
 
 def shapes(arch: str, values: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
-    """Every tensor that the library wants for this metadata, `ne` by name; `None` where it refuses."""
+    """Dimensions `ne` by name of every tensor that this metadata requires; `None` if the library rejects it."""
     library = load_library()
     api = library.api
     described = _describe(library, {"general.architecture": arch, **values})
@@ -143,7 +143,7 @@ def _describe(library: Library, values: Mapping[str, Any]) -> Any:
 
 
 def quantise(values: npt.NDArray[np.float32], kind: Type) -> npt.NDArray[Any]:
-    """`[.., n]` floats as the library stores them in this type."""
+    """Quantise floats `[.., n]` to this type with the library."""
     if kind == Type.F32:
         return values
     if kind == Type.F16:
@@ -167,16 +167,16 @@ def write(  # noqa: C901 - a script
     split_bytes: int = 0,
     tokenizer: bool = False,
 ) -> bool:
-    """Write a model with random weights. Returns whether the library takes its metadata.
+    """Write a model with random weights. Returns whether the library accepts its metadata.
 
     Args:
-        path: of the file; a split set has its own names beside it.
-        arch: as the library calls it.
-        stored_as: the type of each expert tensor.
-        fused: gate and up in one tensor where the library would have them so; else two.
-        overrides: metadata that differs, without the architecture's name in front.
-        split_bytes: begin a new file after this many bytes; 0: one file.
-        tokenizer: with one, a token for each byte, and a chat template.
+        path: the file; parts of a split set are written to the same folder with their own names.
+        arch: architecture name in the library.
+        stored_as: type of each expert tensor.
+        fused: keep gate and up projections in one tensor if the library fuses them; otherwise write two.
+        overrides: metadata to change; keys without the architecture prefix.
+        split_bytes: start a new file after this many bytes; 0: one file.
+        tokenizer: add a tokenizer with one token per byte, and a chat template.
     """
     values = metadata(arch) | {f"{arch}.{key}": value for key, value in (overrides or {}).items()}
     wanted = shapes(arch, values)
@@ -203,7 +203,7 @@ def write(  # noqa: C901 - a script
             writer.add_tensor(name, array)
 
     for name, ne in wanted.items():
-        scales = name.endswith((".input_scale", ".scale"))  # of NVFP4 files
+        scales = name.endswith((".input_scale", ".scale"))  # only in NVFP4 files
         if scales and not (arch == "gemma4" and name.endswith(("down_exps.scale", "gate_inp.scale"))):
             continue
         dimensions = 3 if EXPERTS.search(name) else max(i for i in range(4) if ne[i] > 1 or i == 0) + 1
@@ -222,7 +222,7 @@ def write(  # noqa: C901 - a script
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 shows other bytes as characters from 256 on
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 maps other bytes to characters from 256 up
     others = [byte for byte in range(256) if byte not in shown]
     names = {byte: chr(byte) for byte in shown} | {byte: chr(256 + n) for n, byte in enumerate(others)}
     special = ["<|end|>", "<|user|>", "<|assistant|>"]

@@ -1,4 +1,4 @@
-"""Answers under a budget, and those of the library itself with everything resident."""
+"""Runs models within a budget, and the plain library with everything resident for comparison."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def load(path: Path, expert_memory: str = "25%", policy: str = "lru", **options:
 
 
 def answer(model: GgufModel, prompt: Sequence[int], count: int) -> tuple[list[int], list[Floats]]:
-    """Greedy tokens, and the logits that each was chosen from."""
+    """Greedy tokens, with the logits of each."""
     tokens, logits = [], []
     for token in model.generate(prompt, count):
         tokens.append(token)
@@ -53,7 +53,7 @@ def answer(model: GgufModel, prompt: Sequence[int], count: int) -> tuple[list[in
 
 
 class Plain:
-    """The library alone: its own mapping, no callback."""
+    """The plain library: its own mapping, no callback."""
 
     def __init__(self, path: Path) -> None:
         self._library = load_library()
@@ -66,7 +66,7 @@ class Plain:
     def answer(
         self, prompt: Sequence[int], count: int, micro_batch: int, cache_type: str = "f16"
     ) -> tuple[list[int], list[Floats]]:
-        """As `answer`, with micro-batches of that size."""
+        """Like `answer`, with micro-batches of this size."""
         context = Context(self._library, self._model, 256, ContextOptions(micro_batch, 1, cache_type))
         try:
             tokens: list[int] = []

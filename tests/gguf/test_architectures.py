@@ -1,4 +1,4 @@
-"""Every MoE architecture that the library knows and that a random file can be made of."""
+"""Exactness for every MoE architecture of the library for which a random file can be created."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line on GGUF files."""
+"""The command line with GGUF files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_generate_answers_under_every_policy_alike(model: Path, capsys: Capture,
     assert got["experts"] == 32 and got["slots"] == 16
     assert got["expert_dtype"] == "Q8_0" and not got["lossy"]
     assert got["accesses"] == got["hits"] + got["late"] + got["misses"] > 0
-    assert got["prompt_tokens"] == 1 + 5 + 1 + 1  # a token a byte, and three special ones
+    assert got["prompt_tokens"] == 1 + 5 + 1 + 1  # one token per byte, and three special tokens
 
 
 def test_generate_explains_and_keeps_maps(model: Path, capsys: Capture, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_inspect_and_plan_read_headers(model: Path, capsys: Capture) -> None:
     [
         (["generate", "Hi", "--dtype", "float16"], "--dtype: has no effect on a GGUF model"),
         (["generate", "Hi", "--expert-dtype", "int8"], "--expert-dtype: has no effect on a GGUF model"),
-        (["generate", "Hi", "--prefill-chunk", "4"], "--prefill-chunk: GGUF models choose it"),
+        (["generate", "Hi", "--prefill-chunk", "4"], "--prefill-chunk: for GGUF models it follows from"),
         (["generate", "Hi", "--replay-routing", "x"], "--replay-routing does not run GGUF models yet"),
         (["generate", "Hi", "--revision", "x"], "--revision: .* is a file on this machine"),
         (["record", "--prompts", "x", "--out", "y"], "record does not run GGUF models yet"),
@@ -93,8 +93,8 @@ def test_what_has_no_effect_is_refused_by_name(
     with pytest.raises(SystemExit) as stopped:
         raise SystemExit(main([*given, "--model", str(model)]))
     assert stopped.value.code == 2
-    said = capsys.readouterr().err
-    assert re.search(reason, said), said
+    errors = capsys.readouterr().err
+    assert re.search(reason, errors), errors
 
 
 def test_a_split_set_is_given_by_its_first_part(random_gguf: MakeFile, capsys: Capture) -> None:

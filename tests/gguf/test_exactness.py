@@ -1,4 +1,4 @@
-"""Tokens and logits are those of the library with everything resident, bit for bit, whatever the budget."""
+"""Tokens and logits are bit-identical to those of the library with everything resident, for every budget."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ANSWER_TOKENS = 12
 
 
 def least(path: Path) -> str:
-    """The smallest budget, as its message names it."""
+    """The smallest budget in bytes, from the error message."""
     from finemoe.errors import BudgetError
     from tests.gguf.run import load
 
@@ -51,7 +51,7 @@ def test_output_does_not_depend_on_the_budget(random_gguf: MakeFile, loaded: Loa
 
 
 def mixed(name: str, _width: int) -> Any:
-    """A type of its own for each layer, as files of mixed precision have."""
+    """A different type for each layer, as in mixed-precision files."""
     from gguf import GGMLQuantizationType as Type
 
     layer = int(name.split(".")[1])

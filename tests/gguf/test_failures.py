@@ -1,4 +1,4 @@
-"""What goes wrong while a model loads or runs ends in one line, and leaves everything usable or closed."""
+"""Failures while a model loads or runs: a one-line error, and everything stays usable or is closed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_read_error_ends_the_request_and_not_the_process(random_gguf: MakeFile
         answer(model, LONG[::-1], 8)
     assert model.parts.engine.pool.resident == 0
     model.parts.engine.check_integrity()
-    path.write_bytes(content)  # the same file again: the model goes on
+    path.write_bytes(content)  # restore the file: the model works again
     assert answer(model, LONG, 8)[0] == expected
 
 
@@ -70,7 +70,7 @@ def test_an_error_within_the_callback_ends_the_pass(random_gguf: MakeFile, loade
     model.parts.runner.forget()
     with pytest.raises(MemoryError, match="no more"):
         answer(model, LONG, 4)
-    assert len(calls) == 3  # the library asked for no other layer
+    assert len(calls) == 3  # the library reached no further layer
     assert not model.parts.runner.tokens
     model.parts.engine.hold = hold
     assert answer(model, LONG, 4)[0] == expected
@@ -214,7 +214,7 @@ def test_logits_that_are_no_numbers_end_the_answer(random_gguf: MakeFile, loaded
 
 
 def test_an_unbound_expert_can_not_be_read(random_gguf: MakeFile) -> None:
-    """In a process of its own: it must die."""
+    """Runs in a separate process, which must crash."""
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""Headers: what they say, and one line for what is wrong with them."""
+"""GGUF headers: their contents, and one-line errors for damaged ones."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(random_gguf: MakeFile, tmp
     path = tmp_path / "cut.gguf"
     for length in (3, 10, 30, 400, 2000, len(data) // 2, end - 1):
         path.write_bytes(data[:length])
-        with pytest.raises(CheckpointError, match=r"cut\.gguf: is (truncated|no GGUF file)"):
+        with pytest.raises(CheckpointError, match=r"cut\.gguf: is (truncated|not a GGUF file)"):
             open_gguf(path)
 
 
@@ -78,7 +78,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(random_gguf: MakeFile, tmp
     ("content", "reason"),
     [
         (b"", "truncated"),
-        (b"PK\x03\x04 something else", "no GGUF file"),
+        (b"PK\x03\x04 something else", "not a GGUF file"),
         (b"GGUF" + struct.pack("<IQQ", 9, 0, 0), "version 9"),
         (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "tensors"),
         (header(pairs=struct.pack("<Q", 1 << 40), pair_count=1), "truncated or corrupt"),
@@ -92,7 +92,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(random_gguf: MakeFile, tmp
         (header(tensors=entry("t", (), 0, 0) + bytes(4096), count=1), "0 dimensions"),
         (
             header(tensors=entry("t", (64,), 0, 0) + entry("u", (64,), 0, 32) + bytes(4096), count=2),
-            "inside of another",
+            "overlapping another",
         ),
     ],
 )

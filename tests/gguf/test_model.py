@@ -1,4 +1,4 @@
-"""Conversations that continue, sampling, loading without reading experts, and what policies see of gates."""
+"""Continued conversations, sampling, loading without reading experts, and gates as inputs of policies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HYBRID, WINDOWED, PLAIN = "lfm2moe", "gpt-oss", "qwen3moe"
 
 
 def computed(model: Any, tokens: list[int], count: int, **options: Any) -> tuple[list[int], int]:
-    """The answer, and how many of the prompt's tokens were computed."""
+    """The answer, and the number of prompt tokens that were computed."""
     seen: list[int] = []
     answer = list(model.generate(tokens, count, on_prefill=seen.append, **options))
     return answer, sum(seen[1:])
@@ -31,7 +31,6 @@ def test_a_conversation_computes_its_new_tokens_alone(random_gguf: MakeFile, loa
     for turn in range(3):
         answer, count = computed(model, turns, 5)
         assert count == (20 if turn == 0 else 8)
-        # of the same tokens in the same pieces, computed without a past in between
         assert len(answer) == 5
         turns += [*answer, *LONG[30 + 7 * turn : 37 + 7 * turn]]
     assert computed(fresh, turns, 1)[1] == len(turns)
@@ -48,7 +47,7 @@ def test_a_shared_prefix_is_kept_and_the_rest_cut_off(random_gguf: MakeFile, loa
     model.parts.runner.forget()
     assert computed(model, list(LONG), 6) == (first, len(LONG))
     assert computed(model, [*LONG[:50], 1, 2, 3], 6) == (other, 3)
-    same, count = computed(model, [*LONG[:50], 1, 2, 3], 6)  # all of it is known but for the last one's logits
+    same, count = computed(model, [*LONG[:50], 1, 2, 3], 6)  # everything is cached but the last token's logits
     assert (same, count) == (other, 1)
 
 
@@ -58,10 +57,10 @@ def test_a_hybrid_model_goes_back_to_its_last_prompt_only(random_gguf: MakeFile,
     model = loaded(random_gguf(HYBRID), "50%")
     prompt = list(LONG[:30])
     computed(model, prompt, 6)
-    continued, count = computed(model, [*prompt, 7, 8], 6)  # the answer is dropped: from the state at the prompt's end
+    continued, count = computed(model, [*prompt, 7, 8], 6)  # drops the answer: restores the state after the prompt
     assert count == 2
     again, count = computed(model, [*prompt, 7, 8], 6)
-    assert count == 32  # nothing is saved that this begins with and goes on from
+    assert count == 32  # the saved state is not a proper prefix of this prompt
     assert len(again) == len(continued) == 6
 
 
@@ -97,7 +96,7 @@ def test_sampling_is_repeatable_by_seed(random_gguf: MakeFile, loaded: Load) -> 
     assert sample(temperature=1.5, min_p=1.0) == greedy
     assert sample(temperature=1e-4, seed=3) == greedy
     assert sample(repetition_penalty=10.0) != greedy
-    assert len(set(sample(repetition_penalty=10.0, penalty_tokens=999))) == 16  # nothing twice
+    assert len(set(sample(repetition_penalty=10.0, penalty_tokens=999))) == 16  # no repeated token
     assert len(set(sample(repetition_penalty=10.0, penalty_tokens=1))) < 16
     assert sample(frequency_penalty=2.0) != greedy
 
@@ -117,7 +116,7 @@ def test_loading_reads_no_expert(random_gguf: MakeFile, loaded: Load) -> None:
             own = any(start < first + path.stat().st_size and first < end for first in parts.starts.values())
         elif line.startswith("Rss:") and own:
             touched += int(line.split()[1]) * 1024
-    assert touched <= parts.dense_bytes_read + (4 << 20)  # the experts have 39 MiB; the kernel may merge neighbours
+    assert touched <= parts.dense_bytes_read + (4 << 20)  # experts take 39 MiB; the kernel may merge adjacent mappings
 
 
 @pytest.mark.parametrize("arch", [PLAIN, "gpt-oss", "olmoe", "granitemoe", "dbrx"])
@@ -143,7 +142,7 @@ def test_gates_are_the_distribution_that_experts_are_chosen_from(
     for event in events:
         assert event.gates.shape == (1, 8) and event.gates.dtype == np.float32
         assert np.isclose(event.gates.sum(), 1.0, atol=1e-4)
-        if len(event.experts) == event.active:  # of one token
+        if len(event.experts) == event.active:  # a single token
             assert sorted(np.argsort(-event.gates[0])[: event.active].tolist()) == list(event.experts)
             if event.layer + 1 < layers:
                 assert np.isclose(event.lookahead[0, 0].sum(), 1.0, atol=1e-4)

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 import finemoe
 from finemoe.config import GenerateConfig
 from finemoe.errors import BudgetError, ConfigError, FinemoeWarning
-from finemoe.model.generation import Session
+from finemoe.model.generation import Session, sampling_options
 from finemoe.policy import POLICIES, policy_class
 from tests.chat_model import make_tokenizer
 from tests.tiny import Make, answer, configured, eager, logits
@@ -245,3 +245,10 @@ def test_loading_counts_nothing_and_leaves_the_pool_empty(chat_folder: Path) -> 
     with finemoe.load(chat_folder) as model:
         stats = model.finemoe.stats()
         assert (stats.accesses, stats.bytes_read, stats.resident, stats.layer_calls) == (0, 0, 0, 0)
+
+
+def test_penalties_stay_the_models_own_unless_given() -> None:
+    for config in (GenerateConfig(), GenerateConfig(temperature=1.0)):
+        assert not {"repetition_penalty", "min_p"} & set(sampling_options(config))
+    assert sampling_options(GenerateConfig(repetition_penalty=1.0))["repetition_penalty"] == 1.0
+    assert sampling_options(GenerateConfig(temperature=1.0, min_p=0.1))["min_p"] == 0.1

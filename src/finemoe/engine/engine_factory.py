@@ -1,4 +1,4 @@
-"""Puts policy, cache and engine together, for any backend."""
+"""Creates an engine with its policy and cache manager, for any backend."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def make_engine(
     verify: Verifier | None = None,
     devices: int = 1,
 ) -> Engine:
-    """An engine under the configured policy, which starts from the maps that were kept for it.
+    """Create an engine with the configured policy, restored from its saved maps if `keeper` is given.
 
-    A policy that runs asynchronously has a thread from here on: `AsyncPolicy.close` ends it.
+    An asynchronous policy starts its worker thread; the caller must end it with `AsyncPolicy.close`.
     """
     sizes = [layout.experts for layout in expert_index.layouts]
     shape = len(sizes), max(sizes)

@@ -1,1 +1,1 @@
-"""The second backend: GGUF models. llama.cpp computes, finemoe decides which experts are in memory."""
+"""GGUF backend: llama.cpp runs the compute graph, finemoe decides which experts are in memory."""

@@ -1,4 +1,4 @@
-"""The address space of the process: memory mapped at chosen addresses, and what is mapped where. Linux only."""
+"""Memory mappings of this process: map, bind, unmap and protect at chosen addresses; list mappings. Linux only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 def _declare() -> Any:
-    """The C library, whose calls release the GIL here."""
+    """The C library with declared signatures. Its calls release the GIL."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
@@ -30,7 +30,7 @@ _libc = _declare()
 
 
 class Range(NamedTuple):
-    """A mapping of this process. `allowed` is like `r-x`, `path` empty where no file is mapped."""
+    """A mapping of this process. `allowed` is its protection, such as `r-x`; `path` is empty for anonymous memory."""
 
     start: int
     end: int
@@ -40,7 +40,7 @@ class Range(NamedTuple):
 
 
 def ranges() -> Iterator[Range]:
-    """All mappings of this process, in the order of their addresses."""
+    """All mappings of this process, by ascending address."""
     for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         place, allowed, offset, _, _, *path = line.split(maxsplit=5)
         start, end = (int(part, 16) for part in place.split("-"))
@@ -48,20 +48,20 @@ def ranges() -> Iterator[Range]:
 
 
 def map_anonymous(length_bytes: int, at: int | None = None, protection: int = READ | WRITE) -> int:
-    """Zeroed private memory, without a page of it yet; returns its address. `at` replaces what is mapped there.
+    """Map zeroed private memory, with no page allocated yet, and return its address. `at` replaces existing mappings.
 
     Raises:
-        OSError: the kernel refuses, as for too many mappings.
+        OSError: the mapping failed, for example because the process has too many.
     """
     flags = _PRIVATE | _ANONYMOUS | _NORESERVE | (0 if at is None else _FIXED)
     return _map(at, length_bytes, protection, flags, -1, 0)
 
 
 def bind(address: int, length_bytes: int, descriptor: int, offset_bytes: int) -> None:
-    """Show pages of a file at an address, read-only, in place of what is mapped there.
+    """Map pages of a file read-only at an address. Replaces existing mappings.
 
     Raises:
-        OSError: the kernel refuses, as for too many mappings.
+        OSError: the mapping failed, for example because the process has too many.
     """
     _map(address, length_bytes, READ, _SHARED | _FIXED | _POPULATE, descriptor, offset_bytes)
 
@@ -69,32 +69,32 @@ def bind(address: int, length_bytes: int, descriptor: int, offset_bytes: int) ->
 def map_as_asked(
     address: int | None, length_bytes: int, protection: int, flags: int, descriptor: int, offset_bytes: int
 ) -> int:
-    """The C library's `mmap`.
+    """Call the C library's `mmap` with unchanged arguments.
 
     Raises:
-        OSError: the kernel refuses.
+        OSError: the mapping failed.
     """
     return _map(address, length_bytes, protection, flags, descriptor, offset_bytes)
 
 
 def unmap_as_asked(address: int, length_bytes: int) -> int:
-    """The C library's `munmap`: 0 where it worked."""
+    """Call the C library's `munmap` with unchanged arguments. Returns 0 on success."""
     result: int = _libc.munmap(address, length_bytes)
     return result
 
 
 def protect(address: int, length_bytes: int, protection: int) -> None:
-    """Change what is allowed at whole pages.
+    """Set the protection of whole pages (`READ | WRITE | EXECUTE`, or `NO_ACCESS`).
 
     Raises:
-        OSError: the kernel refuses.
+        OSError: the protection can't be changed.
     """
     if _libc.mprotect(address, length_bytes, protection):
         raise _error()
 
 
 def view(address: int, length_bytes: int) -> memoryview:
-    """Bytes at an address, shared, not copied. They must stay mapped as long as the view is used."""
+    """A zero-copy view of the bytes at an address. They must stay mapped while the view is used."""
     return memoryview((ctypes.c_ubyte * length_bytes).from_address(address)).cast("B")
 
 

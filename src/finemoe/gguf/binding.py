@@ -1,8 +1,8 @@
-"""llama.cpp's C API through ctypes, out of one pinned wheel, without a compiler.
+"""ctypes binding to llama.cpp's C API, from one pinned wheel. Needs no compiler.
 
-Functions of the C API are stable, struct layouts are not. So exactly one version is accepted, and the layouts declared
-here are checked at load against what the library itself fills in. The parameter structs are padded at the end: the
-library writes and reads the fields that it knows.
+Functions of the C API are stable, struct layouts are not. Therefore exactly one version is accepted, and the layouts
+declared here are compared at load with the defaults that the library fills in. The parameter structs are padded at the
+end, so that a larger struct in the library can't write past them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from finemoe.errors import ConfigError
 
 PACKAGE, VERSION = "xllamacpp", "2026.10.11549"
 _INSTALL = 'pip install "finemoe[gguf]"'
-_CPU_FLAGS = ("avx2", "fma", "f16c")  # what the x86 wheel is compiled for, without a fallback
+_CPU_FLAGS = ("avx2", "fma", "f16c")  # required by the x86 wheel, which has no fallback
 _SPARE_BYTES = 256
 _ERROR, _CONTINUED = 4, 5  # log levels
 LOAD_MMAP = 1
@@ -59,7 +59,7 @@ class ContextParams(Structure):
 
 
 class Batch(Structure):
-    """`llama_batch`: tokens `[n_tokens]`, their positions and sequences, and which of them want logits."""
+    """`llama_batch`: tokens `[n_tokens]`, their positions and sequences, and a flag for each that needs logits."""
 
     _fields_ = (
         ("n_tokens", c_int32), ("token", POINTER(c_int32)), ("embd", pointer), ("pos", POINTER(c_int32)),
@@ -68,7 +68,7 @@ class Batch(Structure):
 
 
 class Tensor(Structure):
-    """`ggml_tensor`, a node of the compute graph. `ne` are its dimensions, innermost first; `nb` its byte strides."""
+    """`ggml_tensor`, a node of the compute graph. `ne`: dimensions, innermost first; `nb`: strides in bytes."""
 
     _fields_ = (
         ("type", c_int32), ("buffer", pointer), ("ne", c_int64 * 4), ("nb", c_size_t * 4), ("op", c_int32),
@@ -123,7 +123,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {  # result, arguments
     "llama_sampler_init_dist": (pointer, c_uint32),
     "llama_sampler_init_greedy": (pointer,),
     "llama_sampler_init_min_p": (pointer, c_float, c_size_t),
-    "llama_sampler_init_penalties": (pointer, c_int32, c_int32, c_float, c_float, c_float),  # vocabulary, how far back
+    "llama_sampler_init_penalties": (pointer, c_int32, c_int32, c_float, c_float, c_float),  # size, window
     "llama_sampler_init_temp": (pointer, c_float),
     "llama_sampler_init_top_k": (pointer, c_int32),
     "llama_sampler_init_top_p": (pointer, c_float, c_size_t),
@@ -143,21 +143,21 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {  # result, arguments
 
 
 class Library:
-    """The loaded library: `api` has its functions, declared.
+    """The loaded library. `api` holds its functions with declared signatures.
 
     Args:
-        path: its shared object.
+        path: the shared object.
 
     Raises:
-        ConfigError: a function is missing, or a struct is laid out in another way.
+        ConfigError: a function is missing, or a struct layout differs.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else a failed assertion attaches a debugger
+        os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # otherwise a failed assertion attaches a debugger
         self.api: Any = ctypes.CDLL(str(path))
         self._errors: deque[str] = deque(maxlen=8)
-        self._log = LogCallback(self._on_log)  # kept alive: the library calls it
+        self._log = LogCallback(self._on_log)  # keep a reference: the library calls it
         try:
             for name, (result, *arguments) in _FUNCTIONS.items():
                 function = getattr(self.api, name)
@@ -169,13 +169,13 @@ class Library:
         self.api.llama_backend_init()
 
     def last_error(self) -> str:
-        """What the library has said of its last failure, in one line; empty if nothing. Forgets it."""
-        said = "; ".join(dict.fromkeys(line.strip() for line in self._errors if line.strip()))
+        """The library's error messages since the last call, in one line; empty if there are none. Clears them."""
+        message = "; ".join(dict.fromkeys(line.strip() for line in self._errors if line.strip()))
         self._errors.clear()
-        return said
+        return message
 
     def op(self, name: bytes) -> int:
-        """The number of a graph operation, by its name."""
+        """The number of a graph operation with this name."""
         for number in range(512):
             if self.api.ggml_op_name(number) == name:
                 return number
@@ -196,23 +196,25 @@ class Library:
             and self.api.ggml_tensor_overhead() == ctypes.sizeof(Tensor) + 32
         )  # fmt: skip
         if not known:
-            raise _other("its structs are laid out in another way")
+            raise _other("its struct layouts differ")
 
 
 def _other(reason: str) -> ConfigError:
-    return ConfigError(f"GGUF models: {PACKAGE} {VERSION} is not as finemoe knows it: {reason}; reinstall: {_INSTALL}")
+    return ConfigError(
+        f"GGUF models: {PACKAGE} {VERSION} is not the build that finemoe expects: {reason}; reinstall: {_INSTALL}"
+    )
 
 
 def cpu_lacks(flags: str) -> list[str]:
-    """What the library is compiled for and a CPU with these flags has not."""
+    """The instruction sets that the library requires and that are not in these CPU flags."""
     return [flag.upper() for flag in _CPU_FLAGS if flag not in flags.split()]
 
 
 def find_library() -> Path:
-    """The pinned wheel's shared object, checked for this machine, not loaded.
+    """Find the pinned wheel's shared object and check that this machine can run it; does not load it.
 
     Raises:
-        ConfigError: it is not installed, or of another version, or does not run here.
+        ConfigError: the wheel is missing, has another version, or does not support this machine.
     """
     if sys.platform != "linux":
         raise ConfigError(f"GGUF models: run on Linux only, not on {sys.platform}; use a safetensors checkpoint")
@@ -241,16 +243,16 @@ def find_library() -> Path:
 
 @cache
 def load_library() -> Library:
-    """The library, loaded once a process.
+    """Load the library, once per process.
 
     Raises:
-        ConfigError: it is not installed, or of another version, or does not run here.
+        ConfigError: the wheel is missing, has another version, or does not support this machine.
     """
     path = find_library()
     try:
         return Library(path)
     except OSError:
-        import torch  # noqa: F401 - brings an OpenMP runtime where the system has none
+        import torch  # noqa: F401 - loads its OpenMP runtime, in case the system has none
 
     try:
         return Library(path)

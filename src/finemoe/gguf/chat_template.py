@@ -1,6 +1,6 @@
-"""A conversation as the text that a model was trained on: the file's own template, in Jinja's sandbox.
+"""Applies the file's chat template to a conversation, in Jinja's sandbox.
 
-The sandbox is set up as transformers does it, so that the same templates work; transformers itself is not imported.
+The sandbox is configured as in transformers, so that the same templates work; transformers itself is not imported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from finemoe.errors import CheckpointError
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the model has written; it changes nothing in the text."""
+    """Accepts `{% generation %}`, which marks the model's turns in training data and does not change the text."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own type
 
@@ -54,23 +54,23 @@ def _compiled(template: str) -> Template:
 
 
 def render(template: str, turns: Sequence[dict[str, str]], *, bos: str, eos: str, name: str) -> str:
-    """The text of a conversation, up to where the model's answer begins.
+    """Render a conversation as prompt text that ends where the model's answer begins.
 
     Args:
-        template: Jinja, as the file has it.
-        turns: with `role` and `content`.
-        bos: name of the token that begins a text.
-        eos: name of the token that ends one.
-        name: of the file, for messages.
+        template: Jinja source from the file.
+        turns: messages with `role` and `content`.
+        bos: text of the begin-of-sequence token.
+        eos: text of the end-of-sequence token.
+        name: the file's name, for error messages.
 
     Raises:
-        CheckpointError: the template fails, or refuses the conversation.
+        CheckpointError: the template fails or rejects the conversation.
     """
-    given = {"messages": list(turns), "tools": None, "documents": None, "add_generation_prompt": True}
+    variables = {"messages": list(turns), "tools": None, "documents": None, "add_generation_prompt": True}
     try:
-        return _compiled(template).render(**given, bos_token=bos, eos_token=eos)
+        return _compiled(template).render(**variables, bos_token=bos, eos_token=eos)
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{name}: its chat template fails ({reason}); mend it, or use finemoe generate --raw"
+            f"{name}: its chat template fails ({reason}); fix it, or use finemoe generate --raw"
         ) from error

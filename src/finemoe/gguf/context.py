@@ -1,4 +1,4 @@
-"""A context of the library: keys and values of one sequence, and passes over new tokens."""
+"""A llama.cpp context: the KV cache of one sequence, and forward passes over new tokens."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from finemoe.errors import BudgetError, CheckpointError
 from finemoe.gguf.binding import EvalCallback, Library
 from finemoe.gguf.structure import Eval
 
-CACHE_TYPES = {"f16": 1, "q8_0": 8}  # of keys and values
+CACHE_TYPES = {"f16": 1, "q8_0": 8}  # ggml types of the KV cache
 _SEQUENCE = 0
 
 
 @dataclass(frozen=True)
 class ContextOptions:
-    """How passes are computed. Results depend, by rounding, on `micro_batch`, `threads` and `cache_type`."""
+    """Settings of forward passes. `micro_batch`, `threads` and `cache_type` affect the rounding of results."""
 
-    micro_batch: int  # tokens that run through a layer at once
+    micro_batch: int  # tokens per pass
     threads: int
-    cache_type: str = "f16"  # of keys and values
+    cache_type: str = "f16"  # of the KV cache
 
 
 class Context:
-    """One sequence of tokens.
+    """The KV cache of one sequence, and forward passes over it.
 
     Args:
         library: the loaded library.
-        model: its model.
-        tokens: how many the sequence may have.
-        options: how passes are computed.
-        evaluate: asked of every node of a pass whether it wants its result, and called with that; answering no to
-            a result ends the pass. It must not raise. `None`: passes run by themselves.
+        model: handle of the library's model.
+        tokens: the sequence's maximum length.
+        options: settings of forward passes.
+        evaluate: callback for every graph node: first asked whether it needs the node's result, then called with
+            it; returning False for a result aborts the pass. It must not raise. `None`: no callbacks.
 
     Raises:
-        BudgetError: there is not enough memory for the keys and values.
+        BudgetError: there is not enough memory for the KV cache.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Context:
         self._context = api.llama_init_from_model(model, params)
         if not self._context:
             raise BudgetError(
-                f"the model's context of {tokens} tokens can't be made ({library.last_error()}); ask for fewer tokens"
+                f"the model's context of {tokens} tokens can't be created ({library.last_error()}); use fewer tokens"
             )
         self.micro_batch: int = params.n_ubatch
         self.tokens = int(api.llama_n_ctx(self._context))
@@ -70,17 +70,17 @@ class Context:
 
     @property
     def handle(self) -> int:
-        """The library's own."""
+        """The library's context pointer."""
         handle: int = self._context
         return handle
 
     def run(self, tokens: Sequence[int], position: int, *, logits: bool) -> int:
-        """A pass over new tokens, at most a micro-batch of them; the library's status, 0 where it came to its end.
+        """Run a forward pass over at most one micro-batch of new tokens. Returns the library's status: 0 on success.
 
         Args:
-            tokens: ids.
-            position: of the first one in the sequence.
-            logits: whether the last one's are wanted.
+            tokens: token ids.
+            position: the first token's position in the sequence.
+            logits: whether to compute the last token's logits.
         """
         batch = self._batch
         batch.n_tokens = len(tokens)
@@ -95,28 +95,28 @@ class Context:
         return status
 
     def logits(self) -> npt.NDArray[np.float32]:
-        """Of the last pass's last token, `[vocabulary]`; a view, valid until the next pass.
+        """Logits of the last pass's last token, `[vocabulary]`; a view, valid until the next pass.
 
         Raises:
-            CheckpointError: one of them is not a number.
+            CheckpointError: a logit is not finite.
         """
         pointer = self._api.llama_get_logits_ith(self._context, -1)
         values = np.ctypeslib.as_array(pointer, (self._vocabulary,))
-        if not np.isfinite(values.max()):  # a NaN is the greatest
+        if not np.isfinite(values.max()):  # NaN propagates through max
             raise CheckpointError("the model's logits are not finite; its file is damaged: fetch it again")
         return values
 
     def cut(self, position: int) -> bool:
-        """Forget the tokens from `position` on. Returns whether the library can."""
+        """Remove the tokens at `position` and after. Returns whether the library supports it."""
         done: bool = self._api.llama_memory_seq_rm(self._api.llama_get_memory(self._context), _SEQUENCE, position, -1)
         return done
 
     def clear(self) -> None:
-        """Forget all tokens."""
-        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)  # noqa: FBT003 - the data too
+        """Remove all tokens."""
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)  # noqa: FBT003 - clears the data too
 
     def save(self) -> bytes:
-        """What is remembered of the sequence, for `restore`."""
+        """The sequence's state for `restore`; empty if the library can't save it."""
         size = self._api.llama_state_seq_get_size(self._context, _SEQUENCE)
         state = ctypes.create_string_buffer(size)
         if not size or not self._api.llama_state_seq_get_data(self._context, state, size, _SEQUENCE):
@@ -124,7 +124,7 @@ class Context:
         return state.raw
 
     def restore(self, state: bytes) -> bool:
-        """Go on from what `save` has returned. Returns whether the library could; else nothing is remembered."""
+        """Restore a state from `save`. Returns whether it succeeded; on failure the sequence is empty."""
         self.clear()
         if state and self._api.llama_state_seq_set_data(self._context, state, len(state), _SEQUENCE):
             return True
@@ -132,7 +132,7 @@ class Context:
         return False
 
     def close(self) -> None:
-        """Free it."""
+        """Free the context."""
         if self._context:
             self._api.llama_batch_free(self._batch)
             self._api.llama_free(self._context)

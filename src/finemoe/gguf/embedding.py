@@ -1,4 +1,4 @@
-"""The mean of tokens' embeddings, out of the model's table: what policies see of a prompt."""
+"""Mean token embeddings from the model's embedding table, an input to policies."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from finemoe.gguf.file import TensorInfo
 
 
 class EmbeddingTable:
-    """A model's table of embeddings, as it is stored.
+    """A model's token embeddings, in their stored type.
 
     Args:
-        info: the table's entry in the header.
-        address: of its first byte in memory.
+        info: the tensor's header entry.
+        address: memory address of the tensor's first byte.
     """
 
     def __init__(self, info: TensorInfo, address: int) -> None:
@@ -28,7 +28,7 @@ class EmbeddingTable:
         self.width = columns
 
     def mean(self, tokens: Sequence[int]) -> npt.NDArray[np.float32] | None:
-        """`[D]`, over the tokens; `None` where the type can't be read."""
+        """The mean embedding of `tokens`, `[D]`; `None` if the stored type can't be dequantized."""
         from gguf.quants import dequantize
 
         try:

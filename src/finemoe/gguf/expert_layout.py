@@ -1,7 +1,7 @@
-"""Where a GGUF model's experts lie, in the terms of every other checkpoint: an `ExpertIndex`.
+"""Builds the `ExpertIndex` of a GGUF model.
 
-An expert is one contiguous stretch of each of its layer's expert tensors. Its slot holds the pages that lie wholly
-within these stretches; the pages in which two experts meet belong to the dense part.
+An expert is one contiguous byte range in each of its layer's expert tensors. Its slot holds the pages that lie entirely
+within these ranges; pages shared by two experts belong to the dense part.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from finemoe.errors import InvariantError
 from finemoe.gguf.file import ExpertTensor
 from finemoe.types import ByteRange, ExpertId
 
-Layer = Sequence[ExpertTensor]  # the expert tensors that one MoE layer computes with
+Layer = Sequence[ExpertTensor]  # the expert tensors of one MoE layer
 _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def index_experts(layers: Sequence[Layer]) -> ExpertIndex:
-    """The index of MoE layers; of each, the slot's pages of every expert."""
+    """The index of these MoE layers: for each expert, the whole pages that its slot holds."""
     layouts: list[LayerLayout] = []
     ranges: dict[ExpertId, tuple[ByteRange, ...]] = {}
     for number, layer in enumerate(layers):
@@ -32,7 +32,7 @@ def index_experts(layers: Sequence[Layer]) -> ExpertIndex:
 
 
 def group_by_block(tensors: Sequence[ExpertTensor]) -> list[Layer]:
-    """The MoE layers by tensor name: the input of `index_experts` when no graph is available."""
+    """Group expert tensors into MoE layers by name: the input of `index_experts` when no graph is available."""
     groups: dict[tuple[int, str], list[ExpertTensor]] = {}
     for tensor in tensors:
         groups.setdefault((tensor.block, tensor.kind), []).append(tensor)
@@ -40,7 +40,7 @@ def group_by_block(tensors: Sequence[ExpertTensor]) -> list[Layer]:
 
 
 def whole_pages(layer: Layer, expert: int) -> Iterator[ByteRange]:
-    """The whole pages of an expert's stretches, and their place in a slot."""
+    """An expert's whole pages in each tensor, with their offsets in its slot."""
     slot_offset_bytes = 0
     for tensor in layer:
         start = tensor.offset_bytes(expert)
@@ -52,7 +52,7 @@ def whole_pages(layer: Layer, expert: int) -> Iterator[ByteRange]:
 
 
 def dense_ranges(tensors: Sequence[ExpertTensor], file: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Of the bytes `start` to `end` of a file, what belongs to no expert alone; in order, as starts and ends."""
+    """The parts of `[start, end)` of a file that are in no expert's whole pages: (start, end) pairs in order."""
     held = sorted(
         (each.file_offset_bytes, each.file_offset_bytes + each.length_bytes)
         for tensor in tensors
@@ -73,7 +73,7 @@ def _layout(layer: Layer, ranges: Sequence[Sequence[ByteRange]]) -> LayerLayout:
         columns, rows, _ = tensor.info.shape
         kind = _PLAIN.get(tensor.info.type)
         stored_shape = (rows, columns) if kind is not None else (rows, tensor.expert_bytes // rows)
-        dtype: Any = kind or "uint8"  # its name: torch is not needed for these models
+        dtype: Any = kind or "uint8"  # a name, so that torch is not imported
         fields.append(Field(name, (rows, columns), stored_shape, dtype, tensor.expert_bytes))
         if kind is None:
             quantized.append(QuantizedParameter(name, (rows, columns), tensor.info.type, (name,), _not_here))

@@ -1,7 +1,7 @@
-"""Experts in slots, bound to the addresses that the library computes with.
+"""Expert slots, mapped at the addresses where the library expects the weights.
 
-An expert's pages are read into a slot and bound to their own addresses, read-only, when they have landed; what was
-evicted is bound to nothing, so that to use it would end the process and never give a wrong answer.
+An expert's pages are read into a slot. Once the read completes, the slot's pages are mapped read-only at the expert's
+addresses. An evicted expert's pages are inaccessible: using one crashes the process instead of giving a wrong answer.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from finemoe.types import ExpertId
 if TYPE_CHECKING:
     import torch
 
-_SPARE_MAPPINGS = 4096  # for everything else in the process
+_SPARE_MAPPINGS = 4096  # for the rest of the process
 _MAX_MAP_COUNT = Path("/proc/sys/vm/max_map_count")
 
 
 class ExpertMemory(SlotPool):
-    """Slots in a memory file, bound to experts' addresses.
+    """A slot pool in a memory file (memfd), mapped at experts' addresses.
 
     Args:
-        slots: `C`.
-        expert_index: where experts lie.
-        starts: the address of each file's first byte.
+        slots: number of slots, `C`.
+        expert_index: location of every expert.
+        starts: by file, the address of its first byte.
 
     Raises:
         BudgetError: the machine does not have this much memory.
-        ConfigError: the kernel refuses a memory file, or so many mappings.
+        ConfigError: the system does not allow a memory file, or enough mappings.
     """
 
     def __init__(self, slots: int, expert_index: ExpertIndex, starts: dict[int, int]) -> None:
@@ -64,32 +64,32 @@ class ExpertMemory(SlotPool):
             self._memory = mmap.mmap(self._file, size_bytes)
         except (OSError, OverflowError) as error:
             os.close(self._file)
-            raise BudgetError(f"--expert-memory: {format_bytes(size_bytes)} can't be had ({error})") from error
+            raise BudgetError(f"--expert-memory: {format_bytes(size_bytes)} can't be allocated ({error})") from error
         self._prefault = Prefault(np.frombuffer(self._memory, np.uint8))
         super().__init__((slots,), expert_index.slot_bytes)
         self._closed = False
 
     def guard(self) -> None:
-        """From now on, to use an expert that is not resident ends the process."""
+        """Make all experts inaccessible: using one that is not resident crashes the process from this call on."""
         for expert in _all(self._expert_index):
             self._unbind(expert)
 
     def writable(self, slot: int) -> memoryview:
-        """The slot's bytes, for a transfer to write into."""
+        """The slot's bytes, as the destination of a transfer."""
         return memoryview(self._memory)[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
 
     def reserve(self, expert: ExpertId, victim: ExpertId | None) -> int:
-        """Give `expert` a free slot, or that of `victim`, which can't be used from here on."""
+        """Assign `expert` a free slot, or the slot of `victim`, whose pages become inaccessible."""
         slot = super().reserve(expert, victim)
         if victim is not None:
             self._unbind(victim)
         return slot
 
     def landed(self, expert: ExpertId) -> None:
-        """The expert's bytes are in its slot: it can be used from here on.
+        """Mark the expert's read as complete and map its slot at the expert's addresses.
 
         Raises:
-            ConfigError: the kernel refuses the mapping.
+            ConfigError: the mapping failed.
         """
         super().landed(expert)
         start_bytes = self.slot_of(expert) * self.slot_bytes
@@ -101,47 +101,47 @@ class ExpertMemory(SlotPool):
                 bind(address, each.length_bytes, self._file, start_bytes + each.slot_offset_bytes)
         except OSError as error:
             raise ConfigError(
-                f"GGUF models: the kernel refuses a mapping ({error.strerror}); give a smaller --expert-memory, or "
+                f"GGUF models: a memory mapping failed ({error.strerror}); give a smaller --expert-memory, or "
                 "raise vm.max_map_count"
             ) from error
 
     def clear(self) -> None:
-        """Forget everything: all slots are free, no expert can be used."""
+        """Free all slots and make all experts inaccessible."""
         for expert in list(self._bound):
             self._unbind(expert)
         super().clear()
 
     @property
     def mapped_twice_bytes(self) -> int:
-        """The most that experts have taken at their own addresses, beside their slots."""
+        """Peak bytes of slots that were also mapped at experts' addresses."""
         return self._most_bound * self.slot_bytes
 
     def bytes_of(self, slot: int) -> torch.Tensor:
-        """The slot's bytes: uint8 `[slot_bytes]`, shared, not copied."""
+        """The slot's bytes: uint8 `[slot_bytes]`, a view."""
         import torch
 
         return torch.from_numpy(np.frombuffer(self.writable(slot), np.uint8))
 
     def await_memory(self) -> None:
-        """Until all of the memory is there, so that no request has to wait for it."""
+        """Block until all slot memory is allocated, so that requests do not page-fault."""
         self._prefault.wait()
 
     def check_integrity(self) -> None:
-        """Raises `InvariantError` if slots are lost or shared, or something else than the ready experts is bound."""
+        """Raises `InvariantError` if a slot is lost or shared, or the bound experts are not exactly the ready ones."""
         super().check_integrity()
         ready = set(self._slot) - self._loading
         if self._bound != ready:
-            raise InvariantError(f"bound, but not ready, or the reverse: {sorted(self._bound ^ ready)}")
+            raise InvariantError(f"experts bound but not ready, or ready but not bound: {sorted(self._bound ^ ready)}")
 
     def close(self) -> None:
-        """Give the memory back. The library must have let go of the model before."""
+        """Release the memory. The library must have freed the model before."""
         if self._closed:
             return
         self._closed = True
         self._prefault.stop()
-        self._bound.clear()  # the addresses are not ours any more
+        self._bound.clear()  # the library has unmapped these addresses
         super().clear()
-        with suppress(BufferError):  # still viewed: freed with the last view
+        with suppress(BufferError):  # a view still exists: freed with the last one
             self._memory.close()
         os.close(self._file)
 
@@ -157,13 +157,13 @@ def _all(expert_index: ExpertIndex) -> Iterator[ExpertId]:
 
 
 def _refuse_too_many_mappings(expert_index: ExpertIndex) -> None:
-    """Raises `ConfigError` where the kernel allows fewer mappings than this model may need."""
+    """Raises `ConfigError` if `vm.max_map_count` is below the number of mappings that this model may need."""
     try:
         allowed = int(_MAX_MAP_COUNT.read_text(encoding="ascii"))
     except (OSError, ValueError):
         return
-    stretches = sum(len(expert_index.byte_ranges(expert)) for expert in _all(expert_index))
-    needed = 2 * stretches + sum(1 for _ in ranges()) + _SPARE_MAPPINGS  # 2: what lies between stretches, too
+    byte_ranges = sum(len(expert_index.byte_ranges(expert)) for expert in _all(expert_index))
+    needed = 2 * byte_ranges + sum(1 for _ in ranges()) + _SPARE_MAPPINGS  # 2: each range and the gap after it
     if needed > allowed:
         raise ConfigError(
             f"GGUF models: {expert_index.experts} experts need {needed} memory mappings, and vm.max_map_count is "

@@ -1,7 +1,7 @@
-"""What the headers of a GGUF file, or of a split set, say: metadata, and where each tensor and each expert lies.
+"""Headers of a GGUF file or split set: metadata, and the location of every tensor and expert.
 
-Reads headers only, with plain reads: a file of any size costs a few MiB. The format: `GGUF`, version, counts of tensors
-and of key-value pairs, the pairs, then name, shape, type and offset of every tensor. Tensors follow, aligned.
+Reads headers only: a few MiB for a file of any size. The format: magic `GGUF`, version, number of tensors, number of
+key-value pairs, the pairs, then name, shape, type and offset of every tensor. The aligned tensor data follow.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_KEPT_ELEMENTS = 4096  # of a longer array (a vocabulary) only the length is kept
-_MOST = 1 << 24  # of anything that is counted in a header
-_LONGEST_NAME = 63  # of a tensor, in the library
+_KEPT_ELEMENTS = 4096  # longer arrays, such as vocabularies, are skipped; only the length is kept
+_MOST = 1 << 24  # upper limit of the counts in a header
+_LONGEST_NAME = 63  # llama.cpp's limit for tensor names
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(?:gate_up|gate|up|down)_((?:ch)?exps)\.weight")
 
@@ -32,7 +32,7 @@ OpenPart = Callable[[Path], tuple[BinaryIO, int]]
 
 
 class TensorInfo(NamedTuple):
-    """A tensor as the header has it. `shape` is innermost first; `offset_bytes` counts from the file's start."""
+    """A tensor's header entry. `shape` is innermost first; `offset_bytes` is relative to the start of its file."""
 
     name: str
     type: str
@@ -43,31 +43,31 @@ class TensorInfo(NamedTuple):
 
 
 class Array(NamedTuple):
-    """A long array of the metadata: `length` elements, not kept."""
+    """A long metadata array, of which only the length is kept."""
 
     length: int
 
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """The weights of all experts of a layer for one projection, expert after expert."""
+    """The weights of one projection for all experts of a layer, stored expert after expert."""
 
     info: TensorInfo
-    block: int  # of the model, dense ones included
+    block: int  # index among all blocks of the model, dense ones included
     kind: str  # `exps`, or `chexps` for a second, smaller set of experts in the block
 
     @property
     def experts(self) -> int:
-        """`E`."""
+        """Number of experts, `E`."""
         return self.info.shape[2]
 
     @property
     def expert_bytes(self) -> int:
-        """Of one expert."""
+        """Size of one expert's weights in this tensor."""
         return self.info.size_bytes // self.experts
 
     def offset_bytes(self, expert: int) -> int:
-        """Where an expert begins in its file."""
+        """Offset of an expert's weights in the file."""
         return self.info.offset_bytes + expert * self.expert_bytes
 
 
@@ -76,10 +76,10 @@ class GgufFile:
     """The headers of one model.
 
     Attributes:
-        files: the parts, in order; usually one.
-        metadata: of the first part; strings and numbers, short arrays as lists.
-        tensors: of all parts, by name.
-        stamps: identity of each file, to detect a replacement; empty for remote files.
+        files: the parts in order, usually one.
+        metadata: key-value pairs of the first part; short arrays are lists.
+        tensors: entries of all parts, by name.
+        stamps: device, inode, size and mtime of each file, to detect a change; empty for remote files.
     """
 
     files: tuple[Path, ...]
@@ -88,14 +88,14 @@ class GgufFile:
     stamps: tuple[tuple[int, ...], ...] = ()
 
     def refuse_changed(self) -> None:
-        """Raises `CheckpointError` if a file is another one, or has changed, since its header was read."""
+        """Raises `CheckpointError` if a file was replaced or changed after its header was read."""
         for path, stamp in zip(self.files, self.stamps, strict=True):
             if _stamp(path) != stamp:
                 raise CheckpointError(f"{path}: has changed while it was loaded; load it again")
 
     @property
     def name(self) -> str:
-        """For messages: the first part's path."""
+        """The first part's path, for error messages."""
         return str(self.files[0])
 
     @property
@@ -103,12 +103,12 @@ class GgufFile:
         return str(self.metadata.get("general.architecture", ""))
 
     def value(self, key: str, default: Any = None) -> Any:
-        """Metadata of the architecture: `expert_count` is `<architecture>.expert_count`."""
+        """A metadata value of the architecture: `expert_count` reads `<architecture>.expert_count`."""
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
     @cached_property
     def expert_tensors(self) -> tuple[ExpertTensor, ...]:
-        """By block, then in file order."""
+        """Expert tensors by block and kind, then in file order."""
         found = []
         for info in self.tensors.values():
             named = _EXPERTS.fullmatch(info.name)
@@ -118,28 +118,28 @@ class GgufFile:
 
     @property
     def expert_bytes(self) -> int:
-        """All routed experts together."""
+        """Total size of all routed experts."""
         return sum(tensor.info.size_bytes for tensor in self.expert_tensors)
 
     @property
     def dense_bytes(self) -> int:
-        """All other tensors together."""
+        """Total size of all other tensors."""
         return sum(info.size_bytes for info in self.tensors.values()) - self.expert_bytes
 
     @property
     def active_experts(self) -> int:
-        """`K`: how many experts a token uses at most, 1 where the file does not say."""
+        """The largest number of experts per token, `K`; 1 if the file does not state it."""
         used = self.value("expert_used_count", 1)
         return max((int(count) for count in (used if isinstance(used, list) else [used])), default=1)
 
     @property
     def context_tokens(self) -> int | None:
-        """The longest context that the model was trained for."""
+        """The context length that the model was trained for; `None` if the file does not state it."""
         length = self.value("context_length")
         return int(length) if isinstance(length, int) else None
 
     def refuse_dense(self) -> None:
-        """Raises `UnsupportedModelError` for a model without routed experts."""
+        """Raises `UnsupportedModelError` if the model has no routed experts."""
         if not self.expert_tensors:
             raise UnsupportedModelError(
                 f"{self.name}: is a dense model ({self.architecture}), without routed experts; run it with llama.cpp"
@@ -147,19 +147,19 @@ class GgufFile:
 
 
 def open_local(path: Path) -> tuple[BinaryIO, int]:
-    """A file on this machine, and its bytes."""
+    """Open a local file. Returns it and its size in bytes."""
     return path.open("rb", buffering=1 << 20), path.stat().st_size
 
 
 def open_gguf(path: str | Path, open_part: OpenPart = open_local) -> GgufFile:
-    """Reads the headers of a file, or of the split set that it is the first part of.
+    """Read the headers of a single file, or of a split set given by its first part.
 
     Args:
-        path: of the file.
-        open_part: opens a part, of which only the header is read; returns it and its bytes.
+        path: the file or first part.
+        open_part: opens a part and returns it with its size in bytes; only its header is read.
 
     Raises:
-        CheckpointError: a file is missing, truncated, corrupt or no GGUF file; the message names it.
+        CheckpointError: a file is missing, truncated, corrupt or not a GGUF file; the message names it.
     """
     first = Path(path)
     metadata, tensors = _read_part(first, 0, open_part)
@@ -170,14 +170,16 @@ def open_gguf(path: str | Path, open_part: OpenPart = open_local) -> GgufFile:
         part = first.with_name(f"{named[1]}-{number + 1:05}-of-{named[3]}.gguf")
         own, more = _read_part(part, number, open_part)
         if own.get("split.no") != number:
-            raise CheckpointError(f"{part}: is part {own.get('split.no')} by its own account; fetch it again")
-        if twice := tensors.keys() & more.keys():
-            raise CheckpointError(f"{part}: has {min(twice)}, which an earlier part has too; fetch all parts again")
+            raise CheckpointError(
+                f"{part}: its header has part number {own.get('split.no')} instead of {number}; fetch it again"
+            )
+        if duplicates := tensors.keys() & more.keys():
+            raise CheckpointError(f"{part}: repeats {min(duplicates)} of an earlier part; fetch all parts again")
         files.append(part)
         tensors |= more
     total = metadata.get("split.tensors.count")
     if len(files) > 1 and total is not None and total != len(tensors):
-        raise CheckpointError(f"{first}: its parts have {len(tensors)} tensors of {total}; fetch all parts again")
+        raise CheckpointError(f"{first}: its parts contain {len(tensors)} of {total} tensors; fetch all parts again")
     if not metadata.get("general.architecture"):
         raise CheckpointError(f"{first}: names no architecture (general.architecture); fetch it again")
     stamps = tuple(map(_stamp, files)) if open_part is open_local else ()
@@ -193,14 +195,14 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 
 def _part_count(first: Path, metadata: Mapping[str, Any]) -> int:
-    """Of the split set that begins with this file; 1 for a single file."""
+    """Number of parts of the split set that starts with this file; 1 for a single file."""
     count = metadata.get("split.count", 0)
     if not isinstance(count, int) or count <= 1:
         return 1
     named = _PART.fullmatch(first.name)
     if named is None or int(named[3]) != count:
         raise CheckpointError(
-            f"{first}: is one of {count} parts, but not named like one; call it <name>-00001-of-{count:05}.gguf"
+            f"{first}: is one of {count} parts, but is not named as one; rename it to <name>-00001-of-{count:05}.gguf"
         )
     if metadata.get("split.no") != 0:
         raise CheckpointError(f"{first}: is not the first part; give {named[1]}-00001-of-{named[3]}.gguf")
@@ -220,7 +222,7 @@ def _read_part(path: Path, file: int, open_part: OpenPart) -> tuple[dict[str, An
 
 
 class _Reader:
-    """Reads one header, front to back."""
+    """Reads one header sequentially."""
 
     def __init__(self, stream: BinaryIO, size_bytes: int, name: str) -> None:
         self._stream = stream
@@ -228,12 +230,12 @@ class _Reader:
         self._name = name
 
     def header(self, file: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-        """Metadata, and the tensors by name."""
+        """The metadata, and the tensors by name."""
         if self._take(4) != _MAGIC:
-            raise CheckpointError(f"{self._name}: is no GGUF file; give a .gguf file or a checkpoint folder")
+            raise CheckpointError(f"{self._name}: is not a GGUF file; give a .gguf file or a checkpoint folder")
         version = self._number("I")
         if version not in _VERSIONS:
-            raise CheckpointError(f"{self._name}: has GGUF version {version}; versions {_VERSIONS} are known")
+            raise CheckpointError(f"{self._name}: has GGUF version {version}; supported versions: {_VERSIONS}")
         tensors, pairs = self._count("tensors"), self._count("pairs")
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
@@ -262,13 +264,13 @@ class _Reader:
         end_bytes = 0
         for info in sorted(infos.values(), key=lambda info: info.offset_bytes):
             if info.offset_bytes < end_bytes:
-                raise self._corrupt(f"{info.name} inside of another tensor")
+                raise self._corrupt(f"{info.name} overlapping another tensor")
             end_bytes = info.offset_bytes + info.size_bytes
 
     def _entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()
         if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
-            raise self._corrupt("a tensor whose name is none")
+            raise self._corrupt("a tensor with an invalid name")
         dimensions = self._number("I")
         if not 1 <= dimensions <= 4:
             raise self._corrupt(f"{name} with {dimensions} dimensions")
@@ -276,14 +278,14 @@ class _Reader:
         return name, shape, self._number("I"), self._number("Q")
 
     def _size(self, name: str, shape: tuple[int, ...], type_number: int) -> tuple[str, int]:
-        """The type's name, and the tensor's bytes."""
+        """The type's name, and the tensor's size in bytes."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         try:
             kind = GGMLQuantizationType(type_number)
         except ValueError:
             raise CheckpointError(
-                f"{self._name}: {name} is stored in type {type_number}, which is unknown; take a file in another one"
+                f"{self._name}: {name} has type {type_number}, which is unknown; use a file with another type"
             ) from None
         block, block_bytes = GGML_QUANT_SIZES[kind]
         elements = 1

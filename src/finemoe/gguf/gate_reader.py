@@ -1,8 +1,8 @@
-"""What a layer's gate says of its tokens, read from the pass under way at no cost of its own.
+"""Reads gate probabilities and gate inputs from graph tensors during a pass, with no extra stops of the graph.
 
-When a routing node calls back, the tensors that it was computed from are still there where something later needs them,
-too: the gate's probabilities are needed for the weights of the chosen experts, and the gate's input by these experts.
-Found in the pass in which the structure is found: the way from the routing node to either is the same in every pass.
+When the routing node's callback runs, some tensors that it depends on are still in memory, because later nodes need
+them: the gate's probabilities (for the weights of the chosen experts) and the gate's input (for the experts). The path
+from the routing node to these tensors is found in the structure pass and is the same in every pass.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ _SCALES: dict[bytes, Scale] = {b"SOFT_MAX": "probabilities", b"UNARY": "sigmoid"
 
 
 class Probe(NamedTuple):
-    """Ways from a layer's routing node. A way is a number of steps to a node's first source.
+    """Paths from a layer's routing node. A path is a number of steps, each to a node's first source.
 
-    `scores` leads to the gate's output `[T, E]`, on the scale that `scale` names. `gate` leads to the multiplication by
-    the gate's weight; `weight` is that tensor's name. 0: there is none, or nothing keeps it until then.
+    `scores` leads to the gate's output `[T, E]`, on the scale named by `scale`. `gate` leads to the matrix
+    multiplication with the gate's weight; `weight` is that tensor's name. A path of 0 means that the tensor does not
+    exist or that its memory is reused before the callback.
     """
 
     scores: int
@@ -38,16 +39,16 @@ class Probe(NamedTuple):
 
 
 def node_at(address: int) -> Tensor:
-    """A node of the graph, shared, not copied."""
+    """The graph node at an address; a view."""
     return Tensor.from_address(address)
 
 
 class _Node(NamedTuple):
-    """What is to be known of a node once its graph is gone."""
+    """The properties of a node that are needed after its graph was freed."""
 
     op: int
-    sources: tuple[int, int]  # the first two
-    base: int  # what it is a view of
+    sources: tuple[int, int]  # addresses of the first two
+    base: int  # address of the tensor that it is a view of, or 0
     floats: bool
     width: int
     rows: int
@@ -55,19 +56,19 @@ class _Node(NamedTuple):
 
 
 class Graph:
-    """The nodes of one pass, in the order in which they are computed, and when each is needed for the last time."""
+    """The nodes of one pass in execution order, with the last use of each."""
 
     def __init__(self, library: Library) -> None:
         self._free = {library.op(name) for name in _FREE_OPS}
         self._scales = {library.op(name): scale for name, scale in _SCALES.items()}
         self._matmul = library.op(b"MUL_MAT")
-        self._nodes: dict[int, _Node] = {}  # and what they were computed from
+        self._nodes: dict[int, _Node] = {}  # including sources
         self._index: dict[int, int] = {}
         self._computes: list[bool] = []
         self._last_use: dict[int, int] = {}
 
     def add(self, address: int) -> None:
-        """Take down the next node."""
+        """Record the next node in execution order."""
         node = self._nodes[address] = _take(address)
         index = self._index[address] = len(self._computes)
         self._computes.append(node.op not in self._free)
@@ -79,8 +80,8 @@ class Graph:
                 self._last_use[self._nodes[source].base] = index
 
     def probe(self, routing: int, experts: int) -> Probe:
-        """The ways from a routing node, for a layer of `experts` experts."""
-        kept, scores = 0, 0  # steps to the last tensor that could be read, and to the gate's output
+        """The paths from the routing node of a layer with `experts` experts."""
+        kept, scores = 0, 0  # steps to the last readable tensor, and to the gate's output
         scale: Scale | None = None
         address = routing
         for hops in range(1, _MOST_HOPS + 1):
@@ -101,7 +102,7 @@ class Graph:
         return Probe(scores, scale or "logits", 0, "")
 
     def _is_kept(self, address: int, routing: int) -> bool:
-        """Whether a tensor's memory is its own until after the routing node was computed."""
+        """Whether a tensor's memory is not reused before the routing node's callback."""
         base = self._nodes[address].base or address
         last = max(self._last_use.get(address, -1), self._last_use.get(base, -1))
         between = range(last + 1, self._index[routing] + 1)
@@ -115,7 +116,7 @@ def _take(address: int) -> _Node:
 
 
 def follow(routing: int, hops: int) -> Tensor:
-    """The node so many steps to first sources away."""
+    """The node at the end of a path of `hops` steps, each to the first source."""
     address = routing
     for _ in range(hops):
         address = node_at(address).src[0]
@@ -123,7 +124,7 @@ def follow(routing: int, hops: int) -> Tensor:
 
 
 def read_rows(tensor: Tensor) -> Floats | None:
-    """A float tensor's rows `[T, n]`; a view. `None` where it is no such tensor."""
+    """The rows `[T, n]` of a float32 tensor; a view. `None` for other types or layouts, or an empty tensor."""
     width, rows = tensor.ne[0], tensor.ne[1]
     if tensor.type != _F32 or not rows or not tensor.data or tensor.nb[0] != np.dtype(np.float32).itemsize:
         return None
@@ -132,7 +133,7 @@ def read_rows(tensor: Tensor) -> Floats | None:
 
 
 def distribution(scores: Floats, scale: Scale) -> Floats:
-    """`[.., E]` on any scale to probabilities that sum to 1."""
+    """Convert scores `[.., E]` on any scale to probabilities that sum to 1."""
     logits = scale == "logits"
     shifted = np.exp(scores - scores.max(axis=-1, keepdims=True)) if logits else np.maximum(scores, 0)
     shares: Floats = shifted / np.maximum(shifted.sum(axis=-1, keepdims=True), 1e-30)
@@ -140,13 +141,13 @@ def distribution(scores: Floats, scale: Scale) -> Floats:
 
 
 class GateReader:
-    """Gates and lookahead of layers, in the shapes that policies take.
+    """Reads gates and predicted gates of later layers, in the shapes that policies expect.
 
     Args:
-        probes: of each layer.
-        weights: the gates' weights `[E, D]` by name, where they are plain floats.
-        experts: the largest `E`.
-        lookahead: for how many layers ahead gates are asked; 0: none.
+        probes: one per layer.
+        weights: gate weights `[E, D]` by tensor name; only those stored as float32.
+        experts: the largest `E` of any layer.
+        lookahead: number of later layers to predict; 0: none.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class GateReader:
         self.lookahead = lookahead
 
     def read(self, layer: int, routing: int) -> tuple[Floats | None, Floats | None]:
-        """The gates of a layer `[1, E]`, the mean over its tokens, and those ahead `[1, n, E]`; `None`: not known."""
+        """A layer's mean gates over its tokens `[1, E]` and predictions `[1, lookahead, E]`; `None` if unavailable."""
         probe = self._probes[layer]
         gates = None
         if probe.scores and (scores := read_rows(follow(routing, probe.scores))) is not None:
@@ -168,7 +169,7 @@ class GateReader:
         return gates, self._ahead(layer, routing) if self.lookahead and gates is not None else None
 
     def _ahead(self, layer: int, routing: int) -> Floats | None:
-        """What the next layers' gates say of this layer's hidden state; of a single token."""
+        """Apply the next layers' gates to this layer's hidden state; `None` for more than one token."""
         probe = self._probes[layer]
         if not probe.gate:
             return None

@@ -1,7 +1,7 @@
-"""Loads a GGUF model: the dense part is read, experts stay on disk, and the graph's structure is tried.
+"""Loads a GGUF model: reads the dense part, leaves experts on disk, and checks the graph's structure.
 
-In this order: headers; the library loads the model into memory of ours; three passes over zeros find which experts each
-layer uses; then slots, readers, policy and engine are set up as for any other model.
+Order: read headers; let the library load the model into anonymous memory; run three passes with zeroed experts to find
+the experts of each layer; create slots, readers, policy and engine as for any other model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from finemoe.system import available_bytes, idle_cores
 from finemoe.types import ByteRange
 
 _DENSE_READERS = 4
-_TRIAL_TOKENS = 32  # of the context in which the structure is found
+_TRIAL_TOKENS = 32  # context length of the passes that find the structure
 IO = Literal["auto", "direct", "buffered"]
 
 
@@ -47,9 +47,9 @@ class GgufOptions:
     expert_memory: str = "25%"
     io: IO = "auto"
     reader_threads: int = 4
-    threads: int = 0  # that compute; 0: as many as there are idle cores
-    cache_type: str = "f16"  # of keys and values
-    bandwidth_bytes_s: float | None = None  # that experts are held to, for experiments
+    threads: int = 0  # compute threads; 0: number of idle cores
+    cache_type: str = "f16"  # of the KV cache
+    bandwidth_bytes_s: float | None = None  # limit for expert reads, for experiments
 
 
 MakeEngine = Callable[[ExpertMemory, ReaderThreads, ExpertIndex], Engine]
@@ -61,7 +61,7 @@ class Loaded:
 
     file: GgufFile
     library: Library
-    model: int  # the library's
+    model: int  # handle of the library's model
     structure: Structure
     expert_index: ExpertIndex
     memory: ExpertMemory
@@ -69,7 +69,7 @@ class Loaded:
     transfer: ReaderThreads
     engine: Engine
     runner: Runner
-    starts: Mapping[int, int]  # the address of each file's first byte
+    starts: Mapping[int, int]  # by file, the address of its first byte
     dense_bytes_read: int
     resources: ExitStack  # frees everything, in the right order
 
@@ -78,15 +78,15 @@ def load_parts(file: GgufFile, options: GgufOptions, make_engine: MakeEngine) ->
     """Load a model.
 
     Args:
-        file: its headers.
-        options: how.
-        make_engine: puts policy, cache and engine together, once the model's shape is known.
+        file: the model's headers.
+        options: settings.
+        make_engine: creates the engine with its policy and cache, once the model's shape is known.
 
     Raises:
-        CheckpointError: a file can't be read, or the library refuses it.
-        UnsupportedModelError: a dense model, or one whose experts can't be offloaded exactly.
-        BudgetError: the expert memory is below what a token needs, or above what the machine has.
-        ConfigError: the library is missing, or the system lacks something.
+        CheckpointError: a file can't be read, or the library rejects it.
+        UnsupportedModelError: the model is dense, or its experts can't be offloaded exactly.
+        BudgetError: the expert memory is less than one token needs, or more than the machine has.
+        ConfigError: the library is missing, or the system lacks a required feature.
     """
     file.refuse_dense()
     with ExitStack() as resources:
@@ -101,7 +101,7 @@ def _load(
     if (needed := file.dense_bytes) > (available := available_bytes()):
         raise BudgetError(
             f"{file.name}: its dense part takes {format_bytes(needed)}, but only {format_bytes(available)} of memory "
-            "are available; take a smaller file"
+            "are available; use a smaller file"
         )
     dense = _DensePart(file, options.io)
     mappings = FileMappings(file.files, dense.read)
@@ -110,7 +110,7 @@ def _load(
     finally:
         dense.close()
     resources.callback(library.api.llama_model_free, model)
-    file.refuse_changed()  # header, dense part and experts are of the same file
+    file.refuse_changed()  # headers, dense part and experts must come from the same file
     threads = options.threads or idle_cores()
 
     def run_pass(evaluate: Eval) -> int:
@@ -156,7 +156,7 @@ def _load(
 
 
 def observe(parts: Loaded, lookahead: int) -> None:
-    """Have policies see gates and embeddings from now on, and gates for so many layers ahead; 0: none of these."""
+    """Pass gates and embeddings to the policy, and predicted gates for `lookahead` layers ahead (0: none)."""
     weights = {}
     for layer in parts.structure.layers:
         info = parts.file.tensors.get(layer.probe.weight)
@@ -170,7 +170,7 @@ def observe(parts: Loaded, lookahead: int) -> None:
 
 
 def embedding_table(parts: Loaded) -> EmbeddingTable | None:
-    """The model's embeddings; `None` where it has no table of the usual name."""
+    """The model's token embeddings; `None` if it has no tensor of the standard name."""
     info = parts.file.tensors.get("token_embd.weight")
     return None if info is None else EmbeddingTable(info, parts.starts[info.file] + info.offset_bytes)
 
@@ -178,7 +178,7 @@ def embedding_table(parts: Loaded) -> EmbeddingTable | None:
 def _load_model(library: Library, file: GgufFile, mappings: FileMappings) -> int:
     params = library.api.llama_model_default_params()
     params.n_gpu_layers, params.load_mode = 0, LOAD_MMAP
-    params.use_extra_bufts = False  # else weights are repacked, out of the mapping
+    params.use_extra_bufts = False  # otherwise the library copies repacked weights out of the mapping
     library.last_error()
     with mappings.in_place(library.path):
         model: int | None = library.api.llama_model_load_from_file(os.fsencode(file.files[0]), params)
@@ -186,18 +186,18 @@ def _load_model(library: Library, file: GgufFile, mappings: FileMappings) -> int
         raise CheckpointError(f"{file.name}: llama.cpp can't load it: {library.last_error() or 'no reason given'}")
     if lacking := [str(path) for number, path in enumerate(file.files) if number not in mappings.starts]:
         library.api.llama_model_free(model)
-        raise UnsupportedModelError(f"{lacking[0]}: llama.cpp has not mapped it; run it with llama.cpp")
+        raise UnsupportedModelError(f"{lacking[0]}: llama.cpp did not map this file; run the model with llama.cpp")
     if library.api.llama_model_has_encoder(model) or library.api.llama_model_is_diffusion(model):
         library.api.llama_model_free(model)
-        raise UnsupportedModelError(f"{file.name}: does not write token by token; run it with llama.cpp")
+        raise UnsupportedModelError(f"{file.name}: is not an autoregressive decoder; run it with llama.cpp")
     return model
 
 
 def _slots(expert_index: ExpertIndex, structure: Structure, expert_memory: str) -> int:
-    """`C`: how many experts the budget pays for.
+    """Number of expert slots within the budget, `C`.
 
     Raises:
-        BudgetError: fewer than one token needs in one layer; the message names the minimum.
+        BudgetError: less than one token needs in one layer; the message gives the minimum.
     """
     slot_bytes = expert_index.slot_bytes
     slots = parse_budget(expert_memory).slots(slot_bytes, expert_index.experts)
@@ -211,7 +211,7 @@ def _slots(expert_index: ExpertIndex, structure: Structure, expert_memory: str) 
 
 
 def _guard_unused(structure: Structure, mappings: FileMappings) -> None:
-    """Expert tensors that no graph uses are zeros: to use them ends the process, too."""
+    """Make expert tensors that no graph node uses inaccessible: they hold zeros, and using one must crash."""
     for tensor in structure.unused:
         info = tensor.info
         first = -(-info.offset_bytes // PAGE_BYTES) * PAGE_BYTES
@@ -228,7 +228,7 @@ def _open(file: GgufFile, expert_index: ExpertIndex, io: IO) -> DiskStore:
 
 
 class _DensePart:
-    """Reads what belongs to no expert alone, on several threads."""
+    """Reads the dense part, including pages shared by two experts, on several threads."""
 
     def __init__(self, file: GgufFile, io: IO) -> None:
         self._file = file
@@ -237,9 +237,9 @@ class _DensePart:
         self.bytes_read = 0
 
     def read(self, file: int, address: int, start: int, end: int) -> None:
-        """Read the dense bytes from `start` to `end` of a file, whose byte 0 would be at `address`."""
-        own = [info.offset_bytes for info in self._file.tensors.values() if info.file == file]
-        start = max(start, min(own, default=end) // PAGE_BYTES * PAGE_BYTES)  # the library has read the header
+        """Read the dense bytes in `[start, end)` of a file into memory; `address` corresponds to file offset 0."""
+        offsets = [info.offset_bytes for info in self._file.tensors.values() if info.file == file]
+        start = max(start, min(offsets, default=end) // PAGE_BYTES * PAGE_BYTES)  # skips the header
         pieces = [
             (first, min(CHUNK_BYTES, last - first))
             for begin, last in dense_ranges(self._file.expert_tensors, file, start, end)

@@ -1,4 +1,4 @@
-"""From what the user typed to a GGUF file on this machine: a path, or a hub id with a quantisation or a file."""
+"""Resolves `--model` to a local GGUF file: a path, or a hub id with a quantisation or file name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HUB = re.compile(r"([^/:\s]+/[^/:\s]+):([^:\s]+)")
 _FIRST_PART = re.compile(r"-00001-of-\d{5}\.gguf$")
 _LATER_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _REMOTE_BLOCK_BYTES = 1 << 20
-_PROJECTOR = "mmproj"  # of pictures: no language model
+_PROJECTOR = "mmproj"  # image projector files, not language models
 
 
 def is_gguf(model: str | None) -> bool:
@@ -28,22 +28,24 @@ def is_gguf(model: str | None) -> bool:
 
 
 def refuse_gguf(model: str | None, command: str) -> None:
-    """Raises `ConfigError` where `command` does not run GGUF models yet and `model` is one."""
+    """Raises `ConfigError` if `model` is a GGUF model, which `command` does not support yet."""
     if is_gguf(model):
         raise ConfigError(f"--model: finemoe {command} does not run GGUF models yet ({model}); give a checkpoint")
 
 
 def locate_gguf(model: str, revision: str | None = None) -> Path:
-    """The model's first or only file, downloaded if `model` is a hub id.
+    """The path of the model's first or only file; downloads it for a hub id.
 
     Raises:
-        CheckpointError: no such file, repository or quantisation.
+        CheckpointError: the file, repository or quantisation does not exist.
     """
     path = Path(model).expanduser()
     named = _HUB.fullmatch(model)
     if path.exists() or named is None:
         if revision is not None:
-            raise CheckpointError(f"--revision: {model} is a file on this machine, it has no revisions; leave it out")
+            raise CheckpointError(
+                f"--revision: {model} is a file on this machine, which has no revisions; leave it out"
+            )
         if not path.is_file():
             raise CheckpointError(f"--model: there is no file {model}; give a .gguf file")
         return path
@@ -57,10 +59,10 @@ def locate_gguf(model: str, revision: str | None = None) -> Path:
 
 
 def read_headers(model: str, revision: str | None = None) -> GgufFile:
-    """The headers of a model; of one on the hub nothing else is fetched.
+    """Read a model's headers; for a hub id, downloads nothing else.
 
     Raises:
-        CheckpointError: as `locate_gguf` and `open_gguf`.
+        CheckpointError: see `locate_gguf` and `open_gguf`.
     """
     named = _HUB.fullmatch(model)
     if named is None or Path(model).expanduser().exists():
@@ -83,12 +85,12 @@ def choose_files(names: list[str], wanted: str, repository: str) -> list[str]:
     """The files of a repository that make up one model, in order.
 
     Args:
-        names: of all files.
-        wanted: a file, or a quantisation as file names have it (`Q4_K_M`).
-        repository: for messages.
+        names: all files of the repository.
+        wanted: a file name, or a quantisation as in file names (`Q4_K_M`).
+        repository: name of the repository, for error messages.
 
     Raises:
-        CheckpointError: nothing fits, or more than one model does; the message lists what there is.
+        CheckpointError: no model or several models match; the message lists the candidates.
     """
     models = [name for name in sorted(names) if name.lower().endswith(_SUFFIX) and _PROJECTOR not in name.lower()]
     firsts = [name for name in models if _FIRST_PART.search(name) or not _LATER_PART.search(name)]
@@ -109,7 +111,7 @@ def choose_files(names: list[str], wanted: str, repository: str) -> list[str]:
 
 
 def _listed(repository: str, revision: str | None) -> list[str]:
-    """The files of a repository; of those in the cache where the hub can't be asked."""
+    """The files of a repository; in offline mode, those in the local cache."""
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import OfflineModeIsEnabled
 

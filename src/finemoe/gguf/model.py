@@ -1,6 +1,7 @@
-"""A loaded GGUF model: tokens in, tokens out, under an expert memory budget.
+"""A loaded GGUF model that generates tokens within an expert memory budget.
 
-One sequence at a time. What is computed of it stays: a prompt that continues it costs its new tokens alone.
+It runs one sequence at a time and keeps its KV cache: for a prompt that continues the sequence, only new tokens are
+computed.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from finemoe.gguf.load import Loaded
 from finemoe.gguf.sampler import SamplingOptions, TokenSampler
 from finemoe.gguf.vocabulary import GgufVocabulary
 
-_ROOM_TOKENS = 256  # contexts grow by
+_ROOM_TOKENS = 256  # context lengths are multiples of this
 
 
 class GgufModel:
     """What `finemoe.load` returns for a GGUF file.
 
     Args:
-        loaded: its parts, which it owns from here on.
+        loaded: the loaded parts; the model takes ownership.
     """
 
     def __init__(self, loaded: Loaded) -> None:
@@ -38,33 +39,33 @@ class GgufModel:
         template = api.llama_model_chat_template(loaded.model, None)
         self.chat_template: str | None = None if template is None else template.decode(errors="replace")
         self._cuts = not (api.llama_model_is_hybrid(loaded.model) or api.llama_model_is_recurrent(loaded.model))
-        self._saved: tuple[list[int], bytes] = [], b""  # a prompt, and what was remembered at its end
+        self._saved: tuple[list[int], bytes] = [], b""  # the last prompt, and the state after it
         self._requests = itertools.count()
         self._lock = threading.RLock()
         self._finalizer = weakref.finalize(self, loaded.resources.close)
-        self.finemoe: Any = None  # what `attach` is given
+        self.finemoe: Any = None  # set by `attach`
 
     @property
     def parts(self) -> Loaded:
-        """What it is made of, for statistics and tests."""
+        """The loaded parts, for statistics and tests."""
         return self._loaded
 
     def attach(self, handle: Any) -> None:
-        """`handle` becomes `model.finemoe`, as of every other model: statistics, maps, and a `close` that frees all."""
+        """Set `model.finemoe`, as on every other model: statistics, maps, and a `close` that frees everything."""
         self.finemoe = handle
         self._finalizer.detach()
         self._finalizer = weakref.finalize(self, handle.close)
 
     @property
     def lock(self) -> threading.RLock:
-        """Held during a pass, and while the pool is emptied or the model closed."""
+        """Held during a pass, while the pool is cleared and while the model is closed."""
         return self._lock
 
     def encode(self, prompt: str | Sequence[dict[str, str]], *, raw: bool = False) -> list[int]:
-        """Tokens of a conversation, or of a prompt: one user turn where there is a chat template.
+        """Tokenize a conversation or a prompt. With a chat template, a prompt becomes one user turn unless `raw`.
 
         Raises:
-            CheckpointError: the chat template fails, or there is none for a conversation.
+            CheckpointError: the chat template fails, or a conversation is given without a chat template.
         """
         if isinstance(prompt, str) and (raw or not self.chat_template):
             return self.vocabulary.encode(prompt)
@@ -73,7 +74,7 @@ class GgufModel:
             raise CheckpointError(f"{self.file.name}: has no chat template for a conversation; use finemoe generate")
         bos = self.vocabulary.bos
         text = render(self.chat_template, turns, bos=bos, eos=self.vocabulary.eos, name=self.file.name)
-        if bos and self.vocabulary.adds_bos:  # or there would be two
+        if bos and self.vocabulary.adds_bos:  # `encode` adds it
             text = text.removeprefix(bos)
         return self.vocabulary.encode(text, special=True)
 
@@ -84,16 +85,17 @@ class GgufModel:
         sampling: SamplingOptions | None = None,
         on_prefill: Callable[[int], object] | None = None,
     ) -> Generator[int]:
-        """Continue `tokens`; yields each new one, the one that ends the answer included.
+        """Generate tokens that continue `tokens`; yields each one, including the end token.
 
         Args:
-            tokens: the whole text so far; what the sequence has of it already is not computed again.
-            max_new_tokens: at most so many.
-            sampling: how each is chosen; greedy by default.
-            on_prefill: called with the number of the prompt's tokens that were computed, as they are.
+            tokens: the complete prompt; a prefix that is in the KV cache is not computed again.
+            max_new_tokens: maximum number of new tokens.
+            sampling: sampling settings; greedy by default.
+            on_prefill: called with the number of cached prompt tokens, then with the size of each computed
+                micro-batch.
 
         Raises:
-            ConfigError: there are no tokens, or one that the model does not have, or no room for an answer.
+            ConfigError: `tokens` is empty, has an id outside the vocabulary, or fills the context.
             ExpertReadError: an expert can't be read.
             CheckpointError: the model's logits are not finite.
         """
@@ -106,7 +108,7 @@ class GgufModel:
             sampler = TokenSampler(self._loaded.library, sampling or SamplingOptions(), self.vocabulary.size, tokens)
             try:
                 for number in range(1, max_new_tokens + 1):
-                    runner.logits()  # refuses what is not finite
+                    runner.logits()  # raises if not finite
                     token = sampler.next(runner.context)
                     yield token
                     if number == max_new_tokens or self.vocabulary.ends(token):
@@ -116,7 +118,7 @@ class GgufModel:
                 sampler.close()
 
     def close(self) -> None:
-        """Free the model, its slots, the readers and the open files. It can't run any more."""
+        """Free the model, its slots, readers and open files. A closed model can't run."""
         with self._lock:
             self._finalizer()
 
@@ -139,20 +141,20 @@ class GgufModel:
         if not len(tokens):
             raise ConfigError("PROMPT: is empty; there is nothing to continue")
         if min(tokens) < 0 or max(tokens) >= self.vocabulary.size:
-            raise ConfigError(f"PROMPT: has tokens outside of the model's {self.vocabulary.size}")
+            raise ConfigError(f"PROMPT: has token ids outside the vocabulary of {self.vocabulary.size}")
         if self.context_tokens is not None and len(tokens) >= self.context_tokens:
             raise ConfigError(
-                f"PROMPT: has {len(tokens)} tokens, and the model's context holds {self.context_tokens}, at least one "
-                "of them an answer's; give a shorter one"
+                f"PROMPT: has {len(tokens)} tokens, and the model's context holds {self.context_tokens}, including "
+                "at least one for the answer; shorten it"
             )
 
     def _room(self, tokens: int) -> int:
-        """For so many tokens, and a few more, as far as the model goes."""
+        """The context length for this many tokens: rounded up, limited by the trained context length."""
         tokens = -(-tokens // _ROOM_TOKENS) * _ROOM_TOKENS
         return tokens if self.context_tokens is None else min(tokens, max(self.context_tokens, _ROOM_TOKENS))
 
     def _prefill(self, request: int, tokens: list[int], on_prefill: Callable[[int], object]) -> None:
-        """Compute a prompt, but for what the sequence has of it already."""
+        """Compute the part of a prompt that is not in the KV cache."""
         runner = self._loaded.runner
         done = self._shared(tokens)
         if done < len(runner.tokens):
@@ -169,7 +171,7 @@ class GgufModel:
             self._saved = list(tokens), runner.context.save()
 
     def _shared(self, tokens: list[int]) -> int:
-        """How many tokens the sequence and a prompt begin with alike; at least the prompt's last one is computed."""
+        """Length of the common prefix of sequence and prompt, excluding the prompt's last token: it needs logits."""
         computed = self._loaded.runner.tokens
         both = zip(computed, tokens[:-1], strict=False)
         return next((n for n, (a, b) in enumerate(both) if a != b), min(len(computed), len(tokens) - 1))

@@ -1,7 +1,7 @@
-"""Calls that a shared object makes, sent elsewhere for a while: its relocation entries are overwritten in memory.
+"""Temporarily redirects function calls of one shared object by overwriting its relocation entries in memory.
 
-The entries are found in the ELF file (64 bit, little-endian), through its dynamic section. Nothing but this one shared
-object is affected, and nothing remains once the entries are restored.
+The entries are located through the dynamic section of the ELF file (64 bit, little-endian). Other shared objects are
+not affected, and the entries are restored afterwards.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from finemoe.gguf.address_space import EXECUTE, PAGE_BYTES, READ, WRITE, protect
 
 _LOAD, _DYNAMIC = 1, 2  # program headers
 _STRTAB, _SYMTAB, _RELA, _RELA_SIZE, _PLT_SIZE, _JMPREL = 5, 6, 7, 8, 2, 23  # entries of the dynamic section
-_TABLES = ((_RELA, _RELA_SIZE), (_JMPREL, _PLT_SIZE))  # of relocations: address, bytes
+_TABLES = ((_RELA, _RELA_SIZE), (_JMPREL, _PLT_SIZE))  # relocation tables: tags of address and size
 _CALLS = {62: (6, 7), 183: (1025, 1026)}  # machine -> its relocation types of function addresses (GLOB_DAT, JUMP_SLOT)
 
 
 class RelocationError(Exception):
-    """The shared object's entries can't be found or written."""
+    """Relocation entries can't be found or written."""
 
 
 def find_entries(path: Path, name: str) -> list[int]:
-    """Where a shared object keeps the address of an imported function; offsets from where it is loaded.
+    """Find the relocation entries of an imported function, as offsets from the shared object's load address.
 
     Raises:
-        RelocationError: it is no ELF file of a known kind.
+        RelocationError: the file is not a supported ELF file.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as image:
         try:
             return _find(image, name.encode())
         except (struct.error, KeyError, LookupError, ValueError) as error:
-            raise RelocationError(f"{path}: is no shared object that can be read ({error!r})") from error
+            raise RelocationError(f"{path}: is not a readable shared object ({error!r})") from error
 
 
 def _find(image: mmap.mmap, name: bytes) -> list[int]:
@@ -71,10 +71,14 @@ def _find(image: mmap.mmap, name: bytes) -> list[int]:
 
 @contextmanager
 def replaced(path: Path, functions: Mapping[str, int]) -> Iterator[None]:
-    """While within, what a loaded shared object calls by these names are the functions at these addresses.
+    """Redirect a loaded shared object's calls of these functions to other addresses, inside the context.
+
+    Args:
+        path: the shared object.
+        functions: replacement addresses by function name.
 
     Raises:
-        RelocationError: it does not call one of them by way of an entry, or that can't be written.
+        RelocationError: a function has no relocation entry, or the entry can't be written.
     """
     mapped = [each for each in ranges() if each.path == str(path.resolve())]
     if not mapped:
@@ -91,7 +95,7 @@ def replaced(path: Path, functions: Mapping[str, int]) -> Iterator[None]:
         yield
     finally:
         for entry, address in before.items():
-            _protect(entry, allowed[entry] | WRITE)  # it may share its page with one that was restored
+            _protect(entry, allowed[entry] | WRITE)  # its page may be read-only again: entries share pages
             _word(entry).value = address
             _protect(entry, allowed[entry])
 

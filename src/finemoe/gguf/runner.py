@@ -1,9 +1,9 @@
-"""The callback between the library and the engine: once a layer's routing is known, it waits for that layer's experts.
+"""Connects llama.cpp's evaluation callback to the engine: each layer waits until its experts are resident.
 
-The library asks of every node of a pass whether its result is wanted, and stops after those that are. At a routing node
-the indices are read, the engine brings the experts in and pins them, and the library goes on; the pins are released at
-the next layer's, when all that was computed with these experts is done. Waiting there is safe: ctypes has released the
-GIL for the pass, so readers and a policy's thread go on.
+The library asks the callback for every graph node whether it needs the node's result, and calls it again after
+computing such a node. At a routing node the runner reads the expert indices, and the engine loads and pins the experts.
+The pins are released at the next routing node, when the layer's computation is complete. Blocking in the callback is
+safe: ctypes releases the GIL during a pass, so reader and policy threads keep running.
 """
 
 from __future__ import annotations
@@ -24,58 +24,58 @@ from finemoe.gguf.gate_reader import GateReader, node_at
 from finemoe.gguf.structure import Structure, name_of, read_indices
 from finemoe.types import DECODE, PREFILL, Routed, Step
 
-Embed = Callable[[Sequence[int]], npt.NDArray[np.float32] | None]  # tokens to the mean of their embeddings [D]
-_MICRO_BATCH = 512  # the library's own default
+Embed = Callable[[Sequence[int]], npt.NDArray[np.float32] | None]  # tokens -> mean embedding [D]
+_MICRO_BATCH = 512  # the library's default
 
 
 class ExpertEngine(Protocol):
-    """What the runner needs of an engine."""
+    """The engine interface that the runner uses."""
 
     deciding: bool  # whether the policy observes this iteration
 
     def begin(self, steps: Sequence[Step]) -> None:
-        """An iteration begins: what the running requests bring to it."""
+        """Start an iteration with the running requests' new tokens."""
 
     def hold(self, event: Routed) -> None:
-        """Return once all of a layer's experts are resident; they stay so until `release`, or the next `hold`."""
+        """Block until a layer's experts are resident; they stay pinned until `release` or the next `hold`."""
 
     @property
     def all_resident(self) -> bool:
-        """Whether every expert is resident, and stays so."""
+        """Whether every expert is resident and no eviction can happen."""
 
     def count_resident(self, layers: int, experts: int) -> None:
-        """Count a pass that ran without `hold`, as all experts are resident."""
+        """Count the hits of a pass that ran without `hold` because all experts are resident."""
 
     def release(self) -> None:
-        """Nothing is computed with the layer's experts any more."""
+        """Unpin the experts: the layer's computation is complete."""
 
     def end(self) -> None:
-        """The iteration is over."""
+        """Finish the iteration."""
 
     def clear(self) -> None:
         """Empty the pool."""
 
 
 def micro_batch_for(slots: int, experts: int, active: int) -> int:
-    """How many tokens may run through a layer at once, so that their experts fit in the slots; 0: not one.
+    """The largest micro-batch whose experts always fit in the slots; 0 if not even one token's do.
 
     Args:
-        slots: `C`.
-        experts: the largest `E` of any layer.
-        active: `K`.
+        slots: number of slots, `C`.
+        experts: the largest number of experts in any layer, `E`.
+        active: experts per token, `K`.
     """
     return _MICRO_BATCH if slots >= experts else min(slots // active, _MICRO_BATCH)
 
 
 class Runner:
-    """Runs passes of one sequence under an engine.
+    """Runs forward passes of one sequence, with an engine that loads experts.
 
     Args:
         library: the loaded library.
-        model: its model.
+        model: handle of the library's model.
         structure: the model's MoE layers.
-        engine: brings experts in.
-        options: how passes are computed.
+        engine: loads and pins experts.
+        options: settings of forward passes.
     """
 
     def __init__(
@@ -89,25 +89,25 @@ class Runner:
         self.options = options
         self._context: Context | None = None
         self._error: BaseException | None = None
-        self._unwatched = False  # whether the pass runs by itself: a token's, where every expert is resident
-        self._expected = 0  # the layer that must be the next to route
+        self._unwatched = False  # whether the pass runs without callbacks: one token, all experts resident
+        self._expected = 0  # index of the layer whose routing must come next
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="finemoe-gguf")
-        self.gates: GateReader | None = None  # where the policy listens to gates
-        self.embed: Embed | None = None  # and to embeddings
-        self.tokens: list[int] = []  # of the sequence, as far as it is computed
+        self.gates: GateReader | None = None  # set if the policy uses gates
+        self.embed: Embed | None = None  # set if the policy uses embeddings
+        self.tokens: list[int] = []  # tokens in the KV cache
 
     @property
     def context(self) -> Context:
-        """The sequence's."""
+        """The sequence's context."""
         if self._context is None:
             raise FinemoeError("this model has no context yet, or was closed; load it again")
         return self._context
 
     def make_room(self, tokens: int) -> None:
-        """Provide for a sequence of so many tokens; what is computed of it stays.
+        """Make the context at least `tokens` long. Keeps the KV cache where the library can copy it.
 
         Raises:
-            BudgetError: there is not enough memory for its keys and values.
+            BudgetError: there is not enough memory for the KV cache.
         """
         if self._context is not None and tokens <= self._context.tokens:
             return
@@ -130,18 +130,18 @@ class Runner:
         decoding: bool = False,
         progress: Callable[[int], object] = lambda _: None,
     ) -> None:
-        """Compute new tokens at the end of the sequence, a micro-batch at a time.
+        """Append new tokens to the sequence and compute them in micro-batches.
 
         Args:
-            request: identifies the running request to the policy.
-            tokens: their ids.
-            logits: whether the last one's are wanted.
-            decoding: whether this is an answer's token, not a prompt's.
+            request: request id for the policy.
+            tokens: token ids.
+            logits: whether to compute the last token's logits.
+            decoding: whether this is decoding rather than prefill.
             progress: called with the number of tokens after each micro-batch.
 
         Raises:
-            ExpertReadError: an expert can't be read; the sequence is forgotten.
-            FinemoeError: the library has failed.
+            ExpertReadError: an expert can't be read; the sequence is cleared.
+            FinemoeError: the library failed.
         """
         size = self.context.micro_batch
         for start in range(0, len(tokens), size):
@@ -153,11 +153,11 @@ class Runner:
             progress(len(piece))
 
     def logits(self) -> npt.NDArray[np.float32]:
-        """Of the last token, `[vocabulary]`; a view, valid until the next pass."""
+        """Logits of the last token, `[vocabulary]`; a view, valid until the next pass."""
         return self.context.logits()
 
     def forget(self) -> None:
-        """Begin a new sequence."""
+        """Clear the sequence and its KV cache."""
         self.tokens.clear()
         if self._context is not None:
             self._context.clear()
@@ -181,43 +181,43 @@ class Runner:
                 self._engine.count_resident(len(self._layers), sum(layer.active for layer in self._layers))
             self._engine.end()
         except BaseException:
-            self.forget()  # keys and values of a broken pass are no good
+            self.forget()  # the KV cache of an aborted pass is invalid
             self._engine.clear()
             raise
         self.tokens += tokens
 
     def _refuse(self, status: int, *, logits: bool) -> None:
-        """Raises what went wrong within a pass, by the library's status or unseen by it."""
+        """Raises the error of a pass: from a callback, the library's status, or missing routing nodes."""
         if self._error is not None:
             raise self._error
         if status:
-            raise FinemoeError(f"the library has failed with status {status}: {self._library.last_error()}")
+            raise FinemoeError(f"llama.cpp failed with status {status}: {self._library.last_error()}")
         if logits and not self._unwatched and self._expected != len(self._layers):
             raise InvariantError(f"{self._expected} of {len(self._layers)} MoE layers reported their routing")
 
     def _run(self, tokens: list[int], *, logits: bool) -> int:
-        """The pass, never on the main thread: there a signal's handler may raise before a callback's first line."""
+        """Run the pass off the main thread: there a signal handler could raise inside a callback, before its `try`."""
         run = partial(self.context.run, tokens, len(self.tokens), logits=logits)
         if current_thread() is not main_thread():
             return run()
-        under_way = self._thread.submit(run)
+        future = self._thread.submit(run)
         try:
-            return under_way.result()
+            return future.result()
         except BaseException as error:
             self._error = self._error or error
-            wait((under_way,))  # it ends at the next routing node
+            wait((future,))  # the pass aborts at the next routing node
             raise
 
-    def _evaluate(self, address: int, ask: bool) -> bool:  # noqa: FBT001 - the library's
+    def _evaluate(self, address: int, ask: bool) -> bool:  # noqa: FBT001 - llama.cpp's signature
         if self._unwatched:
             return False
         if self._error is not None:
-            return ask  # stop here, and end the pass when called with the result
+            return ask  # request this node's result, then return False for it: aborts the pass
         try:
             if ask:
                 return name_of(address) in self._routing
             self._hold(address)
-        except BaseException as error:  # noqa: BLE001 - must not pass through the library; raised once that has returned
+        except BaseException as error:  # noqa: BLE001 - must not cross C code; raised after the pass
             self._error = error
             return ask
         return True
@@ -226,7 +226,7 @@ class Runner:
         tensor = node_at(address)
         number = self._expected
         if number == len(self._layers) or self._layers[number].routing != tensor.name:
-            raise InvariantError(f"{tensor.name.decode()} chose experts out of turn, in the place of layer {number}")
+            raise InvariantError(f"unexpected routing node {tensor.name.decode()}, in the place of layer {number}")
         self._expected += 1
         experts: list[int] = np.unique(read_indices(tensor)).tolist()
         if not experts:

@@ -1,4 +1,4 @@
-"""How the next token is chosen from the logits: the library's own samplers, in its own usual order."""
+"""Samples the next token from the logits with llama.cpp's samplers, in its default order."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from dataclasses import dataclass
 from finemoe.gguf.binding import Library
 from finemoe.gguf.context import Context
 
-_RANDOM_SEED = 0xFFFFFFFF  # to the library: any
+_RANDOM_SEED = 0xFFFFFFFF  # the library replaces this value with a random seed
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Greedy unless a temperature is given. What is left at its default has no effect."""
+    """Sampling settings: greedy unless a temperature is set. Defaults have no effect."""
 
     temperature: float = 0.0
-    top_k: int = 0  # sample from so many of the likeliest tokens; 0: from all
-    top_p: float = 1.0  # sample from the smallest set of this probability
-    min_p: float = 0.0  # sample from tokens at least so likely, as a share of the likeliest one's probability
-    repetition_penalty: float = 1.0  # divides the logits of tokens that came before
-    frequency_penalty: float = 0.0  # is subtracted for each time that a token came before
-    presence_penalty: float = 0.0  # is subtracted once
-    penalty_tokens: int = 64  # how far back penalties look
+    top_k: int = 0  # sample from the k most likely tokens; 0: from all
+    top_p: float = 1.0  # sample from the smallest set of tokens with this total probability
+    min_p: float = 0.0  # minimum probability, relative to the most likely token
+    repetition_penalty: float = 1.0  # divides positive logits of earlier tokens, multiplies negative ones
+    frequency_penalty: float = 0.0  # subtracted for each earlier occurrence
+    presence_penalty: float = 0.0  # subtracted once if the token occurred
+    penalty_tokens: int = 64  # window of the penalties
     seed: int = 0
 
     @property
     def penalises(self) -> bool:
-        """Whether tokens that came before count."""
+        """Whether any penalty is set."""
         return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
 
 
 class TokenSampler:
-    """Chooses tokens of one answer.
+    """Samples the tokens of one answer.
 
     Args:
         library: the loaded library.
-        options: how.
-        vocabulary: how many tokens the model has.
-        before: the tokens so far, for penalties.
+        options: sampling settings.
+        vocabulary: number of tokens in the vocabulary.
+        before: earlier tokens, for penalties.
     """
 
     def __init__(self, library: Library, options: SamplingOptions, vocabulary: int, before: Sequence[int] = ()) -> None:
@@ -63,12 +63,12 @@ class TokenSampler:
                 api.llama_sampler_accept(self._chain, token)
 
     def next(self, context: Context) -> int:
-        """The token after the context's last one."""
+        """Sample the token that follows the context's last one."""
         token: int = self._api.llama_sampler_sample(self._chain, context.handle, -1)
         return token
 
     def close(self) -> None:
-        """Free it."""
+        """Free the sampler."""
         if self._chain:
             self._api.llama_sampler_free(self._chain)
             self._chain = None

@@ -1,9 +1,9 @@
-"""Which nodes of the compute graph route tokens to which expert tensors: found by use, tried before weights are there.
+"""Finds the MoE layers in the compute graph: the routing nodes and the expert tensors that use their indices.
 
-A model's graph is run for one token while all experts are zeros that take no memory. Every multiplication by chosen
-experts names its weights and the node that has the indices of the experts; names of tensors and of layers prove
-nothing. What the runner relies on is tried as well: that each of these nodes calls back with the indices, and that a
-callback that says no ends the pass.
+The graph is run for one token while all experts are zero pages that take no memory. Every `MUL_MAT_ID` node refers to
+its weights and to the node that holds the expert indices; layers are not inferred from tensor names. Two more
+passes check what the runner relies on: each routing node's callback receives the indices, and a callback that returns
+False aborts the pass.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from finemoe.gguf.binding import Library, Tensor
 from finemoe.gguf.file import ExpertTensor, GgufFile
 from finemoe.gguf.gate_reader import Graph, Probe, node_at
 
-Eval = Callable[[int, bool], bool]  # address of a node, whether this only asks -> whether to call with the result
-RunPass = Callable[[Eval], int]  # runs one token with this callback; the library's status
+Eval = Callable[[int, bool], bool]  # node address, ask -> whether to call back with the result
+RunPass = Callable[[Eval], int]  # runs one token with this callback; returns the library's status
 _I32 = 26
 _SOURCES = 10
 
 
 class MoELayer(NamedTuple):
-    """One routing node, and the expert tensors that are computed with its indices. `active` is K.
+    """A routing node and the expert tensors that use its indices. `active`: experts per token, `K`.
 
-    Several nodes may have the same name: they run in the order of their layers.
+    Several routing nodes may have the same name; they run in layer order.
     """
 
     routing: bytes
@@ -42,10 +42,10 @@ class MoELayer(NamedTuple):
 
 @dataclass(frozen=True)
 class Structure:
-    """The MoE layers of a model, in the order in which they run."""
+    """The MoE layers of a model, in execution order."""
 
     layers: tuple[MoELayer, ...]
-    unused: tuple[ExpertTensor, ...]  # in the file, and in no graph
+    unused: tuple[ExpertTensor, ...]  # in the file, but not in the graph
 
     @property
     def active_experts(self) -> int:
@@ -60,7 +60,7 @@ def name_of(address: int) -> bytes:
 
 
 def read_indices(tensor: Tensor) -> npt.NDArray[np.int32]:
-    """The experts that a routing node has chosen, `[T, K]`; a view."""
+    """The experts chosen by a routing node, `[T, K]`; a view."""
     active, tokens = tensor.ne[0], tensor.ne[1]
     if not tokens:
         return np.empty((0, active), np.int32)
@@ -70,7 +70,7 @@ def read_indices(tensor: Tensor) -> npt.NDArray[np.int32]:
 
 
 class _Finder:
-    """Takes down, in one pass, which expert tensors are computed with which node's indices."""
+    """Callback that records in one pass which expert tensors use which node's indices."""
 
     def __init__(self, library: Library, file: GgufFile, addresses: Mapping[int, ExpertTensor]) -> None:
         self._by_indices = library.op(b"MUL_MAT_ID")
@@ -83,7 +83,7 @@ class _Finder:
         self.active: dict[int, int] = {}
         self.error: UnsupportedModelError | None = None
 
-    def __call__(self, address: int, ask: bool) -> bool:  # noqa: ARG002, FBT001 - the library's
+    def __call__(self, address: int, ask: bool) -> bool:  # noqa: ARG002, FBT001 - llama.cpp's signature
         tensor = node_at(address)
         self.order.append((address, tensor.name))
         self._graph.add(address)
@@ -99,23 +99,23 @@ class _Finder:
         if tensor.op != self._by_indices:
             for source in sources:
                 if tensor.op not in self._harmless and source.data in self._addresses:
-                    raise self._refused(f"{source.name.decode()} is used otherwise than by chosen experts")
+                    raise self._refused(f"{source.name.decode()} is used by an operation other than MUL_MAT_ID")
             return
         weights, indices = sources[0], sources[2]
         known = self._addresses.get(weights.data or 0)
         if known is None:
             if weights.name.decode() in self._file.tensors:
-                raise self._refused(f"{weights.name.decode()} holds experts, but is not where or what it should be")
-            raise self._refused(f"experts of {tensor.name.decode()} are computed before they are used")
+                raise self._refused(f"{weights.name.decode()} holds experts, but its address or kind is unexpected")
+            raise self._refused(f"experts of {tensor.name.decode()} are computed, not used as stored")
         if tuple(weights.ne[:3]) != known.info.shape or weights.nb[2] != known.expert_bytes:
-            raise self._refused(f"{known.info.name} is laid out in another way than its file says")
+            raise self._refused(f"{known.info.name} has another layout than in its file")
         if indices.type != _I32 or not indices.name:
             raise self._refused(f"the indices for {known.info.name} are ambiguous")
         self.used.setdefault(tensor.src[2], []).append(known)
         self.active[tensor.src[2]] = indices.ne[0]
 
     def layer(self, routing: int, name: bytes) -> MoELayer:
-        """The layer of a routing node."""
+        """The MoE layer of a routing node."""
         tensors = tuple(dict.fromkeys(self.used[routing]))
         return MoELayer(name, tensors, self.active[routing], self._graph.probe(routing, tensors[0].experts))
 
@@ -124,23 +124,23 @@ class _Finder:
 
 
 def refused(file: GgufFile, reason: str) -> UnsupportedModelError:
-    """That a model's experts can't be offloaded, and why."""
+    """The error for a model whose experts can't be offloaded."""
     return UnsupportedModelError(
         f"{file.name}: experts of {file.architecture!r} can't be offloaded: {reason}; run it with llama.cpp"
     )
 
 
 def find_structure(library: Library, file: GgufFile, starts: Mapping[int, int], run_pass: RunPass) -> Structure:
-    """The MoE layers, by three passes over one token.
+    """Find the MoE layers, with three passes over one token.
 
     Args:
         library: the loaded library.
         file: the model's headers.
-        starts: of each file, the address of its first byte.
-        run_pass: runs a token; experts may be zeros.
+        starts: by file, the address of its first byte.
+        run_pass: runs one token; experts may be zeros.
 
     Raises:
-        UnsupportedModelError: experts are used in a way that can't be followed.
+        UnsupportedModelError: the graph uses experts in an unsupported way.
     """
     addresses = {starts[each.info.file] + each.info.offset_bytes: each for each in file.expert_tensors}
     finder = _Finder(library, file, addresses)
@@ -149,12 +149,12 @@ def find_structure(library: Library, file: GgufFile, starts: Mapping[int, int], 
         raise finder.error
     layers = [finder.layer(address, name) for address, name in finder.order if address in finder.used]
     if len(layers) != len(finder.used):
-        raise refused(file, "indices of experts are no node of the graph")
+        raise refused(file, "expert indices do not come from a graph node")
     names = [layer.routing for layer in layers]
     if sum(name in set(names) for _, name in finder.order) != len(names):
-        raise refused(file, "routing nodes are not unique by name")
+        raise refused(file, "routing nodes share names with other nodes")
     if not layers:
-        raise refused(file, "no part of its graph chooses experts")
+        raise refused(file, "its graph has no routing node")
     _refuse_shared(file, layers)
     _try_callbacks(file, layers, run_pass)
     known = {tensor for layer in layers for tensor in layer.tensors}
@@ -162,24 +162,24 @@ def find_structure(library: Library, file: GgufFile, starts: Mapping[int, int], 
 
 
 def _refuse_shared(file: GgufFile, layers: Sequence[MoELayer]) -> None:
-    """Every expert tensor must belong to one layer, and the tensors of a layer must have as many experts."""
+    """Every expert tensor must belong to one layer, and a layer's tensors must have equal numbers of experts."""
     owners: dict[ExpertTensor, bytes] = {}
     for layer in layers:
         if len({tensor.experts for tensor in layer.tensors}) > 1:
-            raise refused(file, f"{layer.routing.decode()} chooses among different numbers of experts")
+            raise refused(file, f"{layer.routing.decode()} is used with different numbers of experts")
         for tensor in layer.tensors:
             if owners.setdefault(tensor, layer.routing) != layer.routing:
                 raise refused(file, f"{tensor.info.name} is used in two layers")
 
 
 def _try_callbacks(file: GgufFile, layers: Sequence[MoELayer], run_pass: RunPass) -> None:
-    """What the runner relies on: each routing node calls back with its indices, and a no ends the pass."""
+    """Check that each routing node's callback receives its indices, and that returning False aborts the pass."""
     names = {layer.routing for layer in layers}
     seen: list[bytes] = []
     wrong: list[bytes] = []
-    asked_after = 0
+    calls_after_stop = 0
 
-    def take(address: int, ask: bool) -> bool:  # noqa: FBT001 - the library's
+    def take(address: int, ask: bool) -> bool:  # noqa: FBT001 - llama.cpp's signature
         tensor = node_at(address)
         if ask:
             return tensor.name in names
@@ -190,9 +190,9 @@ def _try_callbacks(file: GgufFile, layers: Sequence[MoELayer], run_pass: RunPass
             wrong.append(tensor.name)
         return True
 
-    def stop(address: int, ask: bool) -> bool:  # noqa: FBT001 - the library's
-        nonlocal asked_after
-        asked_after += bool(seen)
+    def stop(address: int, ask: bool) -> bool:  # noqa: FBT001 - llama.cpp's signature
+        nonlocal calls_after_stop
+        calls_after_stop += bool(seen)
         if ask:
             return name_of(address) in names
         seen.append(name_of(address))
@@ -203,5 +203,5 @@ def _try_callbacks(file: GgufFile, layers: Sequence[MoELayer], run_pass: RunPass
         raise refused(file, f"of {len(layers)} layers, {len(seen)} reported their routing, {len(wrong)} wrongly")
     seen.clear()
     run_pass(stop)
-    if len(seen) != 1 or asked_after:
-        raise refused(file, "its pass can't be ended from a callback")
+    if len(seen) != 1 or calls_after_stop:
+        raise refused(file, "a callback can't abort its pass")

@@ -1,4 +1,4 @@
-"""A model's tokenizer, out of its file: text to tokens and back."""
+"""Tokenizer from the model file: text to tokens and back."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from finemoe.errors import UnsupportedModelError
 from finemoe.gguf.binding import Library
 
-_NO_TOKENIZER = 0  # of llama_vocab_type
+_NO_TOKENIZER = 0  # value of llama_vocab_type
 _PIECE_BYTES = 64
 
 
 class GgufVocabulary:
-    """A model's tokens.
+    """A model's vocabulary and tokenizer.
 
     Args:
         library: the loaded library.
-        model: its model.
-        name: for messages.
+        model: handle of the library's model.
+        name: the file's name, for error messages.
     """
 
     def __init__(self, library: Library, model: int, name: str) -> None:
@@ -31,13 +31,13 @@ class GgufVocabulary:
         self.adds_bos = self.has_tokenizer and bool(self._api.llama_vocab_get_add_bos(self._vocabulary))
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Tokens of a text, with the ones that the model wants around it. `special`: their names in it are tokens.
+        """Tokenize text, with the begin and end tokens that the model expects. `special`: parse special tokens in it.
 
         Raises:
             UnsupportedModelError: the file has no tokenizer.
         """
         if not self.has_tokenizer:
-            raise UnsupportedModelError(f"{self._name}: has no tokenizer; take a file that has one")
+            raise UnsupportedModelError(f"{self._name}: has no tokenizer; use a file with one")
         data = text.encode()
         room = len(data) + 16
         while True:
@@ -48,7 +48,7 @@ class GgufVocabulary:
             room = -count
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
-        """The bytes that a token stands for, maybe a part of a character. `special`: names of special tokens too."""
+        """The bytes of a token, possibly a partial UTF-8 character. `special`: include the text of special tokens."""
         if not self.has_tokenizer:
             return b""
         room = _PIECE_BYTES
@@ -60,21 +60,21 @@ class GgufVocabulary:
             room = -count
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text that tokens stand for."""
+        """The text of tokens."""
         return b"".join(map(self.piece, tokens)).decode(errors="replace")
 
     def ends(self, token: int) -> bool:
-        """Whether the model ends its answer with this token."""
+        """Whether this is an end-of-generation token."""
         return bool(self._api.llama_vocab_is_eog(self._vocabulary, token))
 
     @property
     def bos(self) -> str:
-        """The name of the token that begins a text; empty where there is none."""
+        """The text of the begin-of-sequence token; empty if there is none."""
         return self._special(self._api.llama_vocab_bos(self._vocabulary))
 
     @property
     def eos(self) -> str:
-        """The name of the token that ends a text; empty where there is none."""
+        """The text of the end-of-sequence token; empty if there is none."""
         return self._special(self._api.llama_vocab_eos(self._vocabulary))
 
     def _special(self, token: int) -> str:
@@ -82,16 +82,16 @@ class GgufVocabulary:
 
 
 class TextStream:
-    """Tokens in, text out as soon as its characters are complete."""
+    """Incremental detokenizer that emits only complete characters."""
 
     def __init__(self, vocabulary: GgufVocabulary) -> None:
         self._vocabulary = vocabulary
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int) -> str:
-        """What became printable by this token."""
+        """Add a token; returns the newly complete characters."""
         return self._decoder.decode(self._vocabulary.piece(token))
 
     def end(self) -> str:
-        """What is left: replacement characters for a broken one."""
+        """Finish: returns replacement characters for incomplete bytes."""
         return self._decoder.decode(b"", final=True)

@@ -1,4 +1,4 @@
-"""Which backend runs a model: transformers for checkpoints, llama.cpp for GGUF files. Imports only that one."""
+"""Selects the backend: transformers for checkpoints, llama.cpp for GGUF files. Imports only the selected one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from finemoe.policy import policy_class
 
 
 def load_config(config: LoadConfig) -> Any:
-    """The model that `config` names, loaded.
+    """Load the model named by `config`.
 
     Raises:
-        FinemoeError: as `finemoe.load`.
+        FinemoeError: see `finemoe.load`.
     """
-    kind = policy_class(config.policy)  # an unknown one is refused before anything is read
+    kind = policy_class(config.policy)  # rejects an unknown policy before reading files
     if ("predictors" in kind.needs) != (config.predictors is not None):
         raise ConfigError(
             f"--policy {config.policy}: needs --predictors FILE, from finemoe trace train"
@@ -35,7 +35,7 @@ def load_config(config: LoadConfig) -> Any:
 
 
 def open_session(model: Any) -> Any:
-    """The session of a loaded model: prompts in, text and timings out."""
+    """A session of a loaded model, which turns prompts into text and timings."""
     from finemoe.gguf.model import GgufModel
 
     if isinstance(model, GgufModel):

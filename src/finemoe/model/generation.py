@@ -65,16 +65,24 @@ def finite_logits(model: Any) -> LogitsProcessorList:
 
 
 def sampling_options(config: GenerateConfig) -> dict[str, Any]:
-    """Arguments of `generate`: greedy at temperature 0, else sampling; overrides the model's own defaults."""
+    """Arguments of `generate`: greedy at temperature 0, else sampling, whatever the model's own defaults are.
+
+    A penalty or `min_p` that is not set stays the model's own.
+    """
     for name in ("frequency_penalty", "presence_penalty"):
         if getattr(config, name):
             raise ConfigError(f"--{name.replace('_', '-')}: transformers has none; give --repetition-penalty")
-    penalty = None if config.repetition_penalty == 1.0 else config.repetition_penalty
+    own: dict[str, Any] = {} if config.repetition_penalty is None else {"repetition_penalty": config.repetition_penalty}
     if config.temperature > 0:
-        sampled = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
-        return {"do_sample": True, **sampled, "min_p": config.min_p or None, "repetition_penalty": penalty}
-    nothing = dict.fromkeys(("temperature", "top_p", "top_k", "min_p"))
-    return {"do_sample": False, **nothing, "repetition_penalty": penalty}
+        if config.min_p:
+            own["min_p"] = config.min_p
+        return {
+            "do_sample": True,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "top_k": config.top_k,
+        } | own
+    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | own
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Talks to a loaded GGUF model: a prompt or a conversation in, streamed text and its timings out."""
+"""Generates streamed text with timings from a loaded GGUF model, for a prompt or a conversation."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from finemoe.gguf.sampler import SamplingOptions
 from finemoe.gguf.vocabulary import TextStream
 from finemoe.model.reply import Reply, fitting_tokens
 
-_ALL_TOKENS = 1 << 16  # penalties look at the whole text
+_ALL_TOKENS = 1 << 16  # penalty window: the complete text
 
 
 class GgufSession:
-    """A GGUF model and the tokenizer in its file.
+    """A session with a GGUF model and its tokenizer.
 
     Args:
         model: from `finemoe.load`.
@@ -30,7 +30,7 @@ class GgufSession:
         self.context_tokens = model.context_tokens
 
     def prompt_ids(self, prompt: str | Sequence[dict[str, str]], *, raw: bool = False) -> list[int]:
-        """Token ids of a conversation, or of a prompt: one user turn where there is a chat template."""
+        """Tokenize a conversation or a prompt. With a chat template, a prompt becomes one user turn unless `raw`."""
         refuse_undecodable(prompt if isinstance(prompt, str) else prompt[-1]["content"], "PROMPT")
         return self.model.encode(prompt, raw=raw)
 
@@ -43,21 +43,21 @@ class GgufSession:
         prefill_chunk: int | None = None,
         progress: bool = False,
     ) -> Reply:
-        """Continue `prompt`; a conversation that goes on costs its new tokens alone.
+        """Answer `prompt`. For a continued conversation only new tokens are computed.
 
         Args:
             prompt: text, or the turns of a conversation (`role`, `content`).
-            config: how long and how to sample.
-            on_text: called with each stretch of new text as soon as it is printable.
-            prefill_chunk: must be `None`: micro-batches follow from the expert memory.
-            progress: show a bar on standard error until the first token.
+            config: length limit and sampling settings.
+            on_text: called with each piece of new text, in complete characters.
+            prefill_chunk: must be `None`: the expert memory determines the micro-batch.
+            progress: show a progress bar on standard error until the first token.
 
         Raises:
-            ConfigError: the prompt is empty, or leaves no room for an answer in the model's context.
+            ConfigError: the prompt is empty, or fills the model's context.
             CheckpointError: the chat template fails, or the model's logits are not finite.
         """
         if prefill_chunk is not None:
-            raise ConfigError("--prefill-chunk: GGUF models choose it by --expert-memory; leave it out")
+            raise ConfigError("--prefill-chunk: for GGUF models it follows from --expert-memory; leave it out")
         tokens = self.prompt_ids(prompt, raw=config.raw)
         if not tokens:
             raise ConfigError("PROMPT: is empty; there is nothing to continue")
@@ -90,7 +90,7 @@ class GgufSession:
 
     @staticmethod
     def _show_prefill(until_first_token: ExitStack, tokens: int) -> Callable[[int], object]:
-        """A bar over the prompt's tokens."""
+        """A progress bar over the prompt's tokens."""
         bar = until_first_token.enter_context(
             tqdm(total=tokens, desc="Reading prompt", unit="token", leave=False, delay=1)
         )
@@ -99,13 +99,13 @@ class GgufSession:
 
 
 def sampling_options(config: GenerateConfig) -> SamplingOptions:
-    """The library's samplers for these settings."""
+    """The sampling settings of a `GenerateConfig`."""
     return SamplingOptions(
         config.temperature,
         config.top_k,
         config.top_p,
         config.min_p,
-        config.repetition_penalty,
+        1.0 if config.repetition_penalty is None else config.repetition_penalty,
         config.frequency_penalty,
         config.presence_penalty,
         _ALL_TOKENS,

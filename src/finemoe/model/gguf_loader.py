@@ -1,4 +1,4 @@
-"""Loads a GGUF model for `finemoe.load`: settings checked, policy and maps connected, statistics attached."""
+"""Loads a GGUF model for `finemoe.load`: checks settings, connects policy and maps, attaches the model handle."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ from finemoe.system import end_openmp_threads
 from finemoe.types import ExpertId
 
 _OF_CHECKPOINTS = ("dtype", "expert_dtype", "trust_remote_code", "host_memory", "expert_kernel", "host_compute")
-_VOLATILE = ("general.file_type", "general.quantization_version", "split.")  # of metadata
+_VOLATILE = ("general.file_type", "general.quantization_version", "split.")  # not in the fingerprint
 _DIGITS = 16
 
 
 def load_gguf(config: LoadConfig) -> GgufModel:
-    """The model that `config` names.
+    """Load the model named by `config`.
 
     Raises:
-        CheckpointError, UnsupportedModelError, ConfigError: as `load_parts`; or a setting has no effect on it.
+        CheckpointError, UnsupportedModelError, BudgetError: see `load_parts`.
+        ConfigError: see `load_parts`; or a setting has no effect on GGUF models.
     """
     refuse_settings(config)
     assert config.model is not None
@@ -88,10 +89,10 @@ def load_gguf(config: LoadConfig) -> GgufModel:
     )
     model.attach(handle)
     handle.reset_stats()
-    if parts.memory.slots == parts.expert_index.experts:  # in the background: passes then run by themselves
+    if parts.memory.slots == parts.expert_index.experts:  # in the background; then passes run without callbacks
         layouts = enumerate(parts.expert_index.layouts)
         parts.engine.preload([ExpertId(layer, expert) for layer, each in layouts for expert in range(each.experts)])
-    end_openmp_threads()  # another thread may run it
+    end_openmp_threads()  # the next pass may run on another thread
     return model
 
 
@@ -106,7 +107,7 @@ def refuse_settings(config: LoadConfig) -> None:
 
 
 def policy_options(config: LoadConfig, identity: str) -> dict[str, Any]:
-    """What a policy is made with beyond the model's shape.
+    """Constructor options of the policy, besides the model's shape.
 
     Raises:
         FinemoeError: the predictors can't be read, or are for another model.
@@ -124,7 +125,7 @@ def policy_options(config: LoadConfig, identity: str) -> dict[str, Any]:
 
 
 def fingerprint(file: GgufFile) -> str:
-    """16 hexadecimal digits. The same for every way of splitting the same tensors into files."""
+    """Identifies the model: 16 hexadecimal digits, independent of how tensors are split into files."""
     lasting = {
         key: list(value) if isinstance(value, Array) else value
         for key, value in file.metadata.items()

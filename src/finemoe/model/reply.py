@@ -1,4 +1,4 @@
-"""An answer and what it took, whatever backend gave it."""
+"""An answer with its timings and statistics, for all backends."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from finemoe.metrics import Stats
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer, and what it took."""
+    """One answer with its timings and statistics."""
 
     text: str
     token_ids: list[int]
     prompt_tokens: int
-    finish_reason: str  # "stop": the model ended it; "length": max_new_tokens or the context did
+    finish_reason: str  # "stop": end token; "length": max_new_tokens or the context is full
     ttft_s: float  # time to first token
     tpot_s: float  # mean time per token after the first; 0 for a single token
     total_s: float
-    stats: Stats  # of this answer alone
+    stats: Stats  # of this answer only
 
     @property
     def tok_s(self) -> float:
@@ -29,11 +29,11 @@ class Reply:
 
     @property
     def stall_share(self) -> float:
-        """Of the time that this answer took, the part spent waiting for experts."""
+        """The fraction of `total_s` spent waiting for experts."""
         return min(1.0, self.stats.stall_s / self.total_s) if self.total_s else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+        """All fields as JSON-serializable values."""
         return self.stats.as_dict() | {
             "text": self.text,
             "tokens": len(self.token_ids),
@@ -49,21 +49,21 @@ class Reply:
 
 
 def fitting_tokens(limit: int | None, prompt_tokens: int, max_new_tokens: int) -> int:
-    """As many new tokens as are asked for and fit behind the prompt in a context of `limit` tokens; warns if fewer.
+    """`max_new_tokens`, reduced with a warning to what fits after the prompt in a context of `limit` tokens.
 
     Raises:
-        ConfigError: not one fits.
+        ConfigError: the prompt leaves no room for a token.
     """
     if limit is None or prompt_tokens + max_new_tokens <= limit:
         return max_new_tokens
     if prompt_tokens >= limit:
         raise ConfigError(
-            f"PROMPT: has {prompt_tokens} tokens, and the model's context holds {limit}, at least one of them an "
-            "answer's; shorten it"
+            f"PROMPT: has {prompt_tokens} tokens, and the model's context holds {limit}, including at least one for "
+            "the answer; shorten it"
         )
-    warnings.warn(  # the same text each time: shown once
-        f"--max-new-tokens: {max_new_tokens} do not fit behind the prompt; an answer ends where the model's "
-        f"context of {limit} tokens does",
+    warnings.warn(  # constant text, so that Python shows it once
+        f"--max-new-tokens: {max_new_tokens} do not fit after the prompt; the answer ends when the model's "
+        f"context of {limit} tokens is full",
         FinemoeWarning,
         stacklevel=3,
     )
