@@ -97,17 +97,17 @@ def run_row(given: argparse.Namespace, row: str, cap_bytes: int | None, expert_m
     ]  # fmt: skip
     if cap_bytes is None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=given.timeout_s, check=False)
-        felt = None
+        usage = None
     else:
         with Cap(cap_bytes, f"finemoe-gguf-{os.getpid()}") as cap:
             done = subprocess.run(
                 cap.command(command), capture_output=True, text=True, timeout=given.timeout_s, check=False
             )
-            felt = cap.felt()
+            usage = cap.usage()
     if done.returncode:
         return {"row": row, "failed": (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {"row": row, "cap_bytes": cap_bytes, "peak_bytes": None if felt is None else felt.peak_bytes, **found}
+    return {"row": row, "cap_bytes": cap_bytes, "peak_bytes": None if usage is None else usage.peak_bytes, **found}
 
 
 def main() -> int:
